@@ -1,0 +1,263 @@
+# rlhf-pipeline. `make` alone says what there is to make.
+#
+# Works with GNU make 3.81 and newer. What has to run is decided by content (pipeline/status.py) and
+# handed to the rules below as PLAN; time stamps play no part. Stages are run by `exec python`, so
+# that a signal to make reaches them.
+
+#: RECIPE=tiny      folder of configs: configs/RECIPE/{base,sft,rm,ppo,eval}.yaml
+#: RUN=name         the run's directory is CKPT/RUN (default: the recipe's name)
+#: FROM=other       borrow the earlier stages of another run
+#: SFT= RM= PPO=    another config file for one stage; EVAL= for the evaluation
+#: SET="k=v ..."    override keys: SET="ppo.kl_coef=0.02 seed=3"
+#: FORCE=stage      make it again though it is up to date; 1 = what is asked for
+#: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
+#: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+RECIPE ?= tiny
+RUN ?= $(RECIPE)
+FROM ?=
+SFT ?=
+PPO ?=
+EVAL ?=
+# make predefines RM as "rm -f".
+ifeq ($(filter command environment,$(firstword $(origin RM))),)
+RM :=
+endif
+SET ?=
+FORCE ?=
+ENGINE ?=
+CKPT ?= checkpoints
+VENV ?= .venv
+TORCH_INDEX ?=
+ARGS ?=
+# The first interpreter that is new enough.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then echo $$p; break; fi; done)
+
+# --- helpers ----------------------------------------------------------------
+
+define NEWLINE
+
+
+endef
+# Text as one word of the shell, whatever is in it.
+quote = '$(subst $(NEWLINE), ,$(subst ','\'',$(1)))'
+# Not empty under `make -n`.
+DRY := $(findstring n,$(firstword -$(MAKEFLAGS)))
+SETTINGS = $(if $(value SET),--set $(call quote,$(value SET)))
+
+BORROW = $(if $(FROM),--from $(call quote,$(FROM_DIR)))
+ENGINE_CONFIG = configs/engines/$(ENGINE).yaml
+LAUNCH = $(if $(ENGINE),-m accelerate.commands.launch --config_file $(ENGINE_CONFIG) )
+# accelerate's launcher for several processes forgets its own `use_cpu`.
+LAUNCH_ENV = $(if $(ENGINE),$(shell sed -n 's/^use_cpu: true.*/ACCELERATE_USE_CPU=true/p' \
+	$(ENGINE_CONFIG)) )
+
+# Names become paths and targets: letters, digits, dots, dashes and underscores alone.
+plain = $(shell case $(call quote,$(1)) in (''|.*|-*|*[!A-Za-z0-9._-]*) echo bad;; esac)
+ifneq ($(call plain,$(RUN)),)
+$(error RUN=$(RUN): a run's name has letters, digits, dots, dashes and underscores)
+endif
+ifneq ($(filter base,$(RUN)),)
+$(error RUN=base: that folder holds the base models)
+endif
+ifneq ($(ENGINE),$(patsubst configs/engines/%.yaml,%,$(wildcard configs/engines/$(ENGINE).yaml)))
+$(error ENGINE=$(ENGINE): no configs/engines/$(ENGINE).yaml)
+endif
+ifneq ($(call plain,$(RECIPE)),)
+$(error RECIPE=$(RECIPE): a recipe is the name of a folder in configs)
+endif
+
+# `checkpoints/...` in a config means this folder.
+export RLHF_CHECKPOINTS := $(CKPT)
+RUN_DIR := $(CKPT)/$(RUN)
+BASE_DIR := $(CKPT)/base/$(RECIPE)
+FROM_DIR := $(if $(FROM),$(if $(findstring /,$(FROM)),$(FROM),$(CKPT)/$(FROM)))
+BASE_CONFIG := configs/$(RECIPE)/base.yaml
+SFT_CONFIG := $(or $(SFT),configs/$(RECIPE)/sft.yaml)
+RM_CONFIG := $(or $(RM),configs/$(RECIPE)/rm.yaml)
+PPO_CONFIG := $(or $(PPO),configs/$(RECIPE)/ppo.yaml)
+EVAL_CONFIG := $(or $(EVAL),configs/$(RECIPE)/eval.yaml)
+
+# --- the environment --------------------------------------------------------
+
+# Up to date when it was made from these very files.
+VENV_KEY := $(shell cat pyproject.toml configs/constraints.txt | cksum | tr ' ' -)
+STAMP := $(if $(VENV),$(VENV)/.installed)
+READY := $(if $(VENV),$(filter $(VENV_KEY),$(shell cat $(STAMP) 2>/dev/null)),yes)
+PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+PIP = $(PY) -m pip -qq --no-input --disable-pip-version-check install \
+	--constraint configs/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+TORCH = $(shell sed -n 's/^torch==//p' configs/constraints.txt)
+
+# --- what has to run --------------------------------------------------------
+
+FILE_base := $(BASE_DIR)/manifest.json
+FILE_sft := $(RUN_DIR)/sft/manifest.json
+FILE_rm := $(RUN_DIR)/rm/manifest.json
+FILE_ppo := $(RUN_DIR)/ppo/manifest.json
+FILE_eval := $(RUN_DIR)/eval/test.json
+FILE_report := $(RUN_DIR)/report.html
+STEPS := base sft rm ppo eval report
+FILES := $(foreach step,$(STEPS),$(FILE_$(step)))
+
+# Steps asked for, by name or by file; PPO brings its evaluation and report.
+ASKED := $(filter $(STEPS) $(FILES),$(MAKECMDGOALS))
+GOALS := $(foreach step,$(STEPS),$(if $(filter $(step) $(FILE_$(step)),$(ASKED)),$(step)))
+GOALS += $(if $(filter ppo,$(ASKED)),eval report)
+
+STATUS = $(PY) -m pipeline.status --run $(RUN_DIR) --recipe configs/$(RECIPE) \
+	--base-directory $(BASE_DIR) $(BORROW) \
+	$(if $(SFT),--sft $(call quote,$(SFT))) $(if $(RM),--rm $(call quote,$(RM))) \
+	$(if $(PPO),--ppo $(call quote,$(PPO))) $(if $(EVAL),--eval $(call quote,$(EVAL))) \
+	$(if $(FORCE),--force $(call quote,$(FORCE))) $(SETTINGS)
+
+PLAN :=
+ifneq ($(ASKED),)
+ifneq ($(READY),)
+PLAN := $(shell $(STATUS) --plan '$(GOALS)')
+ifeq ($(filter $(STEPS) nothing,$(PLAN)),)
+$(error nothing was made)
+endif
+else
+# Before there is an environment nobody can look: a first run makes all of it.
+CHAIN_sft := $(if $(wildcard $(BASE_CONFIG)),base) sft
+CHAIN_base := base
+CHAIN_rm := $(CHAIN_sft) rm
+CHAIN_ppo := $(CHAIN_rm) ppo
+CHAIN_eval := $(CHAIN_ppo) $(if $(wildcard $(EVAL_CONFIG)),eval)
+CHAIN_report := $(CHAIN_eval) report
+PLAN := $(foreach step,$(GOALS),$(CHAIN_$(step)))
+endif
+endif
+
+# Files of those steps of $(1) that will run; a step waits for them, and for nothing else.
+made = $(foreach step,$(filter $(1),$(PLAN)),$(FILE_$(step)))
+redo = $(if $(filter $(1),$(PLAN)),redo)
+forced = $(if $(filter $(1),$(FORCE) $(if $(filter 1,$(FORCE)),$(GOALS))),--force)
+arguments = $(strip --run $(RUN_DIR) $(if $(filter $(1),sft rm ppo),$(BORROW)) $(call forced,$(1)) \
+	$(SETTINGS))
+say_done = $(if $(filter $(1),$(PLAN))$(DRY),,$(info $(1): up to date ($(dir $(FILE_$(1))))))
+
+# --- the three stages -------------------------------------------------------
+
+SUMMARY = $(PY) -m pipeline.evaluation.summary --run $(RUN_DIR)
+
+.PHONY: sft rm ppo base eval report redo again
+
+ifeq ($(READY)$(DRY),)
+# Make the environment, then look again at what has to run.
+$(ASKED): again
+again: $(STAMP)
+	@$(MAKE) --no-print-directory $(ASKED)
+else
+
+sft: $(call made,sft)  ## stage 1: supervised fine-tuning
+	$(call say_done,sft)
+rm: $(call made,rm)  ## stage 2: reward model
+	$(call say_done,rm)
+ppo: $(call made,ppo eval report)  ## stage 3: PPO, then evaluation, report and a summary
+	$(call say_done,ppo)$(if $(filter ppo eval report,$(PLAN)),@exec $(SUMMARY))
+base: $(call made,base)  ## the recipe's base model, if it is one that is made here
+	$(if $(wildcard $(BASE_CONFIG)),$(call say_done,base),@echo "base: $(RECIPE) needs none")
+eval: $(call made,eval)  ## measure the run on held-out prompts
+	$(call say_done,eval)
+report: $(call made,report)  ## one page about the run: CKPT/RUN/report.html
+	$(call say_done,report)
+
+# A signal must not make make delete a published manifest.
+.PRECIOUS: $(FILES)
+.SECONDARY:
+
+$(FILE_base): $(call redo,base) | $(STAMP)
+	exec $(PY) -m pipeline.base --config $(BASE_CONFIG) --out $(BASE_DIR)
+
+$(FILE_sft): $(call redo,sft) | $(STAMP) $(call made,base)
+	exec $(PY) -m stages.sft --config $(call quote,$(SFT_CONFIG)) $(call arguments,sft)
+
+$(FILE_rm): $(call redo,rm) | $(STAMP) $(call made,base sft)
+	exec $(PY) -m stages.rm --config $(call quote,$(RM_CONFIG)) $(call arguments,rm)
+
+$(FILE_ppo): $(call redo,ppo) | $(STAMP) $(call made,base sft rm)
+	$(LAUNCH_ENV)exec $(PY) $(LAUNCH)-m stages.ppo --config $(call quote,$(PPO_CONFIG)) $(call arguments,ppo)
+
+$(FILE_eval): $(call redo,eval) | $(STAMP) $(call made,base sft rm ppo)
+	exec $(PY) -m pipeline.evaluation --config $(call quote,$(EVAL_CONFIG)) $(call arguments,eval)
+
+$(FILE_report): $(call redo,report) | $(STAMP) $(call made,sft rm ppo eval)
+	exec $(PY) -m pipeline.evaluation.report --run $(RUN_DIR)
+
+endif
+
+base-%:
+	@$(MAKE) --no-print-directory base RECIPE=$*
+
+# --- around them ------------------------------------------------------------
+
+.PHONY: help venv test test-slow check chat overopt seeds status show-config clean
+
+help:  ## this text
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 } \
+	  /^#: / { extra = extra "\n  " substr($$0, 4) } END { print extra }' Makefile
+
+chat: $(STAMP)  ## talk with the run's policy
+	@exec $(PY) -m pipeline.chat --run $(RUN_DIR) $(ARGS)
+
+overopt: $(STAMP)  ## study over-optimisation: gold against proxy as KL grows
+	exec $(PY) -m pipeline.evaluation.overopt --recipe $(RECIPE) $(ARGS)
+
+seeds: $(STAMP)  ## repeat the recipe over seeds
+	exec $(PY) -m pipeline.evaluation.seeds --recipe $(RECIPE) $(ARGS)
+
+status: $(STAMP)  ## what the run has, and what would be made again
+	@exec $(STATUS)
+
+show-config: $(STAMP)  ## the configs as the stages will see them, every key explained
+	@$(PY) -m pipeline.config --stage sft --config $(call quote,$(SFT_CONFIG)) $(SETTINGS)
+	@$(PY) -m pipeline.config --stage rm --config $(call quote,$(RM_CONFIG)) $(SETTINGS)
+	@$(PY) -m pipeline.config --stage ppo --config $(call quote,$(PPO_CONFIG)) $(SETTINGS)
+
+test: $(STAMP)  ## the fast tests
+	exec $(PY) -m pytest $(ARGS)
+
+test-slow: $(STAMP)  ## the slow tests: whole runs, and faults
+	exec $(PY) -m pytest -m "slow or fault" $(ARGS)
+
+check: $(STAMP)  ## lint, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:  ## remove the run CKPT/RUN, and nothing else
+	rm -rf -- $(call quote,$(RUN_DIR))
+
+venv: $(STAMP)  ## the environment in .venv, with pinned packages
+
+# The torch that fits the machine. With an NVIDIA driver: the release itself, which on Linux is the
+# CUDA build, and not a CPU build that pip's configuration may also offer. Without one on Linux: the
+# CPU build if an index that pip knows has it (TORCH_INDEX= adds an index), else the release, which
+# runs on CPUs too but is several gigabytes. Elsewhere the release is the right one.
+ifneq ($(VENV),)
+$(STAMP): $(if $(READY),,redo)
+	@test -n $(call quote,$(PYTHON)) || { echo "Python 3.11 or newer is needed: PYTHON=" >&2; exit 2; }
+	@echo "venv: $(VENV) with torch $(TORCH) and what goes with it; minutes, the first time"
+	@if $(PY) -m pip --version >/dev/null 2>&1; then :; \
+	else $(PYTHON) -m venv `test ! -f $(VENV)/pyvenv.cfg || echo --clear` $(VENV); fi
+	@if nvidia-smi >/dev/null 2>&1; then \
+	  echo "venv: torch for CUDA"; \
+	  test -z "$(TORCH_INDEX)" && $(PIP) "torch===$(TORCH)" 2>/dev/null || $(PIP) torch; \
+	elif test "`uname -s`" = Linux && $(PIP) "torch==$(TORCH)+cpu" 2>/dev/null; then \
+	  echo "venv: torch for CPUs"; \
+	else \
+	  echo "venv: torch as released"; $(PIP) torch; \
+	fi
+	@echo "venv: the other packages"
+	@$(PIP) --editable '.[dev,gguf]'
+	@echo $(VENV_KEY) > $@
+	@echo "venv: ready"
+endif

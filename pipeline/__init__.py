@@ -1,0 +1,1 @@
+"""What the three stages share: configuration, artifacts, data, models, PPO, evaluation."""

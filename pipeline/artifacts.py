@@ -1,0 +1,304 @@
+"""The hand-off between stages: published directories, sealed by a manifest.
+
+A published directory is complete or absent, and never modified. Its `manifest.json`, written last,
+names every file with size and SHA-256 and says what the artifact was made from.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.config import config_hash
+from pipeline.errors import UserError
+from pipeline.files import Lock, sha256, sync, write_atomically
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+UNSAFE = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py", ".pyc"}
+"""Endings of files that can carry code; an artifact holds none."""
+
+PACKAGES = (
+    "torch transformers trl peft accelerate datasets safetensors tokenizers numpy wandb".split()
+)
+
+
+class FileEntry(BaseModel):
+    """Size in bytes and SHA-256 of one file."""
+
+    model_config = ConfigDict(extra="forbid")
+    size: int
+    sha256: str
+
+
+class Parent(BaseModel):
+    """An artifact this one was made from."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: str
+    manifest_sha256: str
+
+
+class Manifest(BaseModel):
+    """What an artifact is and what it was made from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    stage: str
+    files: dict[str, FileEntry] = {}
+    """Relative POSIX path -> size and hash; filled by `publish`."""
+    config: dict[str, Any] = {}
+    """Resolved config."""
+    config_hash: str = ""
+    inputs: dict[str, str] = {}
+    """Data file -> SHA-256; hub id -> itself."""
+    tokenizer_hash: str = ""
+    template_hash: str = ""
+    parents: dict[str, Parent] = {}
+    packages: dict[str, str] = {}
+    seed: int | None = None
+    metrics: dict[str, float | int | str | bool | None] = {}
+    created: str = ""
+    """ISO time, UTC."""
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
+    """Hash the files of `directory` and write its manifest as the last of them, all on disk."""
+    paths = sorted(_files(directory) - {MANIFEST})
+    if unsafe := [path for path in paths if PurePosixPath(path).suffix in UNSAFE]:
+        raise ValueError(f"{directory}: {', '.join(unsafe)}: may carry code, not published")
+    entries = {path: _entry(directory / path) for path in paths}
+    complete = manifest.model_copy(
+        update={
+            "files": entries,
+            "packages": manifest.packages or installed_packages(),
+            "created": manifest.created or datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    )
+    for path in paths:
+        sync(directory / path)
+    write_atomically(directory / MANIFEST, complete.model_dump_json(indent=1) + "\n")
+    for folder in {directory, *((directory / path).parent for path in paths)}:
+        sync(folder)
+    return complete
+
+
+def publish(staging: Path, final: Path, manifest: Manifest) -> Path:
+    """Seal `staging` and put it in the place of `final` by renames alone.
+
+    Killed at any moment, either the old or the new artifact is there, or `recover` brings the new
+    one. Hold the stage's lock. Both must lie on one file system.
+    """
+    write_manifest(staging, manifest)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    recover(final)
+    os.rename(staging, _fresh(final))  # from here on the new artifact is certain
+    sync(final.parent)
+    recover(final)
+    return final
+
+
+def recover(final: Path) -> None:
+    """Complete an interrupted swap: `.NAME.ready` is whole and takes the place of `NAME`."""
+    fresh, old = _fresh(final), _old(final)
+    if (fresh / MANIFEST).is_file():
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
+        os.rename(fresh, final)
+        sync(final.parent)
+    elif old.exists() and not final.exists():
+        os.rename(old, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(final: Path) -> None:
+    """`recover`, unless a running stage is at it."""
+    if _fresh(final).exists() or _old(final).exists():
+        try:
+            with Lock(lock_path(final)):
+                recover(final)
+        except UserError:
+            pass  # the holder of the lock completes it
+
+
+def publish_directory(
+    staging: Path, final: Path, config: BaseModel, inputs: dict[str, str] | None = None
+) -> Path:
+    """Publish what needs no frame of a stage, such as a base model."""
+    manifest = Manifest(
+        stage=str(getattr(config, "stage", final.name)),
+        config=config.model_dump(mode="json"),
+        config_hash=config_hash(config),
+        inputs=inputs or {},
+        seed=getattr(config, "seed", None),
+    )
+    return publish(staging, final, manifest)
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of the packages that can change a result."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read(directory: Path | str, stage: str | None = None) -> Manifest:
+    """The manifest of a published directory, after every file was found as it says.
+
+    UserError names the file that is missing, changed or does not belong, and how to rebuild.
+    """
+    directory = Path(directory)
+    manifest = read_listing(directory, stage)
+    for name, entry in manifest.files.items():
+        if sha256(directory / name) != entry.sha256:
+            raise _damaged(directory, name, "is corrupt: its SHA-256 is not the manifest's")
+    return manifest
+
+
+def read_listing(directory: Path, stage: str | None = None) -> Manifest:
+    """`read` without the hashes: files are there, of the right size and kind, and no others are."""
+    manifest = read_manifest(directory, stage)
+    present = _files(directory) - {MANIFEST}
+    for name, entry in manifest.files.items():
+        if not _is_inside(name):
+            raise _damaged(directory, MANIFEST, f"is refused: it lists {name!r}, outside of it")
+        if name not in present:
+            raise _damaged(directory, name, "is missing")
+        if PurePosixPath(name).suffix in UNSAFE:
+            raise _damaged(directory, name, "is refused: such a file may carry code")
+        if (size := (directory / name).stat().st_size) != entry.size:
+            raise _damaged(directory, name, f"has {size} bytes, not {entry.size}")
+    for name in sorted(present - manifest.files.keys()):
+        if not PurePosixPath(name).name.startswith("."):
+            raise _damaged(directory, name, "is not part of the artifact; remove it")
+    return manifest
+
+
+def read_manifest(directory: Path, stage: str | None = None) -> Manifest:
+    """The manifest alone, its files unseen."""
+    settle(directory)
+    path = directory / MANIFEST
+    if directory.is_symlink() or path.is_symlink():
+        raise UserError(f"{path}: refused: a symbolic link")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory}: not made yet; make it: {make_command(directory, force=False)}"
+        ) from None
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise _damaged(directory, MANIFEST, f"is not a manifest: {reason}") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise _damaged(directory, MANIFEST, f"has format {manifest.format_version}, not 1")
+    if stage is not None and manifest.stage != stage:
+        raise UserError(f"{directory}: made by stage {manifest.stage}, expected {stage}")
+    return manifest
+
+
+def is_published(directory: Path) -> bool:
+    """Whether an artifact is there, whole or not."""
+    settle(directory)
+    return (directory / MANIFEST).is_file()
+
+
+def manifest_hash(directory: Path) -> str:
+    """SHA-256 of the manifest, and so of everything it names."""
+    return sha256(directory / MANIFEST)
+
+
+def check_same_tokenizer(a: Manifest, b: Manifest) -> None:
+    """UserError when two artifacts tokenise or format differently."""
+    for what in ("tokenizer", "template"):
+        if getattr(a, f"{what}_hash") != getattr(b, f"{what}_hash"):
+            name = "chat template" if what == "template" else what
+            raise UserError(
+                f"{a.stage} and {b.stage} have different {name}s: train {b.stage} again"
+            )
+
+
+def check_trained_from(child: Path, name: str, parent: Path) -> None:
+    """UserError unless `child` was made from exactly the artifact `parent` (e.g. rm from this sft)."""
+    link = read_manifest(child).parents.get(name)
+    if link is None or link.manifest_sha256 != manifest_hash(parent):
+        origin = f"another {name} ({link.path})" if link else f"no {name}"
+        raise UserError(
+            f"{child}: trained from {origin}, not from {parent}; "
+            f"train it again: {make_command(child)}"
+        )
+
+
+def make_command(directory: Path, force: bool = True) -> str:
+    """The make command that builds an artifact."""
+    stage, run = directory.name, directory.parent.name
+    words = ["make", stage, f"RUN={run}"]
+    if run == "base":
+        stage, words = "base", ["make", "base", f"RECIPE={directory.name}"]
+    root = directory.parent.parent
+    if root != Path("checkpoints") and str(root) != ".":
+        words.append(f"CKPT={root}")
+    return " ".join([*words, f"FORCE={stage}"] if force else words)
+
+
+def _damaged(directory: Path, name: str, reason: str) -> UserError:
+    return UserError(f"{directory / name}: {reason}; rebuild: {make_command(directory)}")
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def lock_path(final: Path) -> Path:
+    """The lock of the artifact `RUN/STAGE`."""
+    return final.parent / ".work" / f"{final.name}.lock"
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(size=path.stat().st_size, sha256=sha256(path))
+
+
+def _files(directory: Path) -> set[str]:
+    """Relative paths of all files below; UserError for a link or anything else that is no file."""
+    return set(_walk(directory, directory))
+
+
+def _walk(directory: Path, top: Path) -> Iterator[str]:
+    for entry in os.scandir(directory):
+        if entry.is_symlink():
+            raise UserError(f"{entry.path}: refused: a symbolic link in an artifact")
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), top)
+        elif entry.is_file():
+            yield Path(entry.path).relative_to(top).as_posix()
+        else:
+            raise UserError(f"{entry.path}: refused: not a plain file")
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a manifest's path stays in its directory."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def _fresh(final: Path) -> Path:
+    return final.with_name(f".{final.name}.ready")
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")

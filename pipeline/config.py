@@ -1,0 +1,288 @@
+"""Stage configs: strict YAML and `a.b=c` overrides into the models of `pipeline.schema`.
+
+    python -m pipeline.config --stage ppo --config configs/tiny/ppo.yaml [key=value ...]
+
+prints a config as the stage will see it, every key with what it means.
+"""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import shlex
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline import schema, strict_yaml
+from pipeline.errors import UserError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+CHECKPOINTS = "checkpoints"
+"""First folder of paths in configs; RLHF_CHECKPOINTS names the folder that really stands for it."""
+
+_OTHER_PREFIXES = ("base", "eval")  # files beside the stages' own; their schemas live elsewhere
+
+
+def load_config(cls: type[Config], path: Path | str, overrides: Iterable[str] = ()) -> Config:
+    """Read a config file, put `a.b=c` overrides over it and check it.
+
+    UserError lists every problem at once as `file: key: reason`, with the nearest known key.
+    """
+    path = Path(path)
+    raw = strict_yaml.read_mapping(path)
+    problems = [problem for word in overrides if (problem := _override(raw, word))]
+    problems += [f"{path}: {key}: not a finite number" for key in _not_finite(raw)]
+    raw = _defaults_as_text(cls) | _relocated(raw)
+    try:
+        config = cls.model_validate_json(json.dumps(raw), strict=True)  # "3" is no 3, true is no 1
+    except ValidationError as error:
+        problems += [f"{path}: {problem}" for problem in _problems(cls, error)]
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def config_hash(config: BaseModel) -> str:
+    """SHA-256 of the keys that decide the result; those in `cosmetic` do not."""
+    cosmetic: set[str] = getattr(config, "cosmetic", set())
+    keys = {k: v for k, v in config.model_dump(mode="json").items() if k not in cosmetic}
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], skip: Iterable[str] = ()) -> list[str]:
+    """`key: old -> new` for every key of two resolved configs that differs."""
+    keys = [key for key in dict.fromkeys([*old, *new]) if key not in set(skip)]
+    return [
+        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
+
+
+# --- overrides ------------------------------------------------------------------------------------
+
+
+def split_settings(text: str) -> list[str]:
+    """The words of SET, split as a shell would."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"SET: {error}: {text}") from None
+
+
+def stage_overrides(stage: str, settings: Iterable[str]) -> list[str]:
+    """Those words of SET that are for `stage`, without its prefix.
+
+    `ppo.kl_coef=.02` is for ppo alone; `seed=3` for every stage that has such a key. A key that no
+    stage has is an error, and all of them are told at once.
+    """
+    mine, problems = [], []
+    for word in settings:
+        key, equals, value = word.partition("=")
+        prefix, _, rest = key.partition(".")
+        if not equals or not key:
+            problems.append(f"{word}: not of the form key=value")
+        elif prefix in _OTHER_PREFIXES and rest:
+            mine += [f"{rest}={value}"] if prefix == stage else []
+        elif prefix in schema.STAGES and rest:
+            problems += _unknown(rest, [prefix], word)
+            mine += [f"{rest}={value}"] if prefix == stage else []
+        else:
+            problems += _unknown(key, list(schema.STAGES), word)
+            known = schema.STAGES.get(stage)
+            mine += [word] if known and prefix in known.model_fields else []
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return mine
+
+
+def _unknown(key: str, stages: list[str], word: str) -> list[str]:
+    """A problem when no stage of `stages` has `key`'s first part, else nothing."""
+    name = key.partition(".")[0]
+    fields = dict.fromkeys(f for stage in stages for f in schema.STAGES[stage].model_fields)
+    if name in ("run", "borrow"):
+        return [f"{word}: use RUN= and FROM= (on a command line --run and --from)"]
+    if name in fields:
+        return []
+    return [f"{word}: no key `{name}` in {' or '.join(stages)}{did_you_mean(name, fields)}"]
+
+
+def _override(raw: dict[str, Any], word: str) -> str | None:
+    """Put one `a.b=c` into the raw config; returns what is wrong with it, if anything is."""
+    key, equals, text = word.partition("=")
+    if not equals or not all(key.split(".")):
+        return f"{word}: not of the form key=value"
+    try:
+        value = strict_yaml.parse(text, word)
+    except UserError as error:
+        return str(error)
+    *parents, last = key.split(".")
+    place: Any = raw
+    for name in parents:
+        if isinstance(place, list) and name.isdigit() and int(name) < len(place):
+            place = place[int(name)]
+            continue
+        if not isinstance(place, dict):
+            return f"{word}: `{name}` is not inside a group of keys"
+        if place.get(name) is None:
+            place[name] = {}
+        place = place[name]
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        return f"{word}: `{last}` is not inside a group of keys"
+    return None
+
+
+# --- what is wrong, in words ----------------------------------------------------------------------
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean `x`?)`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+def _problems(cls: type[BaseModel], error: ValidationError) -> Iterator[str]:
+    """pydantic's errors as `key: reason`."""
+    for problem in error.errors(include_url=False):
+        location = [str(part) for part in problem["loc"] if part != "[key]"]
+        if problem["type"] == "extra_forbidden":
+            yield f"{'.'.join(location)}: unknown key{_nearest_key(cls, location)}"
+            continue
+        reason = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            reason = "missing"
+        elif problem["type"] != "value_error":
+            reason = f"{reason[0].lower()}{reason[1:]}, not {json.dumps(problem['input'])}"
+        key = ".".join(part for part in location if "[" not in part and part != "str")
+        yield f"{key}: {reason}" if key else reason
+
+
+def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
+    """The nearest key of the same group, else the stage that has such a key."""
+    *groups, name = location
+    for group in groups:
+        if not group.isdigit():
+            cls = _section(cls, group) or cls
+    if hint := did_you_mean(name, cls.model_fields):
+        return hint
+    if groups:
+        return f"; known are {', '.join(cls.model_fields)}"
+    owners = [stage for stage, other in schema.STAGES.items() if name in other.model_fields]
+    return f" (a key of {' and '.join(owners)})" if owners else ""
+
+
+def _section(cls: type[BaseModel], field: str) -> type[BaseModel] | None:
+    """The model inside a field's annotation (`Lora | None`, `list[Reward]`, ...), if it has one."""
+    if field not in cls.model_fields:
+        return None
+    pending: list[Any] = [cls.model_fields[field].annotation]
+    while pending:
+        kind = pending.pop()
+        if inspect.isclass(kind) and not isinstance(kind, types.GenericAlias):
+            if issubclass(kind, BaseModel):
+                return kind
+        pending += typing.get_args(kind)
+    return None
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[str]:
+    """Dotted keys of values that are NaN or infinite; JSON has none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(inner, f"{key}.{name}" if key else str(name))
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def checkpoints_root() -> Path:
+    """The folder that stands for `checkpoints/` (make's CKPT)."""
+    return Path(os.environ.get("RLHF_CHECKPOINTS") or CHECKPOINTS)
+
+
+def _relocated(value: Any) -> Any:
+    """The raw config with `checkpoints/...` moved below `checkpoints_root()`."""
+    if isinstance(value, dict):
+        return {key: _relocated(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_relocated(inner) for inner in value]
+    if isinstance(value, str) and value.startswith(CHECKPOINTS + "/"):
+        return str(checkpoints_root() / value.removeprefix(CHECKPOINTS + "/"))
+    return value
+
+
+def _defaults_as_text(cls: type[BaseModel]) -> dict[str, str]:
+    """Defaults that are paths: strict JSON validation wants even those as text."""
+    fields = cls.model_fields.items()
+    return {name: str(field.default) for name, field in fields if isinstance(field.default, Path)}
+
+
+# --- show-config ----------------------------------------------------------------------------------
+
+
+def documented(config: BaseModel) -> str:
+    """The resolved config as YAML, each key under the docstring of its declaration."""
+    docs = _docs(type(config))
+    lines: list[str] = []
+    for key, value in config.model_dump(mode="json").items():
+        for line in docs.get(key, "").splitlines():
+            lines.append(f"# {line}")
+        lines.append(yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True).rstrip())
+    return "\n".join(lines)
+
+
+def _docs(cls: type) -> dict[str, str]:
+    """Field name -> the string that stands under its declaration, base classes included."""
+    found: dict[str, str] = {}
+    for kind in reversed(cls.__mro__):
+        if not (issubclass(kind, BaseModel) and kind.__module__.startswith("pipeline.")):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+        statements = body.body if isinstance(body, ast.ClassDef) else []
+        for field, text in zip(statements, statements[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                    found[field.target.id] = inspect.cleandoc(str(text.value.value))
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `make show-config`."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.config")
+    parser.add_argument("--stage", required=True, choices=[*schema.STAGES, "base"])
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument(
+        "--set", default="", help='the words of SET, e.g. "ppo.kl_coef=0.02 seed=3"'
+    )
+    parser.add_argument("settings", nargs="*", help="key=value")
+    args = parser.parse_args(argv)
+    words = [*split_settings(args.set), *args.settings]
+    cls = schema.STAGES.get(args.stage, schema.BaseConfig)
+    config = load_config(cls, args.config, stage_overrides(args.stage, words))
+    print(documented(config))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,300 @@
+"""Rows of the forms people have -> messages: demonstrations, prompts and plain texts.
+
+A row has a prompt under one of `PROMPTS` and, for a demonstration, a reply under one of `REPLIES`:
+
+    messages / conversations      a whole conversation; role+content or from+value
+    instruction (+ input)         alpaca, with `output`
+    prompt, query                 text, a "\\n\\nHuman: ..." dialogue or messages
+    text                          a rendered alpaca or dialogue text alone; otherwise plain text
+    chosen (+ rejected)           a pair's better answer; alone, HH's whole transcripts
+    system, history               beside any of them: text; a list of [user, assistant]
+
+Where several are there, the first in this order counts. A null cell counts as absent.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from pipeline.data.messages import (
+    Message,
+    is_transcript,
+    message,
+    message_list,
+    one_message,
+    optional_text,
+    rendered_messages,
+    split_transcript,
+    text_of,
+    transcript_messages,
+    user_turn,
+)
+from pipeline.data.problems import BadRow, kind
+from pipeline.data.sources import Row, report_for, scan, source_name
+
+Item = TypeVar("Item")
+
+
+@dataclass(slots=True)
+class Demonstration:
+    """A conversation that ends in the assistant message to learn."""
+
+    messages: list[Message]
+    where: str
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A conversation that ends before the assistant's turn, and its row for reward functions."""
+
+    messages: list[Message]
+    row: dict[str, Any]
+    where: str
+
+
+def load_demonstrations(source: Any, notes: list[str] | None = None) -> list[Demonstration]:
+    """Demonstrations of a schema.Data or an in-memory dataset.
+
+    UserError: the first 20 rows without a prompt or a reply, with `file:line: reason`. What was
+    dropped or merged is appended to `notes`, or printed if that is None.
+    """
+    return _load(source, notes, lambda row: Demonstration(demonstration(row.values), row.where))
+
+
+def load_prompts(source: Any, notes: list[str] | None = None) -> list[Prompt]:
+    """Prompts of any form; replies in the file are ignored. Errors as in load_demonstrations."""
+    return _load(source, notes, lambda row: Prompt(prompt(row.values), row.values, row.where))
+
+
+def load_texts(source: Any, notes: list[str] | None = None) -> list[str]:
+    """Plain texts for the pretraining mix: `text` as it is, demonstrations as plain dialogues."""
+    return _load(source, notes, lambda row: plain_text(row.values))
+
+
+def _load(source: Any, notes: list[str] | None, convert: Callable[[Row], Item]) -> list[Item]:
+    report = report_for(source)
+    items = []
+    for row in scan(source, report):
+        try:
+            items.append(convert(row))
+        except BadRow as error:
+            report.problem(row.where, error)
+    report.close(source_name(source), len(items), notes)
+    return items
+
+
+# --- one row --------------------------------------------------------------------------------------
+
+
+def demonstration(values: dict[str, Any]) -> list[Message]:
+    """Messages of a row, the assistant's last; BadRow if it has no reply or an empty one."""
+    found = find_prompt(values)
+    messages = found or []
+    answered = first_of(values, PROMPTS) in WHOLE and messages != without_reply(messages)
+    reply = first_of(values, REPLIES)
+    if reply is not None and not answered:
+        messages = complete(messages, values[reply], reply)
+    if found is None and len(messages) < 2:  # not even a transcript in `chosen`
+        raise BadRow(_no_prompt(values))
+    if messages[-1]["role"] != "assistant":
+        raise BadRow(_no_reply(values))
+    if not messages[-1]["content"].strip():
+        raise BadRow("the reply is empty")
+    check_prompt(messages[:-1])
+    return messages
+
+
+def prompt(values: dict[str, Any]) -> list[Message]:
+    """Messages of a row up to the user's last; BadRow if there are none."""
+    messages = find_prompt(values)
+    if messages is None and values.get("chosen") is not None:
+        messages = complete([], values["chosen"], "chosen")
+    if messages is None and values.get("text") is not None:
+        messages = [message("user", text_of(values["text"], "text"))]
+    if messages is None:
+        raise BadRow(_no_prompt(values))
+    messages = without_reply(messages)
+    check_prompt(messages)
+    return messages
+
+
+def without_reply(messages: list[Message]) -> list[Message]:
+    """A conversation up to the user's last message: `messages` may hold the reply as well."""
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages
+
+
+def plain_text(values: dict[str, Any]) -> str:
+    """`text`, or a demonstration as "User: ...", a blank line, "Assistant: ..."."""
+    if values.get("text") is None:
+        messages = demonstration(values)
+        return "\n\n".join(f"{item['role'].capitalize()}: {item['content']}" for item in messages)
+    text = text_of(values["text"], "text")
+    if not text.strip():
+        raise BadRow("`text` is empty")
+    return text
+
+
+def check_prompt(messages: list[Message]) -> None:
+    """BadRow unless the user both begins and ends the conversation, the end not without words."""
+    if not messages or messages[-1]["role"] != "user":
+        raise BadRow("no user message before the reply")
+    if messages[len(_system(messages))]["role"] != "user":
+        raise BadRow("the conversation begins with the assistant")
+    if not messages[-1]["content"].strip():
+        raise BadRow("the prompt is empty")
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def _conversation(values: dict[str, Any], name: str) -> list[Message]:
+    return message_list(values[name], name)
+
+
+def _alpaca(values: dict[str, Any], name: str) -> list[Message]:
+    user = user_turn(text_of(values[name], name), optional_text(values, "input"))
+    return [message("user", user)]
+
+
+def _text_or_messages(values: dict[str, Any], name: str) -> list[Message]:
+    value = values[name]
+    if isinstance(value, list | tuple):
+        return message_list(value, name)
+    if isinstance(value, dict):
+        return [one_message(value, name)]
+    text = text_of(value, name)
+    if is_transcript(text):  # Nectar's prompts: "\n\nHuman: ... \n\nAssistant:"
+        return transcript_messages(text)
+    return [message("user", text)]
+
+
+def _rendered(values: dict[str, Any], name: str) -> list[Message] | None:
+    return rendered_messages(text_of(values[name], name))
+
+
+PROMPTS: dict[str, Callable[[dict[str, Any], str], list[Message] | None]] = {
+    "messages": _conversation,
+    "conversations": _conversation,
+    "instruction": _alpaca,
+    "prompt": _text_or_messages,
+    "query": _text_or_messages,
+    "text": _rendered,
+}
+"""Column of the prompt -> its reader, in order of preference."""
+
+WHOLE = ("messages", "conversations", "text")
+"""Prompt columns that may hold the reply as well."""
+
+REPLIES = ("output", "completion", "response", "chosen")
+"""Columns that hold the reply to a prompt."""
+
+
+def first_of(values: dict[str, Any], names: Any) -> str | None:
+    """The first of some columns that a row fills."""
+    return next((name for name in names if values.get(name) is not None), None)
+
+
+def find_prompt(values: dict[str, Any]) -> list[Message] | None:
+    """What a row's prompt column says, after its `system` and `history`; None without a prompt."""
+    name = first_of(values, PROMPTS)
+    messages = PROMPTS[name](values, name) if name else None
+    if messages is None:
+        return None
+    before = _history(values)
+    system = optional_text(values, "system")
+    if system.strip() and messages[0]["role"] != "system":
+        before = [message("system", system), *before]
+    return before + messages
+
+
+def _history(values: dict[str, Any]) -> list[Message]:
+    turns = values.get("history")
+    if turns is not None and not isinstance(turns, list | tuple):
+        raise BadRow(f"`history` is {kind(turns)}, expected a list of [user, assistant]")
+    messages = []
+    for at, turn in enumerate(turns or []):
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise BadRow(f"`history[{at}]` is not a pair [user, assistant]")
+        for role, said in zip(("user", "assistant"), turn, strict=True):
+            messages.append(message(role, text_of(said, f"history[{at}]")))
+    return messages
+
+
+# --- replies --------------------------------------------------------------------------------------
+
+
+def complete(before: list[Message], reply: Any, name: str) -> list[Message]:
+    """The conversation `before` with its reply, the assistant's message last.
+
+    The reply may be a text, a message, the messages that follow, an HH transcript or a whole
+    conversation that begins with `before`. BadRow if it does not continue `before`.
+    """
+    context, answer = _answer(reply, name)
+    if not context or not before:
+        messages = before or context
+    elif context[0]["role"] == "assistant":
+        messages = before + context
+    elif _same_start(before, context):
+        messages = context if context[0]["role"] == "system" else _system(before) + context
+    else:
+        raise BadRow(f"`{name}` is a conversation that does not begin with the prompt")
+    return [*messages, message("assistant", answer)]
+
+
+def _answer(reply: Any, name: str) -> tuple[list[Message], str]:
+    """What stands before the answer (often nothing), and the answer."""
+    if isinstance(reply, str):
+        text = text_of(reply, name)
+        return split_transcript(text) if is_transcript(text) else ([], text)
+    if isinstance(reply, dict):
+        messages = [one_message(reply, name)]
+    elif isinstance(reply, list):
+        messages = message_list(reply, name)
+    else:
+        raise BadRow(f"`{name}` is {kind(reply)}, expected text or messages")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise BadRow(f"`{name}` does not end in an assistant message")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _system(messages: list[Message]) -> list[Message]:
+    return [item for item in messages if item["role"] == "system"]
+
+
+def _same_start(before: list[Message], context: list[Message]) -> bool:
+    """Whether every user message of `before` is among those of `context` (spaces aside)."""
+    said = {item["content"].strip() for item in context if item["role"] == "user"}
+    return all(item["content"].strip() in said for item in before if item["role"] == "user")
+
+
+# --- reasons --------------------------------------------------------------------------------------
+
+
+def _no_prompt(values: dict[str, Any]) -> str:
+    if values.get("text") is not None:
+        return "plain text is no demonstration: no `### Response:` in it, and no other column"
+    wanted = [name for name in PROMPTS if name != "text"]
+    return f"no prompt: {missing(values, wanted)}"
+
+
+def _no_reply(values: dict[str, Any]) -> str:
+    name = first_of(values, PROMPTS)
+    if name in ("messages", "conversations"):
+        return f"`{name}` does not end in an assistant message"
+    return f"no reply to `{name}`: {missing(values, REPLIES)}"
+
+
+def missing(values: dict[str, Any], wanted: Any) -> str:
+    """`none of a, b; the row has x, y (did you mean x?)`, for a row that lacks a column."""
+    null = [name for name in wanted if name in values]
+    if null:
+        return f"`{null[0]}` is null"
+    names = [str(name) for name in values]
+    near = [found for name in wanted for found in get_close_matches(name, names, 1, 0.6)]
+    hint = f" (is `{near[0]}` meant? `columns` in the config can rename it)" if near else ""
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    needed = f"no {wanted[0]}" if len(wanted) == 1 else f"none of {', '.join(wanted)}"
+    return f"{needed}; the row has {shown or 'nothing'}{hint}"

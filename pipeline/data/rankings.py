@@ -1,0 +1,198 @@
+"""Rows of comparisons -> rankings of K responses to one prompt, 2 <= K <= 9, rank 1 the best.
+
+    pairs          chosen, rejected beside a prompt (texts, messages or whole transcripts), or
+                   alone as HH's two transcripts
+    ranked lists   responses, completions or answers with `ranks` (lower is better, ties allowed)
+    scored lists   the same with `scores` (higher is better)
+    candidates     lists of objects with their own response/answer/text/content and
+                   rank/overall_score/score, as UltraFeedback and Nectar have them
+
+The prompt stands in any of the columns of `pipeline.data.forms`. Where ranks and scores are both
+there, ranks count. A response whose rank or score is null was not judged and is left out.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.forms import (
+    check_prompt,
+    complete,
+    find_prompt,
+    first_of,
+    missing,
+    without_reply,
+)
+from pipeline.data.messages import Message
+from pipeline.data.problems import BadRow, Report, kind
+from pipeline.data.sources import report_for, scan, source_name
+
+MAX_K = 9
+LISTS = ("responses", "completions", "answers")
+TEXTS = ("response", "answer", "text", "content")
+RANKS = ("rank",)
+SCORES = ("overall_score", "score")
+
+
+@dataclass(slots=True)
+class Ranking:
+    """K different responses to one prompt; ranks are 1, 2, ... without gaps, equal ones tie."""
+
+    messages: list[Message]
+    responses: list[str]
+    ranks: list[int]
+    where: str
+
+
+def load_rankings(source: Any, notes: list[str] | None = None) -> list[Ranking]:
+    """Rankings of a schema.Data or an in-memory dataset.
+
+    Equal responses of equal rank are merged; groups left with one response or with nothing but
+    ties are dropped; both are counted, in `notes` or printed. UserError: the first 20 rows that are
+    malformed, contradict themselves (the same response at two ranks) or have more than 9 responses.
+    """
+    report = report_for(source)
+    rankings = []
+    for row in scan(source, report):
+        try:
+            found = ranking(row.values, row.where, report)
+        except BadRow as error:
+            report.problem(row.where, error)
+        else:
+            rankings += [found] if found else []
+    report.close(source_name(source), len(rankings), notes)
+    return rankings
+
+
+def ranking(values: dict[str, Any], where: str, report: Report) -> Ranking | None:
+    """One row's ranking, or None (counted in the report) if it compares nothing."""
+    conversations, places = (
+        _pair(values) if first_of(values, ("chosen", "rejected")) else _list(values)
+    )
+    prompts = [conversation[:-1] for conversation in conversations]
+    if any(prompt != prompts[0] for prompt in prompts):
+        raise BadRow("the responses do not share a prompt")
+    judged = [(c, p) for c, p in zip(conversations, places, strict=True) if p is not None]
+    report.count("responses without a rank left out", len(places) - len(judged))
+    merged = _merge([(c[-1]["content"], p) for c, p in judged])
+    report.count("identical responses of equal rank merged", len(judged) - len(merged))
+    if prompts:
+        check_prompt(prompts[0])
+    if len(merged) > MAX_K:
+        raise BadRow(f"{len(merged)} responses; at most {MAX_K} can be ranked")
+    if len(merged) < 2:
+        report.count("prompts with fewer than 2 responses dropped")
+        return None
+    if len(set(merged.values())) == 1:
+        report.count("prompts whose responses all tie dropped")
+        return None
+    return Ranking(prompts[0], list(merged), dense_ranks(list(merged.values())), where)
+
+
+def dense_ranks(places: Sequence[float]) -> list[int]:
+    """Ranks 1, 2, ... without gaps, the smallest place first; equal places share a rank."""
+    order = {place: rank for rank, place in enumerate(sorted(set(places)), 1)}
+    return [order[place] for place in places]
+
+
+def _merge(judged: list[tuple[str, float]]) -> dict[str, float]:
+    merged: dict[str, float] = {}
+    for response, place in judged:
+        if merged.setdefault(response, place) != place:
+            shown = response if len(response) <= 40 else response[:40] + "..."
+            raise BadRow(f"the same response at two ranks: {shown!r}")
+    return merged
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def _pair(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | None]]:
+    for name in ("chosen", "rejected"):
+        if values.get(name) is None:
+            raise BadRow(missing(values, [name]))
+    before = without_reply(find_prompt(values) or [])
+    pair = [complete(before, values[name], name) for name in ("chosen", "rejected")]
+    if len(pair[0]) == 1:
+        raise BadRow("no prompt: `chosen` and `rejected` are not transcripts and no column has it")
+    if pair[0][:-1] != pair[1][:-1]:
+        raise BadRow("`chosen` and `rejected` do not share a prompt")
+    return pair, [1, 2]
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def _list(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | None]]:
+    name = first_of(values, LISTS)
+    if name is None:
+        raise BadRow(f"no comparison: {missing(values, ['chosen', *LISTS])}")
+    items = values[name]
+    if not isinstance(items, list | tuple):
+        raise BadRow(f"`{name}` is {kind(items)}, expected a list")
+    before = without_reply(find_prompt(values) or [])
+    if not before:
+        raise BadRow(
+            f"no prompt beside `{name}`: {missing(values, ['prompt', 'messages', 'instruction'])}"
+        )
+    places = _places(values, name, items)
+    texts = [_candidate_text(item, f"{name}[{at}]") for at, item in enumerate(items)]
+    return [complete(before, text, f"{name}[{at}]") for at, text in enumerate(texts)], places
+
+
+def _candidate_text(item: Any, name: str) -> Any:
+    """A candidate's response: itself, or the cell of an object that holds it."""
+    if not isinstance(item, dict) or "role" in item or "from" in item:
+        return item
+    column = first_of(item, TEXTS)
+    if column is None:
+        raise BadRow(f"`{name}` has no text: {missing(item, TEXTS)}")
+    return item[column]
+
+
+def _places(values: dict[str, Any], name: str, items: Sequence[Any]) -> list[float | None]:
+    """A place per candidate, lower = better; None where it was not judged."""
+    column = first_of(values, ("ranks", "scores"))
+    if column is not None:
+        cells = values[column]
+        if not isinstance(cells, list | tuple):
+            raise BadRow(f"`{column}` is {kind(cells)}, expected a list")
+        if len(cells) != len(items):
+            raise BadRow(f"{len(items)} `{name}` but {len(cells)} `{column}`")
+        read = _rank if column == "ranks" else _score
+        return [read(cell, f"{column}[{at}]") for at, cell in enumerate(cells)]
+    if not all(isinstance(item, dict) for item in items):
+        raise BadRow(f"`{name}` without an order: {missing(values, ['ranks', 'scores'])}")
+    if any(name in item for item in items for name in RANKS):
+        return [_rank(item.get("rank"), f"{name}[{at}].rank") for at, item in enumerate(items)]
+    places = []
+    for at, item in enumerate(items):
+        column = next((key for key in SCORES if key in item), None)
+        if column is None:
+            raise BadRow(f"`{name}[{at}]` has neither {', '.join((*RANKS, *SCORES))}")
+        places.append(_score(item[column], f"{name}[{at}].{column}"))
+    return places
+
+
+def _number(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"`{name}` is {kind(value)}, expected a number")
+    if not math.isfinite(value):
+        raise BadRow(f"`{name}` is {value}, not a finite number")
+    return value
+
+
+def _rank(value: Any, name: str) -> float | None:
+    """A rank counted from 0 or 1, as an int or a float without a fraction."""
+    rank = _number(value, name)
+    if rank is not None and (rank < 0 or rank != int(rank)):
+        raise BadRow(f"`{name}` is {value}; ranks are whole numbers from 0 or 1, 1 before 2")
+    return rank
+
+
+def _score(value: Any, name: str) -> float | None:
+    score = _number(value, name)
+    return None if score is None else -score

@@ -1,0 +1,150 @@
+"""The one place where messages become token ids; needs a tokenizer object and nothing else.
+
+`encode_prompt(...) + encode_response(...)` is what SFT, the reward model and PPO all see. The two
+parts are rendered and tokenised apart, because PPO's policy continues the tokens of the prompt as
+they are: a tokenizer that merges across the boundary would show SFT tokens the policy never sees.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.messages import Message, message
+from pipeline.errors import UserError
+
+DEFAULT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '' if loop.first else '\n\n' }}"
+    "{%- if message['role'] == 'assistant' %}{{- 'Assistant:\n' + message['content'] + eos_token }}"
+    "{%- else %}{{- message['role'].capitalize() + ': ' + message['content'] }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '\n\nAssistant:\n' }}{%- endif %}"
+)
+"""For tokenizers without a template: "User: ...", a blank line, "Assistant:", the reply and EOS.
+
+The reply begins on a line of its own, for a line break is a token boundary in every common
+tokenizer, whereas "Assistant: " would leave a space that belongs to the reply's first token.
+"""
+
+_PROBE = "\u2042"  # an asterism: a reply that no template has reason to treat specially
+
+
+def prepare_tokenizer(tokenizer: Any, chat_template: Path | None = None) -> None:
+    """Give a tokenizer, in place, what the stages need: a pad token and a working chat template.
+
+    `chat_template` is a jinja file that replaces the tokenizer's own template. UserError: no EOS
+    token, an unreadable file, or a template that fails or does not put the reply after the prompt.
+    """
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no eos_token, so no response could ever end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(chat_template))
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = _bos(tokenizer) + DEFAULT_TEMPLATE
+    encode_response(tokenizer, [message("user", "a")], "b")
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Ids of a prompt, up to where the assistant's reply begins; never empty, never ending it."""
+    ids = _ids(tokenizer, _render(tokenizer, messages, True))
+    if not ids:
+        raise UserError("chat template: a prompt becomes no token at all")
+    return ids
+
+
+def encode_response(tokenizer: Any, messages: Sequence[Message], response: str) -> list[int]:
+    """Ids of the reply to a prompt's messages as the template writes it, ending in exactly one EOS.
+
+    What the template adds after EOS is cut. Where it ends the assistant's turn with another token
+    than the tokenizer's EOS, EOS stands in that token's place. An EOS inside the reply ends it.
+    """
+    before = _render(tokenizer, messages, True)
+    text = _reply(tokenizer, before, messages, response)
+    if tokenizer.eos_token not in text:
+        # the way the template closes a turn, learnt from a reply that is easy to find
+        closing = _reply(tokenizer, before, messages, _PROBE).rpartition(_PROBE)[2]
+        text = text.removesuffix(closing) if closing else text
+    ids = _ids(tokenizer, text.partition(tokenizer.eos_token)[0])
+    eos = tokenizer.eos_token_id
+    return [*(ids[: ids.index(eos)] if eos in ids else ids), eos]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of what turns text into ids: vocabulary, rules, special tokens; not the template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules.pop("truncation", None)  # settings of the last call
+        rules.pop("padding", None)
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
+    return _sha256([rules, special])
+
+
+def template_hash(tokenizer: Any) -> str:
+    """SHA-256 of the chat template."""
+    return _sha256(tokenizer.chat_template)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# --- rendering ------------------------------------------------------------------------------------
+
+
+def _read_template(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template: cannot read {path}: {error}") from error
+    if not text.strip():
+        raise UserError(f"chat_template: {path} is empty")
+    return text
+
+
+def _bos(tokenizer: Any) -> str:
+    """The default template's beginning: BOS if the tokenizer begins every text with one."""
+    first = tokenizer("a")["input_ids"][:1]
+    return "{{- bos_token }}" if tokenizer.bos_token and first == [tokenizer.bos_token_id] else ""
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except Exception as error:  # a template is a program of somebody else and may fail in any way
+        raise UserError(f"chat template: cannot render {_outline(messages)}: {error}") from error
+
+
+def _reply(tokenizer: Any, before: str, messages: Sequence[Message], response: str) -> str:
+    """What the template writes after the prompt's rendering when the reply follows."""
+    whole = _render(tokenizer, [*messages, message("assistant", response)], False)
+    if not whole.startswith(before):
+        raise UserError(
+            f"chat template: {_outline(messages)} rendered with a reply does not begin as it does "
+            f"without one: {_difference(before, whole)}"
+        )
+    return whole[len(before) :]
+
+
+def _difference(before: str, whole: str) -> str:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole)
+    )
+    return f"at character {at + 1}, {before[at : at + 30]!r} is not {whole[at : at + 30]!r}"
+
+
+def _outline(messages: Sequence[Message]) -> str:
+    return "[" + ", ".join(item["role"] for item in messages) + "]"
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of rendered text; the template has written BOS where there is one."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,61 @@
+"""Keys of eval.yaml, documented where they are declared; read by `pipeline.config.load_config`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.schema import Data, Positive, Section
+
+Split = Literal["test", "validation"]
+
+
+class EvalConfig(Section):
+    """What `python -m pipeline.evaluation` measures, and how."""
+
+    prompts: Data
+    """Held-out prompts of the split `test`: report on them, choose nothing on them."""
+    validation_prompts: Data | None = None
+    """Held-out prompts of the split `validation`, to choose settings on."""
+    demonstrations: Data | None = None
+    """Held-out demonstrations; perplexity of their responses under each model."""
+    demonstrations_limit: Positive = 500
+    judge: str | None = None
+    """Module with `score(prompts, responses, rows, ended=None)` and maybe `exact(prompts, responses,
+    rows)`; none = measure only what needs no judge."""
+    reference: str | None = None
+    """Key of the prompts' rows that holds a right answer, for exact match and token F1."""
+    group_by: str | list[str] = []
+    """Keys of the prompts' rows to break results down by, e.g. `[family, language]`."""
+
+    n: Positive = 400
+    """Use the first so many prompts."""
+    seed: int = 1
+    """Of the sampling; the same for every model."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_new_tokens: Positive = 64
+    stop_tokens: list[str] = []
+    """Strings, each one token of the tokenizer, that end a response besides EOS."""
+    batch_size: Positive = 256
+    threads: Positive | None = None
+    """CPU threads; none = as many as torch picks."""
+
+    candidates: Positive = 8
+    """SFT responses per prompt for best-of-n and for the reward model against the judge; 1 = neither."""
+    candidate_prompts: Positive = 100
+    """Prompts that get so many responses."""
+    samples: Positive = 40
+    """Prompts whose responses the report shows."""
+
+    @model_validator(mode="after")
+    def _known_keys_once(self):
+        if len(set(self.groups())) != len(self.groups()):
+            raise ValueError("group_by names a key twice")
+        return self
+
+    def groups(self) -> list[str]:
+        """`group_by` as a list."""
+        return [self.group_by] if isinstance(self.group_by, str) else list(self.group_by)
+
+    def data(self, split: Split) -> Data | None:
+        """Prompts of a split."""
+        return self.prompts if split == "test" else self.validation_prompts

@@ -1,0 +1,105 @@
+"""Which stages a run has, where they lie, and what they recorded; no torch, nothing verified."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import sha256
+
+STAGES = ("base", "sft", "rm", "ppo")
+POLICIES = ("base", "sft", "ppo")
+
+
+@dataclass
+class Stage:
+    """A published directory and its manifest ({} for a base model that was not built here)."""
+
+    name: str
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Resolved config of the stage."""
+        return self.manifest.get("config") or {}
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Headline metrics of the stage."""
+        return self.manifest.get("metrics") or {}
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Hash of its manifest, which names every file by hash; "" without one."""
+        path = self.path / "manifest.json"
+        return sha256(path) if path.is_file() else ""
+
+    def curve(self) -> list[dict[str, Any]]:
+        """Lines of its metrics.jsonl."""
+        return read_jsonl(self.path / "metrics.jsonl")
+
+
+def find_stages(run: Path) -> dict[str, Stage]:
+    """Stages of a run in order, earlier ones where later ones say they took them from.
+
+    A run that borrowed another's SFT or reward model (`FROM=`) is thus shown whole.
+    """
+    found: dict[str, Stage] = {}
+    for name in reversed(STAGES[1:]):
+        path = run / name
+        if not (path / "manifest.json").is_file():
+            path = _parent_path(name, found) or path
+        manifest = read_json(path / "manifest.json")
+        if manifest:
+            found[name] = Stage(name, path, manifest)
+    if "sft" in found:
+        base = _parent_path("base", found) or Path(str(found["sft"].config.get("model", "")))
+        found["base"] = Stage("base", base, read_json(base / "manifest.json"))
+    return {name: found[name] for name in STAGES if name in found}
+
+
+def _parent_path(name: str, found: dict[str, Stage]) -> Path | None:
+    """Where a later stage says its parent `name` lies."""
+    for stage in found.values():
+        parent = (stage.manifest.get("parents") or {}).get(name)
+        if parent:
+            path = Path(parent["path"])
+            return path if path.exists() or path.is_absolute() else stage.path / path
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file; {} when there is none."""
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a JSONL file; [] when there is none. A last line cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def fresh_stages(stages: dict[str, Stage]) -> tuple[dict[str, Stage], list[str]]:
+    """Stages made from the very artifacts found beside them, and a line about each other one."""
+    fresh: dict[str, Stage] = {}
+    problems: list[str] = []
+    for name, stage in stages.items():
+        parents = stage.manifest.get("parents") or {}
+        known = {parent: stages[parent] for parent in parents if parent in stages}
+        changed = [
+            parent
+            for parent, found in known.items()
+            if parent not in fresh or parents[parent]["manifest_sha256"] != found.manifest_sha256
+        ]
+        if changed:
+            problems.append(
+                f"{name} was made from another {' and '.join(changed)}: run make {name}"
+            )
+        else:
+            fresh[name] = stage
+    return fresh, problems

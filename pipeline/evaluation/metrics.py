@@ -1,0 +1,282 @@
+"""What is measured, as pure functions of numbers and strings; numpy and the standard library only.
+
+Scores compare responses: a higher score is a better response. Ranks compare them the other way: 1
+is the best and equal ranks are a tie. Everything is a plain float or a small named tuple of floats.
+"""
+
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Z95 = 1.959964
+"""Standard normal quantile of a two-sided 95 % interval."""
+
+# --- text against a reference -------------------------------------------------------------------
+
+
+def tokens(text: str) -> list[str]:
+    """Words of spaced text; every Chinese or Japanese character is a token of its own."""
+    out: list[str] = []
+    for word in text.split():
+        run = ""
+        for char in word:
+            if _is_cjk(char):
+                out += [run, char] if run else [char]
+                run = ""
+            else:
+                run += char
+        out += [run] if run else []
+    return out
+
+
+def _is_cjk(char: str) -> bool:
+    if ord(char) < 0x2E80:
+        return False
+    name = unicodedata.name(char, "")
+    return name.startswith(("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "FULLWIDTH"))
+
+
+def exact_match(prediction: str, reference: str) -> bool:
+    """Same tokens in the same order; spacing does not count."""
+    return tokens(prediction) == tokens(reference)
+
+
+class Overlap(NamedTuple):
+    """Shares in 0..1."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+def token_overlap(prediction: str, reference: str) -> Overlap:
+    """Precision, recall and F1 of the bags of tokens (SQuAD's F1, arXiv 1606.05250 section 6).
+
+    Two empty texts agree; an empty one and another do not.
+    """
+    predicted, wanted = Counter(tokens(prediction)), Counter(tokens(reference))
+    if not predicted or not wanted:
+        same = float(predicted == wanted)
+        return Overlap(same, same, same)
+    common = (predicted & wanted).total()
+    return _overlap(common, predicted.total(), wanted.total())
+
+
+def _overlap(common: int, predicted: int, wanted: int) -> Overlap:
+    precision = common / predicted if predicted else 0.0
+    recall = common / wanted if wanted else 0.0
+    both = precision + recall
+    return Overlap(precision, recall, 2 * precision * recall / both if both else 0.0)
+
+
+def perplexity(nll: float, count: int) -> float:
+    """exp of the mean of `count` token negative log-likelihoods that sum to `nll` nats."""
+    if count <= 0:
+        raise ValueError("perplexity of no tokens")
+    return math.exp(min(nll / count, 700.0))
+
+
+# --- intervals ----------------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+def wilson(successes: float, n: int, z: float = Z95) -> Interval:
+    """Wilson's score interval of a share (Wilson 1927, doi 10.1080/01621459.1927.10502953).
+
+    `successes` may be fractional: ties that count half. (0, 1) without any observation.
+    """
+    if n == 0:
+        return Interval(0.0, 1.0)
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+
+
+def bootstrap_mean(values: Sequence[float], seed: int = 0, rounds: int = 2000) -> Interval:
+    """Percentile bootstrap of the mean: resampled `rounds` times, a function of the seed."""
+    x = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(len(x), size=(rounds, len(x)))
+    low, high = np.quantile(x[picks].mean(axis=1), [0.025, 0.975])
+    return Interval(float(low), float(high))
+
+
+# --- one response against another ---------------------------------------------------------------
+
+
+class WinRate(NamedTuple):
+    """How often the first beat the second; a tie is half a win."""
+
+    rate: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+
+
+def win_rate(first: Sequence[float], second: Sequence[float]) -> WinRate:
+    """Wins of `first` over `second`, prompt by prompt, with Wilson's interval."""
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"win rate of {len(first)} against {len(second)} scores")
+    wins = sum(a > b for a, b in zip(first, second, strict=True))
+    ties = sum(a == b for a, b in zip(first, second, strict=True))
+    points = wins + ties / 2
+    return WinRate(
+        points / len(first), *wilson(points, len(first)), wins, ties, len(first) - wins - ties
+    )
+
+
+class Decisions(NamedTuple):
+    """Quality of yes-or-no decisions."""
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+
+
+def decisions(predicted: Sequence[bool], actual: Sequence[bool]) -> Decisions:
+    """Accuracy, and precision, recall and F1 of the answer yes."""
+    if len(predicted) != len(actual) or not len(actual):
+        raise ValueError(f"{len(predicted)} decisions for {len(actual)} cases")
+    both = sum(p and a for p, a in zip(predicted, actual, strict=True))
+    right = sum(p == a for p, a in zip(predicted, actual, strict=True))
+    return Decisions(right / len(actual), *_overlap(both, sum(predicted), sum(actual)))
+
+
+# --- rankings -----------------------------------------------------------------------------------
+
+
+def untied_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
+    """(better, worse) indices of every pair whose ranks differ; rank 1 is best."""
+    n = len(ranks)
+    return [(i, j) for i in range(n) for j in range(n) if ranks[i] < ranks[j]]
+
+
+class Share(NamedTuple):
+    """A share of so many pairs."""
+
+    share: float
+    pairs: int
+
+
+def pair_accuracy(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[float]]) -> Share:
+    """Share of untied pairs, over all prompts, whose better response has the higher score.
+
+    scores, ranks: one list of K for each prompt. Equal scores are half right, so that any constant
+    score gets 0.5. Give lengths as scores for the baseline "the longer one wins". NaN without pairs.
+    """
+    points, count = 0.0, 0
+    for score, rank in zip(scores, ranks, strict=True):
+        for better, worse in untied_pairs(rank):
+            points += 1.0 if score[better] > score[worse] else 0.5 * (score[better] == score[worse])
+            count += 1
+    return Share(points / count if count else math.nan, count)
+
+
+def pair_accuracy_by_k(
+    scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[float]]
+) -> dict[int, Share]:
+    """`pair_accuracy` for each number of responses K."""
+    sizes = sorted({len(rank) for rank in ranks})
+    chosen = {k: [i for i, rank in enumerate(ranks) if len(rank) == k] for k in sizes}
+    return {
+        k: pair_accuracy([scores[i] for i in rows], [ranks[i] for i in rows])
+        for k, rows in chosen.items()
+    }
+
+
+class CalibrationRow(NamedTuple):
+    """Pairs whose predicted probability lies in [low, high)."""
+
+    low: float
+    high: float
+    predicted: float
+    observed: float
+    pairs: int
+
+
+def calibration(margins: Sequence[float], bins: int = 5) -> list[CalibrationRow]:
+    """Predicted against observed probability that the higher-scored response is the better one.
+
+    margins: score of the better response minus score of the worse, one for each untied pair. The
+    Bradley-Terry model says the higher-scored wins with probability sigmoid(|margin|), in [0.5, 1];
+    a margin of 0 counts half. Empty bins are left out.
+    """
+    d = np.asarray(margins, dtype=float)
+    p = 1 / (1 + np.exp(-np.abs(d)))
+    won = np.where(d == 0, 0.5, (d > 0).astype(float))
+    edges = np.linspace(0.5, 1.0, bins + 1)
+    which = np.minimum(((p - 0.5) * 2 * bins).astype(int), bins - 1)
+    return [
+        CalibrationRow(
+            float(edges[b]),
+            float(edges[b + 1]),
+            float(p[which == b].mean()),
+            float(won[which == b].mean()),
+            int((which == b).sum()),
+        )
+        for b in range(bins)
+        if (which == b).any()
+    ]
+
+
+def calibration_error(rows: Sequence[CalibrationRow]) -> float:
+    """Mean distance between predicted and observed, weighted by pairs (arXiv 1706.04599 eq. 3)."""
+    total = sum(row.pairs for row in rows)
+    return sum(row.pairs * abs(row.predicted - row.observed) for row in rows) / total
+
+
+# --- correlation --------------------------------------------------------------------------------
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """Linear correlation in -1..1; 0 when either does not vary."""
+    a = np.asarray(x, dtype=float) - np.mean(x)
+    b = np.asarray(y, dtype=float) - np.mean(y)
+    spread = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / spread if spread > 0 else 0.0
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Correlation of ranks; ties share their mean rank."""
+    return pearson(_mean_ranks(x), _mean_ranks(y))
+
+
+def _mean_ranks(x: Sequence[float]) -> list[float]:
+    _, inverse, counts = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((2 * last - counts + 1) / 2)[inverse].tolist()
+
+
+# --- best of n ----------------------------------------------------------------------------------
+
+
+def best_of_n(proxy: Sequence[float], gold: Sequence[float], n: int) -> float:
+    """Unbiased estimate of the gold of the best of n responses by proxy, from N >= n of one prompt.
+
+    Mean over all C(N, n) subsets: in ascending order of proxy the i-th (from 0) is the best of
+    C(i, n-1) of them (arXiv 2112.09332, appendix I). Give proxy as gold for the proxy's own value.
+    """
+    if not 1 <= n <= len(proxy):
+        raise ValueError(f"best of {n} from {len(proxy)} responses")
+    order = sorted(range(len(proxy)), key=lambda i: proxy[i])
+    subsets = math.comb(len(proxy), n)
+    return sum(math.comb(i, n - 1) / subsets * gold[r] for i, r in enumerate(order))
+
+
+def kl_of_best_of_n(n: int) -> float:
+    """KL in nats of best-of-n from the model sampled: log n - (n - 1)/n (arXiv 2009.01325, G.3)."""
+    return math.log(n) - (n - 1) / n

@@ -1,0 +1,307 @@
+"""One page about a run: `python -m pipeline.evaluation.report --run checkpoints/tiny`.
+
+Writes RUN/report.html, a single file that needs nothing else, from whatever the run has.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.cli import reporting_errors
+from pipeline.errors import UserError
+from pipeline.evaluation import plots
+from pipeline.evaluation.record import Rankings, Record, load_record, rankings, values
+from pipeline.evaluation.verdicts import TITLES, conclusion, verdicts
+from pipeline.files import write_atomically
+from pipeline.progress import say
+
+CURVES: dict[str, list[tuple[str, dict[str, str], float | None]]] = {
+    "sft": [
+        ("Loss", {"training": "train/loss", "held-out": "validation/loss"}, None),
+        (
+            "Token accuracy",
+            {"training": "train/token_accuracy", "held-out": "validation/token_accuracy"},
+            None,
+        ),
+    ],
+    "rm": [
+        ("Loss", {"training": "train/loss"}, None),
+        (
+            "Pairs ranked right",
+            {"training": "train/accuracy", "held-out": "validation/accuracy"},
+            0.5,
+        ),
+    ],
+    "ppo": [
+        ("Score", {"score": "objective/scores"}, None),
+        ("Score minus KL penalty", {"rlhf_reward": "objective/rlhf_reward"}, None),
+        ("KL to SFT, nats per response", {"kl": "objective/kl"}, 0.0),
+        ("Entropy, nats per token", {"entropy": "policy/entropy_avg"}, None),
+        ("Explained variance of the value network", {"explained": "val/explained_variance"}, 0.0),
+        ("Response length, tokens", {"length": "response/length"}, None),
+        ("Share cut off at the limit", {"truncated": "response/truncated"}, None),
+        ("Policy loss", {"policy": "loss/policy_avg"}, None),
+        ("Value loss", {"value": "loss/value_avg"}, None),
+        ("Clipped tokens", {"policy": "policy/clipfrac_avg", "value": "val/clipfrac_avg"}, None),
+        ("Mean ratio", {"ratio": "val/ratio"}, 1.0),
+        ("Score–length correlation", {"correlation": "objective/score_length_corr"}, 0.0),
+    ],
+}
+"""Stage -> charts: title, {legend: metric}, dashed level."""
+
+ROWS = (
+    ("judge", "Judge's grade", "{:.3f}"),
+    ("exact", "Exact match", "{:.1%}"),
+    ("token_f1", "Token F1", "{:.3f}"),
+    ("ended", "Ends by itself", "{:.1%}"),
+    ("length", "Length, tokens", "{:.1f}"),
+    ("rm_score", "Reward model's score", "{:.3f}"),
+    ("perplexity", "Held-out perplexity", "{:.3f}"),
+)
+"""Evaluated quantity, its name, its format."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `make report`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.evaluation.report", description=__doc__
+    )
+    parser.add_argument("--run", type=Path, required=True)
+    args = parser.parse_args(argv)
+    say(f"report: {write_report(args.run)}")
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html and return its path."""
+    record = load_record(run)
+    if not record.stages:
+        raise UserError(f"{run}: nothing to report; begin with: make sft RUN={run.name}")
+    out = run / "report.html"
+    write_atomically(out, render(record))
+    return out
+
+
+def render(record: Record) -> str:
+    """The page. Everything from a run is text to the template, which escapes it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(context(record))
+
+
+def context(record: Record) -> dict[str, Any]:
+    """What the template shows."""
+    found = verdicts(record)
+    measured = rankings(record.held_out)
+    return {
+        "run": record.run.name,
+        "verdicts": found,
+        "conclusion": conclusion(found),
+        "problems": record.problems,
+        "evaluated": _evaluated(record),
+        "models": [name for name in ("base", "sft", "ppo") if record.model(name)],
+        "summary": summary_rows(record),
+        "comparisons": comparison_rows(record),
+        "families": family_tables(record),
+        "charts": {stage: charts(record, stage) for stage in CURVES if stage in record.stages},
+        "titles": TITLES,
+        "rankings": measured,
+        "ranking_charts": _ranking_charts(measured),
+        "against": record.result.get("rm"),
+        "samples": samples(record),
+        "overopt": _overopt(record),
+        "lineage": lineage(record),
+        "configs": {
+            name: yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True)
+            for name, stage in record.stages.items()
+            if stage.config
+        },
+        "packages": _packages(record),
+        "reproduce": reproduce(record),
+    }
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def _evaluated(record: Record) -> dict[str, Any] | None:
+    if not record.result:
+        return None
+    config = record.result["config"]
+    keys = ("judge", "temperature", "seed", "max_new_tokens")
+    facts = {key: config.get(key) for key in keys}
+    return facts | {key: record.result[key] for key in ("split", "prompts")}
+
+
+def summary_rows(record: Record) -> list[tuple[str, list[str]]]:
+    """Name of a quantity and its value for each evaluated policy."""
+    models = [record.model(name) for name in ("base", "sft", "ppo") if record.model(name)]
+    rows = [
+        (name, [_formatted(model.get(key), form) for model in models])
+        for key, name, form in ROWS
+        if any(key in model for model in models)
+    ]
+    kl = record.result.get("kl")
+    if kl and len(models) > 1:
+        text = f"{kl['ppo_vs_sft']:.2f} ± {kl['std_error']:.2f}"
+        rows.append(("KL to SFT, nats per response", ["–"] * (len(models) - 1) + [text]))
+    return rows
+
+
+def _formatted(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def comparison_rows(record: Record) -> list[dict[str, Any]]:
+    """Win rates with their intervals, in the order of the stages."""
+    names = {
+        "sft_vs_base": ("SFT over base", "judge"),
+        "ppo_vs_sft": ("PPO over SFT", "judge"),
+        "sft_vs_base_by_rm": ("SFT over base", "reward model"),
+        "ppo_vs_sft_by_rm": ("PPO over SFT", "reward model"),
+    }
+    return [
+        {"name": name, "by": by, **record.comparison(key)}
+        for key, (name, by) in names.items()
+        if record.comparison(key)
+    ]
+
+
+def family_tables(record: Record) -> list[dict[str, Any]]:
+    """For each group key a table: value, prompts, win rate of PPO, and grades of every policy."""
+    models = [name for name in ("base", "sft", "ppo") if record.model(name)]
+    grade = next(
+        (key for key in ("judge", "token_f1", "rm_score") if key in record.model("sft")), None
+    )
+    tables = []
+    for key, members in (record.model("sft").get("groups") or {}).items():
+        rates = (record.comparison("ppo_vs_sft").get("groups") or {}).get(key, {})
+        rows = []
+        for value, sft in members.items():
+            cells = [
+                record.model(name).get("groups", {}).get(key, {}).get(value, {}) for name in models
+            ]
+            rows.append(
+                {
+                    "value": value,
+                    "n": sft["n"],
+                    "grades": [_formatted(cell.get(grade), "{:.2f}") for cell in cells],
+                    "exact": [_formatted(cell.get("exact"), "{:.0%}") for cell in cells],
+                    "rate": rates.get(value),
+                }
+            )
+        exact = any(text != "–" for row in rows for text in row["exact"])
+        tables.append({"key": key, "rows": rows, "has_exact": exact, "has_rate": bool(rates)})
+    return tables
+
+
+def samples(record: Record) -> list[dict[str, Any]]:
+    """Prompts with the answers of SFT and PPO side by side (base too while there is no PPO)."""
+    shown = int((record.result.get("config") or {}).get("samples", 40))
+    rows = []
+    for row in record.samples[:shown]:
+        names = [name for name in ("base", "sft", "ppo") if name in row["answers"]][-2:]
+        answers = [{"name": name, **row["answers"][name]} for name in names]
+        grades = [answer["judge"] for answer in answers if "judge" in answer]
+        if len(set(grades)) == 2:
+            answers[grades[1] > grades[0]]["better"] = True
+        rows.append({"prompt": row["prompt"], "groups": row["groups"], "answers": answers})
+    return rows
+
+
+# --- charts ---------------------------------------------------------------------------------------
+
+
+def charts(record: Record, stage: str) -> list[dict[str, str]]:
+    """Charts of a stage's curves, those that it logged."""
+    out = []
+    for title, metrics, level in CURVES[stage]:
+        series = {name: values(record.curves[stage], metric) for name, metric in metrics.items()}
+        series = {name: points for name, points in series.items() if points}
+        if any(len(points) > 1 for points in series.values()):
+            source = ", ".join(metrics[name] for name in series)
+            xlabel = "iteration" if stage == "ppo" else "step"
+            out.append(
+                {"title": title, "source": source, "image": plots.lines(series, xlabel, level)}
+            )
+    return out
+
+
+def _ranking_charts(measured: Rankings | None) -> list[dict[str, str]]:
+    if measured is None:
+        return []
+    table = [(row.predicted, row.observed, row.pairs) for row in measured.calibration]
+    return [
+        {
+            "title": f"Calibration (mean error {measured.calibration_error:.3f})",
+            "source": "bigger dots have more pairs",
+            "image": plots.calibration(table),
+        },
+        {
+            "title": f"Score against length (Pearson {measured.pearson:+.2f}, Spearman {measured.spearman:+.2f})",
+            "source": "held-out responses",
+            "image": plots.scatter(measured.points, "length, tokens", "score"),
+        },
+    ]
+
+
+def _overopt(record: Record) -> dict[str, Any] | None:
+    """The study of over-optimisation, if `make overopt` was run."""
+    studies = record.overopt.get("studies") or {}
+    if not studies:
+        return None
+    gold = {name: [(p["kl"], p["judge"]) for p in points] for name, points in studies.items()}
+    proxy = {name: [(p["kl"], p["rm_score"]) for p in points] for name, points in studies.items()}
+    rows = []
+    for name, points in studies.items():
+        ordered = sorted(points, key=lambda p: p["kl"])
+        best = max(ordered, key=lambda p: p["judge"])
+        rows.append({"name": name, "first": ordered[0], "best": best, "last": ordered[-1]})
+    return {"rows": rows, "image": plots.root_kl(gold, proxy), "judge": record.overopt.get("judge")}
+
+
+# --- where it came from ---------------------------------------------------------------------------
+
+
+def lineage(record: Record) -> list[dict[str, Any]]:
+    """dataset → base → sft → rm → ppo, each with its path, hash and data files."""
+    return [
+        {
+            "name": name,
+            "path": str(stage.path),
+            "hash": stage.manifest_sha256,
+            "created": stage.manifest.get("created", ""),
+            "seed": stage.manifest.get("seed"),
+            "inputs": stage.manifest.get("inputs") or {},
+            "parents": list((stage.manifest.get("parents") or {}).keys()),
+        }
+        for name, stage in record.stages.items()
+    ]
+
+
+def _packages(record: Record) -> dict[str, str]:
+    """Versions of the packages that the last stage ran with."""
+    last = list(record.stages.values())[-1]
+    return last.manifest.get("packages") or {}
+
+
+def reproduce(record: Record) -> list[str]:
+    """Commands that make the run again from the resolved configs that the page holds."""
+    again = record.run.with_name(record.run.name + "-again")
+    return [
+        f"python -m stages.{name} --config {name}.yaml --run {again}"
+        for name in ("sft", "rm", "ppo")
+        if name in record.stages
+    ]
+
+
+if __name__ == "__main__":
+    with reporting_errors():
+        main()

@@ -1,0 +1,131 @@
+"""Builds a PPO object from a config and the artifacts of the earlier stages."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.forms import load_texts
+from pipeline.data.template import tokenizer_hash
+from pipeline.models import (
+    add_lora,
+    load_policy,
+    load_reward,
+    load_tokenizer,
+    reward_from_policy,
+)
+from pipeline.ppo.rewards import (
+    Score,
+    ensemble,
+    function_reward,
+    model_reward,
+    remote_reward,
+    text_model_reward,
+    token_function,
+    token_sum,
+    weighted_sum,
+)
+from pipeline.ppo.rollout import generator
+from pipeline.ppo.trainer import PPO, Ptx
+from pipeline.schema import PPOConfig, Reward
+
+
+def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
+    """A PPO that starts from the policy in `sft`, scored as `config.rewards` says.
+
+    `rm` is what the reward `model: rm` means, and where the value network starts. The directories
+    are read as they are; `pipeline.run.StageRun` verifies them first when a stage runs.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    tokenizer = load_tokenizer(sft)
+    policy = add_lora(load_policy(sft, tokenizer), config.lora, "CAUSAL_LM")
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+        policy.enable_input_require_grads()
+        policy.train()
+    sequence_terms = [r for r in config.rewards if not r.per_token]
+    token_terms = [r for r in config.rewards if r.per_token]
+    terms = _Terms(rm, tokenizer, accelerator.device, config.rollout_batch_size or 64)
+    return PPO(
+        config,
+        tokenizer,
+        policy=policy,
+        reference=None if config.lora else load_policy(sft, tokenizer),
+        value=_value(config, sft, rm, tokenizer),
+        score=weighted_sum([(r.weight, terms.build(r)) for r in sequence_terms]),
+        token_score=token_sum([(r.weight, token_function(r.function or "")) for r in token_terms]),
+        ptx=_ptx(config, tokenizer, accelerator),
+        accelerator=accelerator,
+    )
+
+
+class _Terms:
+    """Turns reward entries of the config into scores; each model is loaded once."""
+
+    def __init__(
+        self,
+        rm: Path | None,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        batch_size: int,
+    ):
+        self.rm, self.tokenizer, self.device, self.batch_size = rm, tokenizer, device, batch_size
+
+    def build(self, reward: Reward) -> Score:
+        if reward.function is not None:
+            return function_reward(reward.function, reward.timeout)
+        if reward.url is not None:
+            return remote_reward(reward.url, reward.timeout, reward.retries)
+        members = [self._model(path) for path in reward.models or [str(reward.model)]]
+        if len(members) == 1:
+            return members[0]
+        return ensemble(members, reward.aggregate, reward.uncertainty_coef)
+
+    def _model(self, name: str) -> Score:
+        path = self.rm if name == "rm" else name
+        assert path is not None, "the stage makes `rm` a parent when a reward names it"
+        model = load_reward(path).requires_grad_(False).to(self.device)
+        own = load_tokenizer(path)
+        if tokenizer_hash(own) == tokenizer_hash(self.tokenizer):
+            return model_reward(model, int(own.pad_token_id), self.batch_size)  # type: ignore[arg-type]
+        return text_model_reward(model, own, self.batch_size)
+
+
+def _value(
+    config: PPOConfig, sft: Path, rm: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> nn.Module | None:
+    """The value network: the run's reward model to start from, else the SFT trunk with a new head.
+
+    None for a head on the policy's trunk.
+    """
+    if config.value == "shared":
+        return None
+    model = load_reward(rm) if rm is not None else reward_from_policy(sft, tokenizer)
+    return add_lora(model, config.value_lora, "SEQ_CLS")
+
+
+def _ptx(
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> Ptx | None:
+    """Batches of pretraining text, a function of the optimizer step and the process alone."""
+    if config.ptx_data is None:
+        return None
+    texts = [
+        tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+        for text in load_texts(config.ptx_data)
+    ]
+    rows = [torch.tensor(ids[: config.ptx_max_length]) for ids in texts if len(ids) > 1]
+    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+    def batch(step: int, count: int) -> tuple[Tensor, Tensor]:
+        key = (config.seed, step, accelerator.process_index)
+        picked = torch.randint(len(rows), (count,), generator=generator(*key)).tolist()
+        lengths = torch.tensor([len(rows[i]) for i in picked])
+        padded = [rows[i] for i in picked]
+        ids = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=pad)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        return ids.to(accelerator.device), mask.long().to(accelerator.device)
+
+    return batch

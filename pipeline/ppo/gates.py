@@ -1,0 +1,67 @@
+"""Invariants checked while PPO runs; each error names the step and the likely cause."""
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.ppo.maths import masked_mean
+
+
+class InvariantError(UserError):
+    """PPO's own arithmetic does not hold: a fault of the program or of a model, never hidden."""
+
+
+def finite_scores(scores: Tensor, step: int, prompts: list[str], texts: list[str]) -> None:
+    """Every score is a number, or the run ends before it can reach a weight."""
+    bad = torch.nonzero(~torch.isfinite(scores)).flatten().tolist()
+    if bad:
+        i = bad[0]
+        raise UserError(
+            f"ppo: iteration {step}: the reward of sample {i} is {scores[i].item()} "
+            f"({len(bad)} of {len(scores)} not finite)\n  prompt:   {prompts[i]!r}\n"
+            f"  response: {texts[i]!r}\nMend the reward; the last saved state is untouched."
+        )
+
+
+def finite_step(losses: dict[str, Tensor], grad_norms: dict[str, Tensor], step: int) -> None:
+    """Losses and gradient norms are finite; raised before `optimizer.step`."""
+    for name, value in {**losses, **grad_norms}.items():
+        if not torch.isfinite(value):
+            raise InvariantError(
+                f"ppo: optimizer step {step}: {name} is {value.item()}; nothing was stepped and the "
+                "last saved state is good. Lower learning_rate, or look at this iteration's scores."
+            )
+
+
+def ratio_is_one(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, tolerance: float, step: int):
+    """Before the first optimizer step of an iteration the policy is the one that sampled."""
+    gap = torch.where(mask, (logprobs - old_logprobs).abs(), 0.0).max()
+    if not gap <= tolerance:
+        raise InvariantError(
+            f"ppo: iteration {step}: before any step |log ratio| reaches {gap.item():.2e} (allowed "
+            f"{tolerance:.0e}). Rollout and update disagree: dropout, another temperature, another "
+            "precision, or an attention that depends on padding."
+        )
+
+
+def starts_at_reference(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, tolerance: float):
+    """At iteration 0 the policy is the reference."""
+    gap = masked_mean((logprobs - ref_logprobs).abs(), mask)
+    if not gap <= tolerance:
+        raise InvariantError(
+            f"ppo: iteration 0: policy and reference differ by {gap.item():.2e} nats per token "
+            f"(allowed {tolerance:.0e}); they must start from the same weights."
+        )
+
+
+def mask_is_prefix(response_mask: Tensor, responses: Tensor, ended: Tensor, stop: list[int]) -> None:
+    """Response masks are prefixes; a stop token stands last in a response that ended, else nowhere."""
+    lengths = response_mask.sum(dim=1)
+    prefix = torch.arange(response_mask.shape[1], device=lengths.device)[None, :] < lengths[:, None]
+    stops = torch.isin(responses, torch.tensor(stop, device=responses.device)) & response_mask
+    last = responses.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+    ends_right = torch.isin(last, torch.tensor(stop, device=last.device)) == ended
+    if not (bool((prefix == response_mask).all()) and bool((stops.sum(1) == ended).all())):
+        raise InvariantError("ppo: a response mask is not the prefix that ends at the first stop token")
+    if not bool(ends_right.all()):
+        raise InvariantError("ppo: `ended` disagrees with the last real token of a response")

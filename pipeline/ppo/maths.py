@@ -1,0 +1,221 @@
+"""PPO's arithmetic as pure functions of tensors; imports torch alone.
+
+Shapes: B responses of at most T tokens, vocabulary V. `response_mask` (B, T) is True on real tokens;
+the EOS that ends a response is real, what follows is padding. Padding may hold anything, NaN
+included: it is replaced through `torch.where` (NaN * 0 is NaN) and never enters a number. Losses
+and statistics are *sums* over real tokens; whoever calls divides by the global token count, so that
+neither micro-batches nor processes change a number.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+AllSum = Callable[[Tensor], Tensor]
+"""Adds a tensor over all processes; the identity on one process."""
+
+
+def one_process(x: Tensor) -> Tensor:
+    """The `AllSum` of a single process."""
+    return x
+
+
+# --- masks and lengths --------------------------------------------------------------------------
+
+
+def response_lengths(responses: Tensor, stop_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Real tokens of each response, its first stop token included, and whether it has one.
+
+    responses (B, T) of ids -> lengths (B,), ended (B,) bool. Looks for the *first* stop token, so a
+    tokenizer whose pad is its EOS loses nothing (trl#5303).
+    """
+    stops = torch.isin(responses, torch.tensor(stop_ids, device=responses.device))
+    ended = stops.any(dim=1)
+    lengths = torch.where(ended, stops.int().argmax(dim=1) + 1, responses.shape[1])
+    return lengths, ended
+
+
+def mask_from_lengths(lengths: Tensor, width: int) -> Tensor:
+    """lengths (B,) -> (B, width) bool, True on the first lengths[b] positions of row b."""
+    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that count real tokens only, 0 at the first; (B, L) -> (B, L)."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+# --- masked reductions --------------------------------------------------------------------------
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum over real tokens; (B, T) -> scalar."""
+    return torch.where(mask, x, 0.0).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor, all_sum: AllSum = one_process) -> Tensor:
+    """Mean over the real tokens of all processes; 0 when there are none."""
+    return all_sum(masked_sum(x, mask)) / all_sum(mask.sum()).clamp(min=1)
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor, *, keep_mean: bool = False, all_sum: AllSum = one_process
+) -> Tensor:
+    """Mean 0 (unless `keep_mean`) and variance 1 over the real tokens of all processes; padding is 0.
+
+    The variance is Bessel-corrected as in lm-human-preferences.
+    """
+    count = all_sum(mask.sum())
+    mean = masked_mean(x, mask, all_sum)
+    centred = torch.where(mask, x - mean, 0.0)
+    variance = all_sum(centred.square().sum()) / (count - 1).clamp(min=1)
+    white = centred * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, white + mean, 0.0) if keep_mean else white
+
+
+# --- distributions ------------------------------------------------------------------------------
+
+
+def logprobs_of(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """log pi(ids) at a temperature, in float32 at least; logits (B, T, V), ids (B, T) -> (B, T)."""
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    chosen = scaled.gather(-1, ids[..., None]).squeeze(-1)
+    return chosen - scaled.logsumexp(dim=-1)
+
+
+def entropy_of(logits: Tensor, temperature: float) -> Tensor:
+    """Entropy in nats of each next-token distribution; (B, T, V) -> (B, T)."""
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    log_z = scaled.logsumexp(dim=-1)
+    return log_z - (torch.softmax(scaled, dim=-1) * scaled).sum(dim=-1)
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
+    """Per-token estimates of KL(pi || ref) under samples of pi (joschu.net/blog/kl-approx).
+
+    With D = log pi - log ref: k1 = D, k2 = D^2 / 2, k3 = exp(-D) - 1 + D.
+    """
+    delta = logprobs - ref_logprobs
+    if kind == "k1":
+        return delta
+    if kind == "k2":
+        return delta.square() / 2
+    if kind == "k3":
+        return torch.expm1(-delta) + delta
+    raise ValueError(f"unknown KL estimator {kind!r}")
+
+
+# --- rewards and advantages ---------------------------------------------------------------------
+
+
+def missing_eos_scores(scores: Tensor, ended: Tensor, rule: str, penalty: float) -> Tensor:
+    """Apply the missing-EOS rule to scores (B,), given ended (B,) bool.
+
+    subtract: score - penalty (InstructGPT's spirit); replace: -penalty (N+, trl); none: as it is.
+    """
+    if rule == "subtract":
+        return torch.where(ended, scores, scores - penalty)
+    if rule == "replace":
+        return torch.where(ended, scores, torch.full_like(scores, -penalty))
+    if rule == "none":
+        return scores
+    raise ValueError(f"unknown missing-EOS rule {rule!r}")
+
+
+def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+    """-kl_coef * kl on every real token, plus the score on the last one (InstructGPT eq. 2).
+
+    scores (B,), kl (B, T), response_mask (B, T) -> (B, T). A response without a token gets nothing.
+    """
+    rewards = torch.where(response_mask, -kl_coef * kl, 0.0)
+    lengths = response_mask.sum(dim=1)
+    last = (lengths - 1).clamp(min=0)[:, None]
+    at_last = torch.where(lengths > 0, scores, 0.0)[:, None].to(rewards.dtype)
+    return rewards.scatter_add(1, last, at_last)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438) over real tokens; all (B, T).
+
+    The value after the last real token is 0. Padding is skipped, wherever it stands: the recursion
+    carries across it. Returns advantages and returns = advantages + values, both 0 on padding.
+    """
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(next_value)
+    columns = []
+    for t in reversed(range(rewards.shape[1])):
+        real = response_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(real, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(real, values[:, t], next_value)
+        columns.append(torch.where(real, next_advantage, 0.0))
+    advantages = torch.stack(columns[::-1], dim=1)
+    returns = torch.where(response_mask, advantages + values, 0.0)
+    return advantages, returns
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+
+def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """pi / pi_old per token, exactly 1 on padding; (B, T)."""
+    return torch.where(response_mask, logprobs - old_logprobs, 0.0).exp()
+
+
+def clipped_policy_loss(
+    ratio: Tensor, advantages: Tensor, response_mask: Tensor, clip_range: float
+) -> tuple[Tensor, Tensor]:
+    """Pessimistic surrogate (arXiv 1707.06347 eq. 7) and the number of clipped tokens, both summed."""
+    advantages = torch.where(response_mask, advantages, 0.0)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return (
+        masked_sum(torch.maximum(unclipped, clipped), response_mask),
+        masked_sum((clipped > unclipped).to(ratio.dtype), response_mask),
+    )
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, clip_range: float | None
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error, the worse of clipped and not, and the clipped tokens; summed.
+
+    Clipping keeps values within clip_range of the rollout's values, an oddity of
+    lm-human-preferences (train_policy.py, `vf_losses2`) that InstructGPT's code inherited.
+    """
+    values = torch.where(response_mask, values, 0.0)
+    returns = torch.where(response_mask, returns, 0.0)
+    loss = (values - returns).square()
+    if clip_range is None:
+        return 0.5 * loss.sum(), torch.zeros_like(loss.sum())
+    old_values = torch.where(response_mask, old_values, 0.0)
+    near = torch.clamp(values, old_values - clip_range, old_values + clip_range)
+    clipped = (near - returns).square()
+    return 0.5 * torch.maximum(loss, clipped).sum(), (clipped > loss).to(loss.dtype).sum()
+
+
+def explained_variance(
+    values: Tensor, returns: Tensor, response_mask: Tensor, all_sum: AllSum = one_process
+) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over real tokens; 0 when returns do not vary."""
+    error = returns - values
+    residual = error - masked_mean(error, response_mask, all_sum)
+    spread = returns - masked_mean(returns, response_mask, all_sum)
+    unexplained = all_sum(masked_sum(residual.square(), response_mask))
+    total = all_sum(masked_sum(spread.square(), response_mask))
+    return torch.where(total > 0, 1 - unexplained / total.clamp(min=1e-12), torch.zeros_like(total))
+
+
+# --- controllers --------------------------------------------------------------------------------
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """LMHP's proportional controller (arXiv 1909.08593, 2.2): moves log kl_coef towards the target.
+
+    kl and target in nats per response; the error is clipped to +-0.2.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)

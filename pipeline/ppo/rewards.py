@@ -1,0 +1,252 @@
+"""Where scores come from: reward models, ensembles, callables, services, and sums of them."""
+
+import asyncio
+import importlib
+import inspect
+import json
+import math
+import statistics
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.template import encode_prompt, encode_response
+from pipeline.errors import UserError
+from pipeline.models import score_sequences
+
+
+@dataclass
+class Episodes:
+    """What a reward may look at, B of each."""
+
+    sequences: list[list[int]]
+    """Prompt and response token ids, for models that share the tokenizer."""
+    prompts: list[str]
+    responses: list[str]
+    rows: list[dict]
+    """The prompt's row of the data file, all columns."""
+    messages: list[list[dict[str, str]]] = field(default_factory=list)
+    tokens: list[list[str]] = field(default_factory=list)
+    """Text of every response token, for rewards per token."""
+
+
+Score = Callable[[Episodes], list[float]]
+"""One float per episode."""
+TokenScore = Callable[[Episodes], list[list[float]]]
+"""One float per response token of each episode."""
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def model_reward(model: nn.Module, pad_id: int, batch_size: int) -> Score:
+    """A reward model with the policy's tokenizer: it reads the very tokens that were sampled."""
+    return lambda episodes: score_sequences(model, episodes.sequences, pad_id, batch_size)
+
+
+def text_model_reward(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Score:
+    """A reward model with another tokenizer: it reads text through its own template."""
+
+    def score(episodes: Episodes) -> list[float]:
+        sequences = []
+        for messages, response in zip(episodes.messages, episodes.responses, strict=True):
+            prompt = encode_prompt(tokenizer, messages)
+            sequences.append(prompt + encode_response(tokenizer, messages, response))
+        return score_sequences(model, sequences, int(tokenizer.pad_token_id), batch_size)  # type: ignore[arg-type]
+
+    return score
+
+
+def ensemble(members: Sequence[Score], aggregate: str, uncertainty_coef: float) -> Score:
+    """One score from several reward models (arXiv 2310.02743).
+
+    mean; min (their worst-case optimisation); uncertainty = mean - uncertainty_coef * variance
+    (their uncertainty-weighted optimisation, population variance over the members).
+    """
+
+    def combine(scores: tuple[float, ...]) -> float:
+        if aggregate == "min":
+            return min(scores)
+        mean = statistics.fmean(scores)
+        if aggregate == "mean":
+            return mean
+        return mean - uncertainty_coef * statistics.pvariance(scores, mean)
+
+    def score(episodes: Episodes) -> list[float]:
+        columns = [member(episodes) for member in members]
+        return [combine(scores) for scores in zip(*columns, strict=True)]
+
+    return score
+
+
+# --- callables and services ----------------------------------------------------------------------
+
+
+def load_function(name: str) -> Callable:
+    """`package.module:function`, imported."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"rewards: cannot import {name!r} ({error}); write it as package.module:function, "
+            "importable from the folder you start from"
+        ) from error
+
+
+def function_reward(name: str, timeout: float | None = None) -> Score:
+    """A callable of (prompts, responses, rows) -> floats, plain or `async def`.
+
+    A call that takes longer than `timeout` seconds ends the run with an error that names it.
+    """
+    function = load_function(name)
+
+    def score(episodes: Episodes) -> list[float]:
+        arguments = (episodes.prompts, episodes.responses, episodes.rows)
+        values = _call(function, arguments, name, timeout)
+        return _checked(values, len(episodes.prompts), name)
+
+    return score
+
+
+def token_function(name: str) -> TokenScore:
+    """A callable of (prompts, responses, rows, tokens) -> a list of floats for every response.
+
+    `tokens` are the texts of each response's tokens; each list of floats is as long as its tokens.
+    """
+    function = load_function(name)
+
+    def score(episodes: Episodes) -> list[list[float]]:
+        arguments = (episodes.prompts, episodes.responses, episodes.rows, episodes.tokens)
+        values = _call(function, arguments, name, None)
+        if len(values) != len(episodes.tokens):
+            raise UserError(f"{name}: {len(values)} lists for {len(episodes.tokens)} responses")
+        return [
+            _checked(given, len(tokens), f"{name}, sample {i}")
+            for i, (given, tokens) in enumerate(zip(values, episodes.tokens, strict=True))
+        ]
+
+    return score
+
+
+def _call(function: Callable, arguments: tuple, name: str, timeout: float | None):
+    """Call a plain or async function within a time limit."""
+
+    def work():
+        result = function(*arguments)
+        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+    if timeout is None:
+        return work()
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        return pool.submit(work).result(timeout)
+    except FutureTimeout as error:
+        raise UserError(f"rewards: {name} took longer than its timeout of {timeout} s") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def _awaited(value):
+    return await value
+
+
+def remote_reward(url: str, timeout: float | None, retries: int) -> Score:
+    """A service: POST {"prompts", "responses", "rows"} as JSON, answered by {"scores": [...]}.
+
+    Each try lasts at most `timeout` seconds; failures are tried again `retries` times, with a pause
+    that doubles from one second.
+    """
+
+    def score(episodes: Episodes) -> list[float]:
+        body = {
+            "prompts": episodes.prompts,
+            "responses": episodes.responses,
+            "rows": episodes.rows,
+        }
+        request = urllib.request.Request(
+            url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        for attempt in range(retries + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=timeout) as answer:
+                    scores = json.loads(answer.read())["scores"]
+                    return _checked(scores, len(episodes.prompts), url)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                if attempt == retries:
+                    raise UserError(f"rewards: {url} failed {retries + 1} times: {error}") from error
+                time.sleep(2**attempt)
+        raise AssertionError("unreachable")
+
+    return score
+
+
+def _checked(values, count: int, name: str) -> list[float]:
+    """Numbers, as many as asked for."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"rewards: {name}: not a list of numbers: {error}") from error
+    if len(numbers) != count:
+        raise UserError(f"rewards: {name}: {len(numbers)} numbers where {count} were needed")
+    return numbers
+
+
+# --- sums ----------------------------------------------------------------------------------------
+
+
+def weighted_sum(terms: Sequence[tuple[float, Score]]) -> Score:
+    """Sum of weight * score over the terms; 0 without any."""
+
+    def score(episodes: Episodes) -> list[float]:
+        totals = [0.0] * len(episodes.prompts)
+        for weight, term in terms:
+            totals = [t + weight * s for t, s in zip(totals, term(episodes), strict=True)]
+        return totals
+
+    return score
+
+
+def token_sum(terms: Sequence[tuple[float, TokenScore]]) -> TokenScore | None:
+    """Sum of weight * score token by token; None without any term."""
+    if not terms:
+        return None
+
+    def score(episodes: Episodes) -> list[list[float]]:
+        totals = [[0.0] * len(tokens) for tokens in episodes.tokens]
+        for weight, term in terms:
+            for total, given in zip(totals, term(episodes), strict=True):
+                total[:] = [t + weight * s for t, s in zip(total, given, strict=True)]
+        return totals
+
+    return score
+
+
+class RunningScale:
+    """Standard deviation of all scores so far, over all processes, to divide scores by."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.m2 = 0.0, 0.0, 0.0
+
+    def update(self, count: float, total: float, squares: float) -> None:
+        """Merge a batch given its count, sum and sum of squares (Chan et al.'s parallel rule)."""
+        mean = total / count
+        m2 = max(squares - total * mean, 0.0)
+        delta, merged = mean - self.mean, self.count + count
+        self.m2 += m2 + delta**2 * self.count * count / merged
+        self.mean += delta * count / merged
+        self.count = merged
+
+    @property
+    def std(self) -> float:
+        """At least 1e-4, so that equal scores stay finite."""
+        return max(math.sqrt(self.m2 / max(self.count - 1, 1.0)), 1e-4)

@@ -1,0 +1,487 @@
+"""The PPO object: `rollout(queries)` then `update(rollout)`; prompt to loss, top-down.
+
+Source of the recipe: arXiv 2203.02155 (InstructGPT) appendix C.4 and openai/lm-human-preferences
+(LMHP). Every number is over real tokens of the global batch.
+"""
+
+import contextlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.forms import Prompt
+from pipeline.data.template import encode_prompt
+from pipeline.generation import left_pad, sample, stop_ids
+from pipeline.models import adapter_off, response_logits
+from pipeline.ppo import gates, maths
+from pipeline.ppo.ema import Ema
+from pipeline.ppo.networks import PolicyAndValue
+from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore
+from pipeline.ppo.rollout import Query, Rollout, generator, prompt_text
+from pipeline.schema import PPOConfig
+
+
+Ptx = Callable[[int, int], tuple[Tensor, Tensor]]
+"""(optimizer step, examples) -> right-padded ids and their mask, both (n, L)."""
+
+
+@dataclass
+class PtxBatch:
+    """Pretraining text that goes with the episodes of a minibatch."""
+
+    ids: Tensor  # (n, L)
+    mask: Tensor  # (n, L)
+    tokens: Tensor  # predicted tokens in it, over all processes and micro-batches
+    ratio: int  # examples per episode
+
+    def rows(self, episodes: slice) -> "PtxBatch":
+        """The examples that go with these episodes."""
+        mine = slice(episodes.start * self.ratio, episodes.stop * self.ratio)
+        return replace(self, ids=self.ids[mine], mask=self.mask[mine])
+
+
+class PPO:
+    """Proximal policy optimisation of a causal language model against a score.
+
+    policy, value: see `PolicyAndValue`; reference: a frozen causal model, or None when the policy
+    has LoRA adapters (it is then its own reference with them off). `ptx` draws pretraining text. Deterministic given torch's seed, thread count and config.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        policy: nn.Module,
+        reference: nn.Module | None,
+        value: nn.Module | None,
+        score: Score,
+        token_score: TokenScore | None = None,
+        ptx: Ptx | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        self.config, self.tokenizer = config, tokenizer
+        self.score, self.token_score, self.ptx = score, token_score, ptx
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no"
+        )
+        self.device = self.accelerator.device
+        self.stop = stop_ids(tokenizer, config.stop_tokens)
+        self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        self.reference = None if reference is None else reference.requires_grad_(False).to(self.device)
+        networks = PolicyAndValue(policy, value)
+        groups = [
+            {"params": networks.policy_parameters(), "lr": config.learning_rate},
+            {"params": networks.value_parameters(), "lr": self._value_lr()},
+        ]
+        optimizer = torch.optim.AdamW(groups, eps=config.adam_eps, weight_decay=config.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(networks, optimizer)
+        self.networks: PolicyAndValue = self.accelerator.unwrap_model(self.model)
+        self.total_steps = config.iterations * config.ppo_epochs * config.minibatches
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        self.ema = Ema(self.networks.policy_parameters(), config.ema_decay)
+        self.iteration, self.optimizer_steps = 0, 0
+        self.kl_coef, self.scale = config.kl_coef, RunningScale()
+
+    def queries(self, prompts: list[Prompt] | list[str]) -> list[Query]:
+        """Prompts, or plain user texts, tokenised as in every stage."""
+        as_prompts = [
+            Prompt([{"role": "user", "content": p}], {}, "") if isinstance(p, str) else p
+            for p in prompts
+        ]
+        return [
+            Query(encode_prompt(self.tokenizer, p.messages), prompt_text(p.messages), p.row, p.messages)
+            for p in as_prompts
+        ]
+
+    # --- rollout: queries → generate → score → logprobs and values -----------------------------
+
+    def rollout(self, queries: list[Query]) -> Rollout:
+        """Sample one response to each query and record all that the update needs."""
+        ids, mask, responses = self._generate(queries)
+        lengths, ended = maths.response_lengths(responses, self.stop)
+        response_mask = maths.mask_from_lengths(lengths, responses.shape[1])
+        # after a stop token generate() pads; carried lengths decide, whatever the pad id is
+        responses = torch.where(response_mask, responses, self.pad_id)
+        gates.mask_is_prefix(response_mask, responses, ended, self.stop)
+        blank = torch.zeros(response_mask.shape, device=self.device)
+        rollout = Rollout(
+            ids, mask, responses, response_mask, ended, blank[:, 0], blank, blank, blank
+        )
+        self._score(rollout, queries)
+        self._evaluate(rollout)
+        if self.iteration == 0:
+            gates.starts_at_reference(
+                rollout.old_logprobs, rollout.ref_logprobs, response_mask, self._tolerance
+            )
+        return rollout
+
+    @torch.no_grad()
+    def _generate(self, queries: list[Query]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, Q), their mask, and sampled responses (B, T), in rollout batches."""
+        ids, mask = left_pad([query.ids for query in queries], self.pad_id)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        parts = []
+        for rows in self._slices(len(ids), self.config.rollout_batch_size):
+            with self.accelerator.autocast():
+                parts.append(
+                    sample(
+                        self.networks.policy,
+                        ids[rows],
+                        mask[rows],
+                        max_new_tokens=self.config.max_new_tokens,
+                        temperature=self.config.temperature,
+                        stop=self.stop,
+                        pad_id=self.pad_id,
+                    )
+                )
+        width = max(part.shape[1] for part in parts)
+        padded = [
+            nn.functional.pad(part, (0, width - part.shape[1]), value=self.pad_id) for part in parts
+        ]
+        return ids, mask, torch.cat(padded)
+
+    def _score(self, rollout: Rollout, queries: list[Query]) -> None:
+        """Fill in scores, one per response, and token scores where a reward gives them."""
+        episodes = self.episodes(queries, rollout.response_ids())
+        with self.accelerator.autocast():
+            scores = torch.tensor(self.score(episodes), dtype=torch.float32, device=self.device)
+        gates.finite_scores(scores, self.iteration, episodes.prompts, episodes.responses)
+        rollout.scores, rollout.prompts, rollout.texts = scores, episodes.prompts, episodes.responses
+        if self.token_score is not None:
+            rows = [torch.tensor(row) for row in self.token_score(episodes)]
+            dense = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+            width = rollout.responses.shape[1]
+            rollout.token_scores = nn.functional.pad(dense, (0, width - dense.shape[1]))
+            sums = rollout.token_scores.sum(dim=1)
+            gates.finite_scores(sums, self.iteration, episodes.prompts, episodes.responses)
+
+    def episodes(self, queries: list[Query], responses: list[list[int]]) -> Episodes:
+        """Queries and the real tokens of their responses, as rewards look at them."""
+        return Episodes(
+            sequences=[q.ids + ids for q, ids in zip(queries, responses, strict=True)],
+            prompts=[q.text for q in queries],
+            responses=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses],
+            rows=[q.row for q in queries],
+            messages=[q.messages for q in queries],
+            tokens=[[self.tokenizer.decode(i) for i in ids] for ids in responses]
+            if self.token_score is not None
+            else [],
+        )
+
+    @torch.no_grad()
+    def _evaluate(self, rollout: Rollout) -> None:
+        """Fill in old and reference logprobs and values, by the forward pass the update uses."""
+        parts = defaultdict(list)
+        ids, mask = rollout.inputs()
+        width = rollout.responses.shape[1]
+        for rows in self._slices(len(rollout), self.config.micro_batch_size):
+            with self.accelerator.autocast():
+                logits, values, _ = self.networks(ids[rows], mask[rows], width)
+                ref_logits = self._reference_logits(ids[rows], mask[rows], width)
+            parts["old"].append(self._logprobs(logits, rollout.responses[rows]))
+            parts["ref"].append(self._logprobs(ref_logits, rollout.responses[rows]))
+            parts["values"].append(values)
+        rollout.old_logprobs = torch.cat(parts["old"])
+        rollout.ref_logprobs = torch.cat(parts["ref"])
+        rollout.values = torch.cat(parts["values"])
+
+    def _reference_logits(self, ids: Tensor, mask: Tensor, width: int) -> Tensor:
+        if self.reference is not None:
+            return response_logits(self.reference, ids, mask, width)
+        with adapter_off(self.networks.policy):
+            return response_logits(self.networks.policy, ids, mask, width)
+
+    def _logprobs(self, logits: Tensor, responses: Tensor) -> Tensor:
+        return maths.logprobs_of(logits, responses, self.config.temperature)
+
+    # --- update: token rewards → advantages → minibatches → losses → step ----------------------
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Optimise on one rollout; returns this iteration's metrics."""
+        config = self.config
+        scores = self._shaped_scores(rollout)
+        kl = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl_penalty)
+        rewards = maths.token_rewards(scores, kl, rollout.response_mask, self.kl_coef)
+        if rollout.token_scores is not None:
+            rewards = rewards + rollout.token_scores
+        if config.whiten_rewards:
+            rewards = maths.masked_whiten(
+                rewards, rollout.response_mask, keep_mean=True, all_sum=self._all_sum
+            )
+        advantages, returns = maths.gae(
+            rewards, rollout.values, rollout.response_mask, config.gamma, config.lam
+        )
+        metrics = self._rollout_metrics(rollout, scores, advantages, returns)
+        if config.whiten_advantages:
+            advantages = maths.masked_whiten(
+                advantages, rollout.response_mask, all_sum=self._all_sum
+            )
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for indices in self._minibatches(len(rollout)):
+            minibatch = rollout.rows(indices)
+            step = self._step(minibatch, advantages[indices], returns[indices])
+            for name, value in step.items():
+                totals[name] = totals[name] + value
+            if config.kl_stop and step["approxkl"] / step["tokens"] > config.kl_stop:
+                break
+        metrics.update(self._update_metrics(totals))
+        self.iteration += 1
+        if config.kl_target:
+            self.kl_coef = maths.adapted_kl_coef(
+                self.kl_coef, metrics["objective/kl"], config.kl_target, config.batch_size, config.kl_horizon
+            )
+        return metrics
+
+    def _shaped_scores(self, rollout: Rollout) -> Tensor:
+        """Scores (B,) after scaling, clipping, the missing-EOS rule and the length penalty."""
+        config, scores = self.config, rollout.scores
+        if config.scale_scores:
+            moments = torch.stack([torch.ones_like(scores), scores, scores.square()]).double()
+            self.scale.update(*self._all_sum(moments.sum(dim=1)).tolist())
+            scores = scores / self.scale.std
+        if config.clip_scores is not None:
+            scores = scores.clamp(-config.clip_scores, config.clip_scores)
+        scores = maths.missing_eos_scores(
+            scores, rollout.ended, config.missing_eos, config.missing_eos_penalty
+        )
+        return scores - config.length_penalty * rollout.response_mask.sum(dim=1)
+
+    def _minibatches(self, episodes: int):
+        """Index tensors; each epoch is a permutation drawn from (seed, iteration, epoch) alone."""
+        size = episodes // self.config.minibatches
+        for epoch in range(self.config.ppo_epochs):
+            key = (self.config.seed, self.iteration, epoch)
+            order = torch.randperm(episodes, generator=generator(*key)).to(self.device)
+            yield from order[: size * self.config.minibatches].split(size)
+
+    def _step(self, minibatch: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
+        """One optimizer step over a minibatch in micro-batches; returns summed statistics."""
+        tokens = self._all_sum(minibatch.response_mask.sum()).clamp(min=1)
+        ptx = self._ptx_batch(len(minibatch))
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        slices = self._slices(len(minibatch), self.config.micro_batch_size)
+        for number, rows in enumerate(slices):
+            last = number == len(slices) - 1
+            hold = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+            with hold:
+                loss, sums = self._losses(
+                    minibatch.rows(rows), advantages[rows], returns[rows], tokens, ptx and ptx.rows(rows)
+                )
+                # engines average gradients over processes; the loss is a share of the global mean
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            for name, value in sums.items():
+                totals[name] = totals[name] + value.detach()
+        summed = {name: self._all_sum(value) for name, value in totals.items()}
+        summed["tokens"] = tokens
+        norms = {
+            "policy/grad_norm": clip_grad_norm_(
+                self.networks.policy_parameters(), self.config.max_grad_norm
+            ),
+            "value/grad_norm": clip_grad_norm_(
+                self.networks.value_parameters(), self.config.max_grad_norm
+            ),
+        }
+        losses = {"policy loss": summed["policy_loss"], "value loss": summed["value_loss"]}
+        gates.finite_step(losses, norms, self.optimizer_steps)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.networks.policy_parameters())
+        self.optimizer_steps += 1
+        return {**summed, **norms, "steps": torch.ones((), device=self.device)}
+
+    def _ptx_batch(self, episodes: int) -> PtxBatch | None:
+        """The pretraining text that goes with a minibatch, `ptx_ratio` examples an episode."""
+        if self.ptx is None:
+            return None
+        ids, mask = self.ptx(self.optimizer_steps, episodes * self.config.ptx_ratio)
+        return PtxBatch(ids, mask, self._all_sum(mask[:, 1:].sum()), self.config.ptx_ratio)
+
+    def _losses(
+        self,
+        batch: Rollout,
+        advantages: Tensor,
+        returns: Tensor,
+        tokens: Tensor,
+        ptx: PtxBatch | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the loss of a minibatch that has `tokens` real tokens."""
+        config, mask = self.config, batch.response_mask
+        ids, attention_mask = batch.inputs()
+        text = None if ptx is None else (ptx.ids, ptx.mask)
+        with self.accelerator.autocast():
+            logits, values, likelihood = self.model(ids, attention_mask, mask.shape[1], text)
+        logprobs = self._logprobs(logits, batch.responses)
+        if self.optimizer_steps % (config.ppo_epochs * config.minibatches) == 0:
+            gates.ratio_is_one(
+                logprobs.detach(), batch.old_logprobs, mask, self._tolerance, self.iteration
+            )
+        ratio = maths.policy_ratio(logprobs, batch.old_logprobs, mask)
+        policy_loss, policy_clipped = maths.clipped_policy_loss(
+            ratio, advantages, mask, config.clip_range
+        )
+        value_loss, value_clipped = maths.clipped_value_loss(
+            values, batch.values, returns, mask, config.clip_range_value
+        )
+        entropy = maths.masked_sum(maths.entropy_of(logits, config.temperature), mask)
+        loss = policy_loss + config.vf_coef * value_loss - config.entropy_coef * entropy
+        loss = loss / tokens
+        if ptx is not None:
+            loss = loss - config.ptx_coef * likelihood / ptx.tokens
+        log_ratio = torch.where(mask, logprobs - batch.old_logprobs, 0.0)
+        return loss, {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "approxkl": 0.5 * log_ratio.square().sum(),  # LMHP's: half the mean squared log ratio
+            "policy_clipped": policy_clipped,
+            "value_clipped": value_clipped,
+            "ratio": maths.masked_sum(ratio, mask),
+            "ratio_squared": maths.masked_sum(ratio.square(), mask),
+            "ptx_likelihood": likelihood,
+            "ptx_tokens": likelihood.new_zeros(()) if ptx is None else ptx.mask[:, 1:].sum(),
+        }
+
+    # --- what is measured -----------------------------------------------------------------------
+
+    def _rollout_metrics(
+        self, rollout: Rollout, scores: Tensor, advantages: Tensor, returns: Tensor
+    ) -> dict[str, float]:
+        """Objective and batch statistics, over all processes, before any step."""
+        mask, all_sum = rollout.response_mask, self._all_sum
+        episodes = all_sum(torch.tensor(float(len(rollout)), device=self.device))
+        lengths = mask.sum(dim=1).float()
+
+        def mean(x: Tensor) -> float:
+            return (all_sum(x.double().sum()) / episodes).item()
+
+        dense = 0.0 if rollout.token_scores is None else rollout.token_scores.sum(dim=1)
+
+        kl = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, self.config.kl_estimator)
+        penalty = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, self.config.kl_penalty)
+        non_score = -self.kl_coef * torch.where(mask, penalty, 0.0).sum(dim=1)
+        mean_advantage = maths.masked_mean(advantages, mask, all_sum)
+        spread = maths.masked_mean((advantages - mean_advantage).square(), mask, all_sum).sqrt()
+        explained = maths.explained_variance(rollout.values, returns, mask, all_sum)
+        return {
+            "episode": (self.iteration + 1) * self.config.batch_size,
+            "objective/kl": mean(torch.where(mask, kl, 0.0).sum(dim=1)),
+            "objective/scores": mean(rollout.scores + dense),
+            "objective/rlhf_reward": mean(scores + dense + non_score),
+            "objective/non_score_reward": mean(non_score),
+            "objective/entropy": mean(torch.where(mask, -rollout.old_logprobs, 0.0).sum(dim=1)),
+            "objective/kl_coef": self.kl_coef,
+            "objective/score_length_corr": self._correlation(rollout.scores, lengths, episodes),
+            "response/length": mean(lengths),
+            "response/truncated": mean(~rollout.ended),
+            "val/num_eos_tokens": all_sum(rollout.ended.sum()).item(),
+            "val/explained_variance": explained.item(),
+            "val/advantage_mean": mean_advantage.item(),
+            "val/advantage_std": spread.item(),
+        }
+
+    def _correlation(self, x: Tensor, y: Tensor, episodes: Tensor) -> float:
+        """Pearson's r over the global batch; 0 when either does not vary."""
+        x = x - self._all_sum(x.sum()) / episodes
+        y = y - self._all_sum(y.sum()) / episodes
+        xy, xx, yy = self._all_sum(torch.stack([x * y, x * x, y * y]).sum(dim=1)).tolist()
+        return xy / math.sqrt(xx * yy) if xx * yy > 0 else 0.0
+
+    def _update_metrics(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the real tokens of all minibatches; gradient norms are means over steps."""
+        tokens, steps = totals["tokens"].item(), totals["steps"].item()
+        total = {name: value.item() for name, value in totals.items()}
+        ratio = total["ratio"] / tokens
+        metrics = {
+            "loss/policy_avg": total["policy_loss"] / tokens,
+            "loss/value_avg": total["value_loss"] / tokens,
+            "policy/approxkl_avg": total["approxkl"] / tokens,
+            "policy/clipfrac_avg": total["policy_clipped"] / tokens,
+            "policy/entropy_avg": total["entropy"] / tokens,
+            "policy/grad_norm": total["policy/grad_norm"] / steps,
+            "value/grad_norm": total["value/grad_norm"] / steps,
+            "val/clipfrac_avg": total["value_clipped"] / tokens,
+            "val/ratio": ratio,
+            "val/ratio_var": total["ratio_squared"] / tokens - ratio**2,
+            "eps": self.optimizer_steps / self.total_steps,
+            "lr": self.schedule.get_last_lr()[0],
+        }
+        if total["ptx_tokens"]:
+            metrics["loss/ptx_avg"] = -total["ptx_likelihood"] / total["ptx_tokens"]
+        return metrics
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """All that the next iteration depends on, beside the random generators."""
+        return {
+            "networks": self.networks.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "ema": self.ema.shadow,
+            "iteration": self.iteration,
+            "optimizer_steps": self.optimizer_steps,
+            "kl_coef": self.kl_coef,
+            "scale": vars(self.scale).copy(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.networks.load_state_dict(state["networks"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.ema.shadow = state["ema"]
+        self.iteration, self.optimizer_steps = state["iteration"], state["optimizer_steps"]
+        self.kl_coef = state["kl_coef"]
+        vars(self.scale).update(state["scale"])
+
+    # --- small things ---------------------------------------------------------------------------
+
+    def _all_sum(self, x: Tensor) -> Tensor:
+        """Sum over processes, leaving `x` as it is."""
+        return self.accelerator.reduce(x.clone(), reduction="sum")
+
+    @staticmethod
+    def _slices(count: int, size: int | None) -> list[slice]:
+        size = size or count
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    @property
+    def _tolerance(self) -> float:
+        return 1e-3 if self.config.precision == "fp32" else 0.25
+
+    def _value_lr(self) -> float:
+        lr = self.config.value_learning_rate
+        return self.config.learning_rate if lr is None else lr
+
+    def _lr_factor(self, step: int) -> float:
+        warmup = int(self.config.warmup_ratio * self.total_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(self.total_steps - warmup, 1)
+        if self.config.schedule == "linear":
+            return max(1 - done, 0.0)
+        if self.config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return 1.0
+
+
+class Clock:
+    """Seconds by phase of one iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[f"time/{phase}"] = time.perf_counter() - start

@@ -1,0 +1,48 @@
+"""What a person looks at while PPO runs: fixed prompts answered again and again."""
+
+import torch
+
+from pipeline.data.forms import load_prompts
+from pipeline.generation import generate
+from pipeline.ppo.rollout import Query
+from pipeline.ppo.trainer import PPO
+from pipeline.schema import PPOConfig
+from pipeline.tracking import Tracker
+
+
+class Watch:
+    """Answers fixed prompts every `sample_every` iterations without touching PPO's randomness."""
+
+    def __init__(self, config: PPOConfig, ppo: PPO, queries: list[Query], tracker: Tracker):
+        self.config, self.ppo, self.tracker = config, ppo, tracker
+        self.queries = queries[:8]
+        if config.sample_prompts is not None:
+            self.queries = ppo.queries(load_prompts(config.sample_prompts))
+        self.last = -1
+
+    def samples(self) -> None:
+        """Sample, score and record, when it is time: at the start, every so often, at the end."""
+        at = self.ppo.iteration
+        due = at % self.config.sample_every == 0 or at == self.config.iterations
+        if not due or at == self.last or not self.ppo.accelerator.is_main_process:
+            return
+        self.last = at
+        with torch.random.fork_rng():  # watching must not change what is watched
+            torch.manual_seed(self.config.seed)
+            self.tracker.samples(at, self._rows())
+
+    def _rows(self) -> list[dict]:
+        responses = generate(
+            self.ppo.networks.policy,
+            self.ppo.tokenizer,
+            [q.ids for q in self.queries],
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            stop_tokens=tuple(self.config.stop_tokens),
+        )
+        episodes = self.ppo.episodes(self.queries, [r.ids for r in responses])
+        scores = self.ppo.score(episodes)
+        return [
+            {"prompt": q.text, "response": r.text, "score": s, "ended": r.ended}
+            for q, r, s in zip(self.queries, responses, scores, strict=True)
+        ]

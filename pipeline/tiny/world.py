@@ -1,0 +1,498 @@
+"""A small synthetic instruction world: prompts, imperfect demonstrators and plain text, all from seeds.
+
+Four families of request (question answering over given facts, one-line summary, translation, a customer's order), each in
+English and in Chinese. Words are separated by spaces in both languages, so that a word-level tokenizer reads them.
+
+The files hold no hidden answer: a prompt row is what a user would type, a demonstration is what an imperfect writer replied.
+What a good reply is lives in `pipeline.tiny.gold`, which works it out from the prompt's text.
+
+Held-out contents (validation and test) are drawn first, from seeds of their own; training rows and the base model's corpus skip
+them, so the splits are disjoint by content and not only by wording.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FAMILIES = ("question", "summary", "translation", "dialogue")
+LANGUAGES = ("en", "zh")
+
+# English word -> Chinese word, by class. A word belongs to one class, and translation is word for word.
+NAMES = {
+    "tom": "汤姆", "anna": "安娜", "ben": "本恩", "lily": "莉莉", "sam": "山姆", "kate": "凯特",
+    "leo": "里奥", "mary": "玛丽", "jack": "杰克", "nora": "诺拉", "paul": "保罗", "lucy": "露西",
+}  # fmt: skip
+PLACES = {
+    "paris": "巴黎", "rome": "罗马", "london": "伦敦", "berlin": "柏林", "madrid": "马德里", "tokyo": "东京",
+    "beijing": "北京", "shanghai": "上海", "cairo": "开罗", "vienna": "维也纳", "sydney": "悉尼", "delhi": "德里",
+}  # fmt: skip
+THINGS = {
+    "apples": "苹果", "eggs": "鸡蛋", "books": "书", "flowers": "花", "cakes": "蛋糕", "cups": "杯子",
+    "maps": "地图", "shoes": "鞋", "hats": "帽子", "pens": "笔", "lamps": "灯", "keys": "钥匙",
+}  # fmt: skip
+ADJECTIVES = {
+    "red": "红", "blue": "蓝", "green": "绿", "white": "白", "new": "新", "old": "旧", "small": "小", "big": "大",
+}  # fmt: skip
+VERBS = {
+    "bought": "买了",
+    "sold": "卖了",
+    "saw": "看见",
+    "found": "找到",
+    "lost": "丢了",
+    "made": "做了",
+}
+NUMBERS = {"two": "两", "three": "三", "four": "四", "five": "五", "six": "六", "ten": "十"}
+
+CLASSES = {
+    "name": NAMES,
+    "place": PLACES,
+    "thing": THINGS,
+    "adjective": ADJECTIVES,
+    "verb": VERBS,
+    "number": NUMBERS,
+}
+TO_CHINESE = {english: chinese for words in CLASSES.values() for english, chinese in words.items()}
+TO_ENGLISH = {chinese: english for english, chinese in TO_CHINESE.items()}
+WORD_CLASS = {
+    word: kind for kind, words in CLASSES.items() for pair in words.items() for word in pair
+}
+
+COURTESIES = {
+    "en": ("thanks", "gladly", "welcome", "cheers"),
+    "zh": ("谢谢", "不客气", "欢迎", "祝好"),
+}
+HEDGES = {"en": ("maybe", "perhaps"), "zh": ("也许", "可能")}
+REFUSALS = {"en": "i am not sure", "zh": "我 不 确定"}
+STOPS = {"en": ".", "zh": "。"}
+
+INSTRUCTIONS = {
+    ("question", "en"): "answer the question",
+    ("question", "zh"): "请 回答 问题",
+    ("summary", "en"): "summarize the text",
+    ("summary", "zh"): "请 总结 文字",
+    ("translation", "en"): "translate to chinese",
+    ("translation", "zh"): "请 翻译 成 英文",
+    ("dialogue", "en"): "serve the customer",
+    ("dialogue", "zh"): "请 接待 顾客",
+}
+
+# The words that hold sentences together, beyond the classes above.
+WORDS_OF_FORM = (
+    *("what", "is", "the", "item", "number", "kind", "in", "?", "this", "morning", "went", "with"),
+    *(
+        "to",
+        "and",
+        "i",
+        "would",
+        "like",
+        "can",
+        "have",
+        "do",
+        "you",
+        "here",
+        "are",
+        "yes",
+        "no",
+        "=",
+    ),
+    *("物品", "数量", "样子", "是", "什么", "在", "？", "今天", "早上", "和", "去", "我", "想要"),
+    *("能", "给", "你们", "有", "个", "吗", "这是", "对", "不对"),
+)
+
+# What the demonstrators do. They err on purpose: a reward model can only teach what its samples vary in.
+ERROR_RATE = 0.25  # one content word is wrong
+REFUSAL_RATE = 0.07  # "i am not sure"
+HEDGE_RATE = 0.20  # the reply opens with a hedge
+COURTESY_RATES = (0.35, 0.35, 0.20, 0.10)  # 0, 1, 2 or 3 courteous words at the end
+
+SIZES = {
+    "demonstrations": 5000,
+    "demonstrations_validation": 400,
+    "comparison_prompts": 4000,
+    "ppo_prompts": 4000,
+    "prompts_validation": 400,
+    "prompts_test": 600,
+}
+CORPUS_SIZE = 24000
+_SEED_OFFSETS = {name: 1 + i for i, name in enumerate([*SIZES, "corpus"])}
+HELD_OUT = ("prompts_test", "prompts_validation", "demonstrations_validation")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn situation: what the user types, and the words (in order) of the reply that answers it."""
+
+    family: str
+    language: str
+    input: str
+    answer: tuple[str, ...]
+    # The content, whatever the wording: two cases with one key are the same exercise.
+    key: tuple[str, ...]
+
+    @property
+    def instruction(self) -> str:
+        return INSTRUCTIONS[self.family, self.language]
+
+    @property
+    def stop(self) -> str:
+        """The full stop of the reply's language (a translation is replied to in the other one)."""
+        return STOPS[self.reply_language]
+
+    @property
+    def reply_language(self) -> str:
+        return reply_language(self.family, self.language)
+
+
+def reply_language(family: str, language: str) -> str:
+    """The language a reply is written in."""
+    if family != "translation":
+        return language
+    return "zh" if language == "en" else "en"
+
+
+def user_text(row: dict) -> str:
+    """The user turn of a row: the instruction, and the input on a line of its own where there is one."""
+    return f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+
+
+def words_of(kind: str, language: str) -> list[str]:
+    """All words of one class in one language."""
+    return list(CLASSES[kind]) if language == "en" else list(CLASSES[kind].values())
+
+
+def say(words: list[str] | tuple[str, ...], language: str) -> list[str]:
+    """English content words in `language`."""
+    return list(words) if language == "en" else [TO_CHINESE[word] for word in words]
+
+
+# --- sentences -------------------------------------------------------------------------------------------------------
+
+
+FACT_CLASSES = ("name", "place", "verb", "number", "adjective", "thing")
+# What a question asks for, and what it is called.
+ASKED = {
+    "thing": {"en": "item", "zh": "物品"},
+    "number": {"en": "number", "zh": "数量"},
+    "adjective": {"en": "kind", "zh": "样子"},
+}
+
+
+def question(asked: str, language: str) -> str:
+    """`what is the place ?` / `地点 是 什么 ？`"""
+    name = ASKED[asked][language]
+    return f"what is the {name} ?" if language == "en" else f"{name} 是 什么 ？"
+
+
+def fact(
+    name: str, place: str, verb: str, number: str, adjective: str, thing: str, language: str
+) -> str:
+    """One sentence that says who did what, where, and with how many."""
+    if language == "en":
+        return f"{name} {verb} {number} {adjective} {thing} in {place} ."
+    return f"{name} 在 {place} {verb} {number} 个 {adjective} {thing} 。"
+
+
+def reply_to_question(asked: str, word: str, language: str) -> tuple[str, ...]:
+    """The words that answer a question about a fact."""
+    name = ASKED[asked][language]
+    return ("the", name, "is", word) if language == "en" else (name, "是", word)
+
+
+def story(
+    name: str, friend: str, place: str, verb: str, adjective: str, thing: str, language: str
+) -> str:
+    if language == "en":
+        return f"this morning {name} went with {friend} to {place} and {verb} {adjective} {thing} ."
+    return f"今天 早上 {name} 和 {friend} 去 {place} {verb} {adjective} {thing} 。"
+
+
+def order(number: str, adjective: str, thing: str, language: str, wording: int) -> str:
+    if language == "en":
+        opening = ("i would like", "can i have", "do you have")[wording]
+        return f"{opening} {number} {adjective} {thing} {'.' if wording == 0 else '?'}"
+    opening = ("我 想要", "能 给 我", "你们 有")[wording]
+    return f"{opening} {number} 个 {adjective} {thing} {'。' if wording == 0 else '吗 ？'}"
+
+
+def served(number: str, adjective: str, thing: str, language: str) -> tuple[str, ...]:
+    """The words that answer an order."""
+    if language == "en":
+        return ("here", "are", number, adjective, thing)
+    return ("这是", number, "个", adjective, thing)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def draw_question(rng: random.Random, language: str) -> Case:
+    words = {kind: rng.choice(list(CLASSES[kind])) for kind in FACT_CLASSES}
+    asked = rng.choice(list(ASKED))
+    local = dict(zip(words, say(list(words.values()), language), strict=True))
+    text = f"{fact(*local.values(), language)} {question(asked, language)}"
+    key = ("question", language, asked, *words.values())
+    return Case("question", language, text, reply_to_question(asked, local[asked], language), key)
+
+
+def draw_summary(rng: random.Random, language: str) -> Case:
+    name, friend = rng.sample(list(NAMES), 2)
+    words = [
+        name,
+        friend,
+        *(rng.choice(list(kind)) for kind in (PLACES, VERBS, ADJECTIVES, THINGS)),
+    ]
+    local = say(words, language)
+    answer = (local[0], local[3], local[5])
+    return Case("summary", language, story(*local, language), answer, ("summary", language, *words))
+
+
+def draw_translation(rng: random.Random, language: str) -> Case:
+    words = [rng.choice(list(kind)) for kind in (NAMES, VERBS, ADJECTIVES, THINGS)]
+    source, target = say(words, language), say(words, "zh" if language == "en" else "en")
+    # One key for both directions: a sentence held out in one direction is not trained on in the other.
+    return Case("translation", language, " ".join(source), tuple(target), ("translation", *words))
+
+
+def draw_dialogue(rng: random.Random, language: str) -> Case:
+    words = [rng.choice(list(kind)) for kind in (NUMBERS, ADJECTIVES, THINGS)]
+    wording = rng.randrange(3)
+    local = say(words, language)
+    text = order(*local, language, wording)
+    return Case(
+        "dialogue", language, text, served(*local, language), ("dialogue", language, *words)
+    )
+
+
+DRAW: dict[str, Callable[[random.Random, str], Case]] = {
+    "question": draw_question,
+    "summary": draw_summary,
+    "translation": draw_translation,
+    "dialogue": draw_dialogue,
+}
+
+
+def draw_cases(rng: random.Random, count: int, forbidden: set) -> list[Case]:
+    """`count` cases, families and languages in equal shares, no two alike, none `forbidden`."""
+    cases: list[Case] = []
+    seen: set[tuple[str, str]] = set()
+    cells = [(family, language) for family in FAMILIES for language in LANGUAGES]
+    while len(cases) < count:
+        family, language = cells[len(cases) % len(cells)]
+        case = DRAW[family](rng, language)
+        if case.key in forbidden or (case.instruction, case.input) in seen:
+            continue
+        seen.add((case.instruction, case.input))
+        cases.append(case)
+    rng.shuffle(cases)
+    return cases
+
+
+# --- demonstrators ---------------------------------------------------------------------------------------------------
+
+
+def spoil(case: Case, rng: random.Random) -> list[str]:
+    """The answer with one content word exchanged for another of its class (often one that the prompt does mention)."""
+    words = list(case.answer)
+    places = [i for i, word in enumerate(words) if word in WORD_CLASS]
+    at = rng.choice(places)
+    kind = WORD_CLASS[words[at]]
+    mentioned = [w for w in case.input.split() if WORD_CLASS.get(w) == kind and w != words[at]]
+    if mentioned and case.family != "translation" and rng.random() < 0.5:
+        words[at] = rng.choice(mentioned)
+    else:
+        others = [w for w in words_of(kind, case.reply_language) if w != words[at]]
+        words[at] = rng.choice(others)
+    return words
+
+
+def demonstrate(case: Case, rng: random.Random) -> str:
+    """An imperfect demonstrator's reply: sometimes wrong, unsure or hedged, and curt, courteous or fulsome."""
+    language = case.reply_language
+    draw = rng.random()
+    if draw < REFUSAL_RATE:
+        body = REFUSALS[language].split()
+    elif draw < REFUSAL_RATE + ERROR_RATE:
+        body = spoil(case, rng)
+    else:
+        body = list(case.answer)
+    if rng.random() < HEDGE_RATE:
+        body.insert(0, rng.choice(HEDGES[language]))
+    count = rng.choices(range(len(COURTESY_RATES)), COURTESY_RATES)[0]
+    return " ".join([*body, case.stop, *(rng.choice(COURTESIES[language]) for _ in range(count))])
+
+
+def prompt_row(case: Case) -> dict:
+    return {
+        "instruction": case.instruction,
+        "input": case.input,
+        "family": case.family,
+        "language": case.language,
+    }
+
+
+def demonstration_row(case: Case, rng: random.Random) -> dict:
+    row = prompt_row(case)
+    return {
+        "instruction": row.pop("instruction"),
+        "input": row.pop("input"),
+        "output": demonstrate(case, rng),
+        **row,
+    }
+
+
+# --- plain text for the base model -----------------------------------------------------------------------------------
+
+
+def draw_allowed(family: str, rng: random.Random, language: str, forbidden: set) -> Case:
+    """A case that is not held out."""
+    while True:
+        case = DRAW[family](rng, language)
+        if case.key not in forbidden:
+            return case
+
+
+def text_of_facts(rng: random.Random, language: str, forbidden: set) -> str:
+    """A fact, and talk about it: asked, answered, confirmed and denied."""
+    stop, yes, no = STOPS[language], *(("yes", "no") if language == "en" else ("对", "不对"))
+    case = draw_allowed("question", rng, language, forbidden)
+    asked_last = case.input.split(stop)[1].strip()
+    sentence = case.input[: -len(asked_last)].strip()
+    words = {WORD_CLASS[word]: word for word in sentence.split() if word in WORD_CLASS}
+    parts = [sentence]
+    for _ in range(5):
+        kind = rng.choice(list(ASKED))
+        answer = " ".join(reply_to_question(kind, words[kind], language))
+        parts.append(question(kind, language))
+        if rng.random() < 0.35:
+            other = " ".join(
+                reply_to_question(kind, rng.choice(words_of(kind, language)), language)
+            )
+            claim = answer if rng.random() < 0.5 else other
+            parts += [claim, "?", yes if claim == answer else no]
+        parts += [answer, stop]
+    return " ".join(parts)
+
+
+def text_of_stories(rng: random.Random, language: str, forbidden: set) -> str:
+    """Short news with its headline, true or put right."""
+    stop, yes, no = STOPS[language], *(("yes", "no") if language == "en" else ("对", "不对"))
+    parts = []
+    for _ in range(2):
+        case = draw_allowed("summary", rng, language, forbidden)
+        head = " ".join(case.answer)
+        if rng.random() < 0.5:
+            parts += [case.input, head, stop]
+        else:
+            claim = head if rng.random() < 0.5 else " ".join(spoil(case, rng))
+            parts += [case.input, claim, "?", yes if claim == head else no, head, stop]
+    return " ".join(parts)
+
+
+PHRASES = (
+    (NAMES,),
+    (ADJECTIVES,),
+    (NUMBERS, THINGS),
+    (NAMES, VERBS),
+    (ADJECTIVES, THINGS),
+    (VERBS, ADJECTIVES, THINGS),
+    (NAMES, VERBS, THINGS),
+)
+
+
+def text_of_glossary(rng: random.Random, language: str, forbidden: set) -> str:
+    """Bilingual word lists, words and phrases; never a whole sentence as the translation prompts have it."""
+    other = "zh" if language == "en" else "en"
+    yes, no = ("yes", "no") if language == "en" else ("对", "不对")
+    parts = []
+    for _ in range(6):
+        kinds = rng.choice(PHRASES)
+        words = [rng.choice(list(kind)) for kind in kinds]
+        source, target = say(words, language), say(words, other)
+        if rng.random() < 0.7:
+            parts += [*source, "=", *target, "."]
+        else:
+            claim = list(target)
+            if rng.random() < 0.5:
+                at = rng.randrange(len(claim))
+                claim[at] = rng.choice(words_of(WORD_CLASS[claim[at]], other))
+            parts += [*source, "=", *claim, "?", yes if claim == target else no, *target, "."]
+    return " ".join(parts)
+
+
+def text_of_service(rng: random.Random, language: str, forbidden: set) -> str:
+    """Orders and how they were served, with the small courtesies and doubts that go with them."""
+    stop, yes, no = STOPS[language], *(("yes", "no") if language == "en" else ("对", "不对"))
+    parts = []
+    for _ in range(3):
+        case = draw_allowed("dialogue", rng, language, forbidden)
+        parts.append(case.input)
+        if rng.random() < 0.3:
+            claim = list(case.answer) if rng.random() < 0.5 else spoil(case, rng)
+            parts += [*claim, "?", yes if claim == list(case.answer) else no]
+        parts += [*case.answer, stop]
+        if rng.random() < 0.4:
+            parts.append(rng.choice(COURTESIES[language]))
+        if rng.random() < 0.1:
+            parts += [REFUSALS[language], stop]
+        if rng.random() < 0.2:
+            parts += [rng.choice(HEDGES[language])]
+    return " ".join(parts)
+
+
+TEXTS = (text_of_facts, text_of_stories, text_of_glossary, text_of_service)
+
+
+def corpus(rng: random.Random, count: int, forbidden: set) -> Iterator[str]:
+    """`count` documents, kinds and languages in equal shares, with no held-out story or order in them."""
+    for made in range(count):
+        yield TEXTS[made % len(TEXTS)](rng, LANGUAGES[made // len(TEXTS) % 2], forbidden)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def build(
+    seed: int = 0, sizes: dict[str, int] | None = None, corpus_size: int = CORPUS_SIZE
+) -> dict[str, list[dict]]:
+    """All files of the world as rows, by file stem. The same seed gives the same rows."""
+    sizes = SIZES | (sizes or {})
+    files: dict[str, list[dict]] = {}
+    forbidden: set = set()
+    for name in [*HELD_OUT, *(n for n in sizes if n not in HELD_OUT)]:
+        rng = random.Random(1000 * seed + _SEED_OFFSETS[name])
+        cases = draw_cases(rng, sizes[name], forbidden)
+        if name in HELD_OUT:
+            forbidden |= {case.key for case in cases}
+        with_output = name.startswith("demonstrations")
+        files[name] = [demonstration_row(c, rng) if with_output else prompt_row(c) for c in cases]
+    rng = random.Random(1000 * seed + _SEED_OFFSETS["corpus"])
+    files["corpus"] = [{"text": text} for text in corpus(rng, corpus_size, forbidden)]
+    return files
+
+
+def write(out: Path, seed: int = 0) -> dict[str, Path]:
+    """Write the world's JSONL files into `out` and return their paths by stem."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, rows in build(seed).items():
+        paths[name] = out / f"{name}.jsonl"
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        paths[name].write_text(text, encoding="utf-8")
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name, path in write(args.out, args.seed).items():
+        print(f"{name}: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""metrics.jsonl first, W&B second: the file is the record, the mirror may fail at any time."""
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline import schema
+from pipeline.artifacts import Manifest
+from pipeline.files import write_atomically
+from pipeline.mirror import Mirror
+from pipeline.progress import say
+
+
+class Tracker:
+    """Writes `metrics.jsonl` and `samples.jsonl` in `work`, and mirrors both in Weights & Biases.
+
+    `parents`: name -> directory of the artifacts the stage reads, for the mirror's lineage.
+    With `main=False` (a process beside the first) nothing is written.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        stage: str,
+        run: Path,
+        config: dict[str, Any],
+        wandb: schema.Wandb,
+        parents: dict[str, Path] | None = None,
+        main: bool = True,
+    ):
+        self.stage, self.main = stage, main
+        self.metrics_path = work / "metrics.jsonl"
+        self.samples_path = work / "samples.jsonl"
+        self._warned: set[str] = set()
+        self._mirror = Mirror(work, stage, run, config, wandb, parents or {}) if main else None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line `{"step": …, "time": …, …}`, on disk before this returns; NaN becomes null."""
+        if not self.main:
+            return
+        self._start_mirror()
+        self._warn_not_finite(step, metrics)
+        row = {"step": step, "time": round(time.time(), 3)} | {
+            k: plain(v) for k, v in metrics.items()
+        }
+        _append(self.metrics_path, [row])
+        if self._mirror:
+            self._mirror.log(step, dict(metrics))
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Responses to fixed prompts: rows with `prompt`, `response`, `score`, `ended`."""
+        if not self.main or not rows:
+            return
+        self._start_mirror()
+        _append(
+            self.samples_path, [{"step": step} | {k: plain(v) for k, v in r.items()} for r in rows]
+        )
+        if self._mirror:
+            self._mirror.samples(step, rows)
+
+    def truncate(self, step: int) -> None:
+        """Forget what was logged after `step`, and a line cut short: a resumed run logs it again."""
+        if not self.main:
+            return
+        for path in (self.metrics_path, self.samples_path):
+            if path.exists():
+                kept = [row for row in read_rows(path) if row["step"] <= step]
+                write_atomically(path, "".join(_line(row) for row in kept))
+
+    def finish(self, artifact: Path | None = None, manifest: Manifest | None = None) -> None:
+        """Close the mirror, with the artifact when one was published. Never raises or hangs."""
+        if self._mirror:
+            self._mirror.finish(artifact, manifest)
+            self._mirror = None
+
+    def _start_mirror(self) -> None:
+        """Start the mirror at the first row; on a resumed run it is given the earlier rows again."""
+        if self._mirror and not self._mirror.started:
+            self._mirror.start(list(read_rows(self.metrics_path)))
+
+    def _warn_not_finite(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            if plain(value) is None and value is not None and name not in self._warned:
+                self._warned.add(name)
+                say(f"{self.stage}: step {step}: {name} is {value}, written as null")
+
+
+def read_rows(path: Path) -> Iterable[dict[str, Any]]:
+    """Rows of a JSONL record; a last line cut short by a killed process is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            yield row
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: numbers of other libraries become floats, NaN and inf null."""
+    if isinstance(value, str | bool | int | dict | list) or value is None:
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(_line(row) for row in rows))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,0 +1,132 @@
+"""Stage 3: PPO of the SFT model against the reward.
+
+`python -m stages.ppo --config configs/tiny/ppo.yaml --run checkpoints/tiny [key=value ...]`
+"""
+
+from pipeline import cli
+
+if __name__ == "__main__":
+    cli.main("ppo")  # checks config and data before the slow imports below
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline import checkpoint
+from pipeline.data.forms import load_prompts
+from pipeline.data.template import template_hash, tokenizer_hash
+from pipeline.errors import UserError
+from pipeline.models import merged
+from pipeline.ppo.build import build_ppo
+from pipeline.ppo.rollout import PromptStream, Query
+from pipeline.ppo.trainer import PPO, Clock
+from pipeline.ppo.watch import Watch
+from pipeline.progress import say, track
+from pipeline.run import StageRun
+from pipeline.schema import PPOConfig
+from pipeline.training import peak_memory_mb, set_threads
+
+
+def run(config: PPOConfig, dataset: Any = None) -> Path:
+    """Refine the SFT policy and publish `RUN/ppo`; returns that directory.
+
+    `dataset` replaces `config.prompts` by prompts in memory.
+    """
+    prompts = load_prompts(config.prompts if dataset is None else dataset)
+    with StageRun(config, dataset) as stage:
+        set_threads(config.threads)
+        checkpoint.seed_everything(config.seed)
+        ppo = build_ppo(config, stage.parent("sft"), stage.parent("rm"))
+        queries = _short_enough(ppo.queries(prompts), config.max_prompt_length)
+        stream = PromptStream(queries, config.batch_size, config.seed)
+        watch = Watch(config, ppo, queries, stage.tracker)
+
+        _resume(ppo, stage)
+        with track(config.iterations, "ppo") as bar:
+            bar.advance(ppo.iteration)
+            while ppo.iteration < config.iterations:
+                watch.samples()
+                metrics = iteration(ppo, stream)
+                stage.tracker.log(ppo.iteration, metrics)
+                bar.advance(1, **_headline(metrics))
+                if ppo.iteration % config.save_every == 0:
+                    checkpoint.save(stage.work, ppo.iteration, ppo.state_dict())
+                if config.kl_limit and metrics["objective/kl"] > config.kl_limit:
+                    say(f"ppo: stopped, KL {metrics['objective/kl']:.2f} is over {config.kl_limit}")
+                    break
+            watch.samples()
+
+        _save(ppo, stage.output)
+        return stage.publish(
+            _summary(stage.work / "metrics.jsonl"),
+            tokenizer_hash(ppo.tokenizer),
+            template_hash(ppo.tokenizer),
+        )
+
+
+def iteration(ppo: PPO, stream: PromptStream) -> dict[str, float]:
+    """Prompt to loss: sample queries, generate and score responses, optimise on them."""
+    clock, accelerator = Clock(), ppo.accelerator
+    queries = stream.batch(ppo.iteration, accelerator.process_index, accelerator.num_processes)
+    with clock("rollout"):
+        rollout = ppo.rollout(queries)
+    with clock("update"):
+        metrics = ppo.update(rollout)
+    return {**metrics, **clock.seconds, "memory/peak_mb": peak_memory_mb()}
+
+
+def _short_enough(queries: list[Query], limit: int) -> list[Query]:
+    """Queries of at most `limit` tokens; the others are dropped and counted."""
+    kept = [q for q in queries if len(q.ids) <= limit]
+    if not kept:
+        raise UserError(f"ppo: all {len(queries)} prompts are over max_prompt_length {limit}")
+    if len(kept) < len(queries):
+        say(f"ppo: {len(queries) - len(kept)} of {len(queries)} prompts are over {limit} tokens")
+    return kept
+
+
+def _resume(ppo: PPO, stage: StageRun) -> None:
+    newest = checkpoint.newest(stage.work)
+    if newest is not None:
+        ppo.load_state_dict(checkpoint.load(newest))
+        stage.tracker.truncate(ppo.iteration)
+        say(f"ppo: goes on after iteration {ppo.iteration}")
+
+
+def _save(ppo: PPO, output: Path) -> None:
+    """The policy, adapters merged, and beside it its moving average if one was kept."""
+    policy = ppo.networks.policy
+    if ppo.config.ema_decay is not None:
+        with ppo.ema.swapped_in(ppo.networks.policy_parameters()):
+            merged(copy.deepcopy(policy)).save_pretrained(output / "ema")
+        ppo.tokenizer.save_pretrained(output / "ema")
+    merged(policy).save_pretrained(output)
+    ppo.tokenizer.save_pretrained(output)
+
+
+def _summary(record: Path) -> dict[str, float]:
+    """First iteration against the mean of the last five, from the run's own record."""
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    last = lines[-5:]
+
+    def after(name: str) -> float:
+        return sum(line[name] for line in last) / len(last)
+
+    return {
+        "score_before": lines[0]["objective/scores"],
+        "score": after("objective/scores"),
+        "kl": after("objective/kl"),
+        "response_length_before": lines[0]["response/length"],
+        "response_length": after("response/length"),
+        "iterations": lines[-1]["step"],
+        "episodes": lines[-1]["episode"],
+    }
+
+
+def _headline(metrics: dict[str, float]) -> dict[str, float]:
+    return {
+        "kl": metrics["objective/kl"],
+        "score": metrics["objective/scores"],
+        "length": metrics["response/length"],
+    }

@@ -1,0 +1,230 @@
+"""Stage 2: a reward model on K-wise ranked comparisons, from the SFT model.
+
+`python -m stages.rm --config configs/tiny/rm.yaml --run checkpoints/tiny [key=value ...]`
+"""
+
+from pipeline import cli
+
+if __name__ == "__main__":
+    cli.main("rm")  # checks config and data before the slow imports below
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import RewardConfig as TRLConfig
+from trl import RewardTrainer
+
+from pipeline import checkpoint
+from pipeline.comparisons import sampled_rankings
+from pipeline.data.forms import load_demonstrations
+from pipeline.data.rankings import Ranking, load_rankings
+from pipeline.data.splits import split_by_prompt
+from pipeline.data.template import encode_prompt, encode_response, template_hash, tokenizer_hash
+from pipeline.errors import UserError
+from pipeline.evaluation.rankings import Scored, measure, write_scored
+from pipeline.kwise import KwiseCollator, kwise_loss
+from pipeline.models import (
+    add_lora,
+    load_tokenizer,
+    merged,
+    reward_from_policy,
+    score_head,
+    score_sequences,
+    token_scores,
+)
+from pipeline.progress import say
+from pipeline.run import StageRun
+from pipeline.schema import Data, RMConfig
+from pipeline.training import Recorder, arguments, quiet, set_threads, train
+
+LOGGED = {
+    "loss": "train/loss",
+    "accuracy": "train/accuracy",
+    "margin": "train/margin",
+    "mean_reward": "train/score_mean",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "lr",
+}
+
+
+def run(config: RMConfig, dataset: Any = None) -> Path:
+    """Train a reward model and publish `RUN/rm`; returns that directory.
+
+    `dataset` replaces `config.data` by rankings in memory (see `pipeline.data.rankings`).
+    """
+    given = dataset if dataset is not None else config.data
+    rankings = None if given is None else load_rankings(given)
+    with StageRun(config, dataset) as stage:
+        quiet()
+        set_threads(config.threads)
+        checkpoint.seed_everything(config.seed)
+        sft = stage.parent("sft")
+        tokenizer = load_tokenizer(sft)
+        if rankings is None:
+            rankings = sampled_rankings(config, sft, tokenizer, stage.work)
+        training, held_out = split_by_prompt(rankings, config.validation_fraction, config.seed)
+        training_rows = _encode(tokenizer, training, config.max_length, "training")
+        held_out_rows = _encode(tokenizer, held_out, config.max_length, "held-out")
+        if not training_rows or not held_out_rows:
+            raise UserError("rm: no comparison is left to train on, or none to hold out; see above")
+
+        checkpoint.seed_everything(config.seed)
+        model = reward_from_policy(sft, tokenizer)
+        before = measure(_score(model, tokenizer, held_out_rows))
+        trainer = KwiseTrainer(
+            model=_trainable(model, config),
+            args=TRLConfig(
+                **arguments(config, len(training_rows), stage.work),
+                max_length=None,
+                remove_unused_columns=False,
+            ),
+            data_collator=KwiseCollator(int(tokenizer.pad_token_id)),  # type: ignore[arg-type]
+            train_dataset=Dataset.from_list(training_rows),
+            processing_class=tokenizer,
+            callbacks=[Recorder(stage.tracker, LOGGED)],
+        )
+        train(trainer, stage.work, stage.tracker)
+
+        final = merged(trainer.accelerator.unwrap_model(trainer.model))
+        final.config.reward_bias = _demonstration_mean(final, tokenizer, config, sft)
+        scored = _score(final, tokenizer, held_out_rows)
+        _padding_invariant(final, tokenizer, held_out_rows)
+        write_scored(stage.output / "held_out.jsonl", scored)
+        after = measure(scored)
+        stage.tracker.log(trainer.state.global_step, {f"validation/{k}": v for k, v in after.items()})
+        final.save_pretrained(stage.output)
+        tokenizer.save_pretrained(stage.output)
+        return stage.publish(
+            {
+                "accuracy_before": before["accuracy"],
+                **after,
+                "reward_bias": final.config.reward_bias,
+                "prompts": len(training_rows),
+                "steps": trainer.state.global_step,
+            },
+            tokenizer_hash(tokenizer),
+            template_hash(tokenizer),
+        )
+
+
+class KwiseTrainer(RewardTrainer):
+    """TRL's reward trainer with InstructGPT's loss: all pairs of a prompt are one batch element.
+
+    Rows hold `sequences` (K lists of ids) and `ranks`; one forward pass per response.
+    """
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset  # tokenised by us, the same way in every stage
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        every = token_scores(model, ids, mask)
+        scores = every[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
+        loss, better = kwise_loss(scores, inputs["ranks"], inputs["groups"])
+        margins = (scores[:, None] - scores[None, :])[better].detach()
+        if len(margins):
+            mode = "train" if model.training else "eval"
+            self._metrics[mode]["accuracy"].append((margins > 0).float().mean().item())
+            self._metrics[mode]["margin"].append(margins.mean().item())
+            self._metrics[mode]["mean_reward"].append(scores.mean().item())
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+
+def _trainable(model: PreTrainedModel, config: RMConfig):
+    """The whole model, its adapters and head, or its head alone."""
+    if config.head_only:
+        model.requires_grad_(False)
+        score_head(model).requires_grad_(True)
+        return model
+    return add_lora(model, config.lora, "SEQ_CLS")
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, rankings: list[Ranking], max_length: int, name: str
+) -> list[dict]:
+    """Rows of K token sequences and their ranks.
+
+    Responses that are too long go; so do those whose ids equal another's of the prompt, and then
+    prompts that are left with fewer than two responses or with nothing but ties. All are counted.
+    """
+    rows, long, same, empty = [], 0, 0, 0
+    for ranking in rankings:
+        prompt = encode_prompt(tokenizer, ranking.messages)
+        kept: dict[tuple[int, ...], tuple[int, str]] = {}
+        for response, rank in zip(ranking.responses, ranking.ranks, strict=True):
+            ids = tuple(prompt + encode_response(tokenizer, ranking.messages, response))
+            long += len(ids) > max_length
+            same += ids in kept
+            if len(ids) <= max_length:
+                kept.setdefault(ids, (rank, response))
+        ranks = [rank for rank, _ in kept.values()]
+        if len(set(ranks)) < 2:
+            empty += 1
+            continue
+        rows.append(
+            {
+                "sequences": [list(ids) for ids in kept],
+                "ranks": ranks,
+                "prompt_length": len(prompt),
+                "prompt": ranking.messages[-1]["content"],
+                "responses": [text for _, text in kept.values()],
+            }
+        )
+    if long or same or empty:
+        say(
+            f"rm: {name}: dropped {long} responses over {max_length} tokens, {same} duplicates, "
+            f"{empty} prompts without an untied pair; {len(rows)} prompts are left"
+        )
+    return rows
+
+
+def _score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
+) -> list[Scored]:
+    """Held-out rankings with the model's scores."""
+    flat = [ids for row in rows for ids in row["sequences"]]
+    scores = iter(score_sequences(model, flat, int(tokenizer.pad_token_id)))  # type: ignore[arg-type]
+    return [
+        Scored(
+            prompt=row["prompt"],
+            responses=row["responses"],
+            ranks=row["ranks"],
+            lengths=[len(ids) - row["prompt_length"] for ids in row["sequences"]],
+            scores=[next(scores) for _ in row["sequences"]],
+        )
+        for row in rows
+    ]
+
+
+def _demonstration_mean(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RMConfig, sft: Path
+) -> float:
+    """Mean raw score of demonstrations: the bias that centres them on 0."""
+    source = config.demonstrations or Data(path=str(sft / "demonstrations.jsonl"))
+    items = load_demonstrations(source)[: config.demonstrations_limit]
+    sequences = []
+    for item in items:
+        context, last = item.messages[:-1], item.messages[-1]["content"]
+        ids = encode_prompt(tokenizer, context) + encode_response(tokenizer, context, last)
+        sequences.append(ids[-config.max_length :])
+    scores = score_sequences(model, sequences, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+    return sum(scores) / len(scores)
+
+
+def _padding_invariant(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
+) -> None:
+    """A score must not depend on what else is in the batch (invariant 15)."""
+    sequences = [ids for row in rows[:4] for ids in row["sequences"]]
+    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    together = score_sequences(model, sequences, pad)
+    alone = score_sequences(model, sequences, pad, batch_size=1)
+    gap = max((abs(a - b) for a, b in zip(together, alone, strict=True)), default=0.0)
+    if gap > 1e-2:
+        raise UserError(
+            f"rm: scores change by {gap:.3g} with the padding beside them; "
+            f"{type(model).__name__} does not heed its attention mask"
+        )

@@ -1,0 +1,140 @@
+"""Stage 1: supervised fine-tuning on demonstrations, loss on responses only.
+
+`python -m stages.sft --config configs/tiny/sft.yaml --run checkpoints/tiny [key=value ...]`
+"""
+
+from pipeline import cli
+
+if __name__ == "__main__":
+    cli.main("sft")  # checks config and data before the slow imports below
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig as TRLConfig
+from trl import SFTTrainer
+
+from pipeline import checkpoint
+from pipeline.data.forms import Demonstration, load_demonstrations
+from pipeline.data.splits import split_by_prompt
+from pipeline.data.template import encode_prompt, encode_response, template_hash, tokenizer_hash
+from pipeline.generation import generate
+from pipeline.models import add_lora, load_policy, load_tokenizer, merged
+from pipeline.progress import say
+from pipeline.run import StageRun
+from pipeline.schema import SFTConfig
+from pipeline.training import Recorder, arguments, quiet, set_threads, train
+
+LOGGED = {
+    "loss": "train/loss",
+    "mean_token_accuracy": "train/token_accuracy",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "lr",
+    "eval_loss": "validation/loss",
+    "eval_mean_token_accuracy": "validation/token_accuracy",
+}
+
+KEPT = 512
+"""Demonstrations published with the model, on which the reward stage centres its scores."""
+
+
+def run(config: SFTConfig, dataset: Any = None) -> Path:
+    """Fine-tune `config.model` and publish `RUN/sft`; returns that directory.
+
+    `dataset` replaces `config.data` by rows in memory: a dict of columns, a list of dicts, or a
+    `datasets.Dataset`, in any form of `pipeline.data.forms`.
+    """
+    demonstrations = load_demonstrations(config.data if dataset is None else dataset)
+    with StageRun(config, dataset) as stage:
+        quiet()
+        set_threads(config.threads)
+        checkpoint.seed_everything(config.seed)
+        tokenizer = load_tokenizer(config.model, config.chat_template)
+        training, held_out = _split(config, demonstrations)
+        training_rows = _encode(tokenizer, training, config.max_length, "training")
+        validation_rows = _encode(tokenizer, held_out, config.max_length, "validation")
+
+        policy = add_lora(load_policy(config.model, tokenizer), config.lora, "CAUSAL_LM")
+        settings = arguments(config, len(training_rows), stage.work)
+        trainer = SFTTrainer(
+            model=policy,
+            args=TRLConfig(
+                **settings, max_length=config.max_length, packing=config.packing, eval_packing=False
+            ),
+            train_dataset=Dataset.from_list(training_rows),
+            eval_dataset=Dataset.from_list(validation_rows),
+            processing_class=tokenizer,
+            callbacks=[Recorder(stage.tracker, LOGGED)],
+        )
+        before = trainer.evaluate()["eval_loss"]
+        train(trainer, stage.work, stage.tracker)
+        after = trainer.evaluate()["eval_loss"]
+
+        final = merged(trainer.accelerator.unwrap_model(trainer.model))
+        stage.tracker.samples(trainer.state.global_step, _samples(final, tokenizer, held_out))
+        _write_demonstrations(stage.output / "demonstrations.jsonl", training[:KEPT])
+        final.save_pretrained(stage.output)
+        tokenizer.save_pretrained(stage.output)
+        return stage.publish(
+            {
+                "validation_perplexity_before": math.exp(min(before, 50.0)),
+                "validation_perplexity": math.exp(min(after, 50.0)),
+                "examples": len(training_rows),
+                "steps": trainer.state.global_step,
+            },
+            tokenizer_hash(tokenizer),
+            template_hash(tokenizer),
+        )
+
+
+def _split(
+    config: SFTConfig, demonstrations: list[Demonstration]
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Training and held-out demonstrations; prompts never overlap when one file is split."""
+    if config.validation_data is not None:
+        return demonstrations, load_demonstrations(config.validation_data)
+    return split_by_prompt(demonstrations, config.validation_fraction, config.seed)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, items: list[Demonstration], max_length: int, name: str
+) -> list[dict]:
+    """One row of `input_ids` and `labels` for every assistant turn; the loss is on that turn alone."""
+    rows, dropped = [], 0
+    for item in items:
+        for turn, message in enumerate(item.messages):
+            if message["role"] != "assistant":
+                continue
+            context = item.messages[:turn]
+            prompt = encode_prompt(tokenizer, context)
+            response = encode_response(tokenizer, context, message["content"])
+            if len(prompt) + len(response) > max_length:
+                dropped += 1
+                continue
+            rows.append(
+                {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
+            )
+    if dropped:
+        say(f"sft: {dropped} of {dropped + len(rows)} {name} examples are over {max_length} tokens")
+    return rows
+
+
+def _write_demonstrations(path: Path, items: list[Demonstration]) -> None:
+    lines = [json.dumps({"messages": item.messages}, ensure_ascii=False) for item in items]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _samples(policy, tokenizer: PreTrainedTokenizerBase, items: list[Demonstration]) -> list[dict]:
+    """Responses to a few held-out prompts."""
+    contexts = [item.messages[:-1] for item in items[:8]]
+    prompts = [encode_prompt(tokenizer, context) for context in contexts]
+    responses = generate(policy, tokenizer, prompts, max_new_tokens=64)
+    return [
+        {"prompt": c[-1]["content"], "response": r.text, "score": None, "ended": r.ended}
+        for c, r in zip(contexts, responses, strict=True)
+        if c
+    ]

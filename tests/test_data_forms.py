@@ -1,0 +1,257 @@
+"""Every form that demonstrations, prompts and texts come in."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data import (
+    Demonstration,
+    Prompt,
+    load_demonstrations,
+    load_prompts,
+    load_texts,
+    split_by_prompt,
+)
+from pipeline.data.forms import PROMPTS, REPLIES
+from pipeline.data.sources import STANDARD_COLUMNS
+from pipeline.errors import UserError
+
+
+def turns(*contents, system=None):
+    """user, assistant, user, ... with an optional system message before them."""
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def sharegpt(*contents):
+    roles = ["human", "gpt"] * len(contents)
+    return [{"from": r, "value": c} for r, c in zip(roles, contents, strict=False)]
+
+
+PREAMBLE = "Below is an instruction that describes a task. Write a response.\n\n"
+
+DEMONSTRATIONS = [
+    ({"instruction": "q", "output": "a"}, turns("q", "a")),
+    ({"instruction": "q", "input": None, "output": "a"}, turns("q", "a")),
+    ({"instruction": "q", "input": "x", "output": "a", "text": "?"}, turns("q\nx", "a")),
+    ({"instruction": "", "input": "x", "output": "a"}, turns("x", "a")),
+    ({"instruction": "q", "output": "a", "system": "s"}, turns("q", "a", system="s")),
+    ({"instruction": "q", "output": "a", "system": ""}, turns("q", "a")),
+    (
+        {"instruction": "q", "output": "a", "history": [["q0", "a0"], ("q1", "a1")], "system": "s"},
+        turns("q0", "a0", "q1", "a1", "q", "a", system="s"),
+    ),
+    ({"instruction": "q", "output": "a", "history": []}, turns("q", "a")),
+    ({"prompt": "q", "completion": "a"}, turns("q", "a")),
+    ({"prompt": turns("q"), "completion": turns("q", "a")[1:]}, turns("q", "a")),
+    ({"prompt": "q", "completion": {"role": "assistant", "content": "a"}}, turns("q", "a")),
+    ({"prompt": "q", "response": "a"}, turns("q", "a")),
+    ({"query": "q", "response": "a"}, turns("q", "a")),
+    ({"messages": turns("q", "a", "r", "b", system="s")}, turns("q", "a", "r", "b", system="s")),
+    ({"messages": turns("q", "a", system=" ")}, turns("q", "a")),
+    ({"messages": turns("q", "a"), "system": "s"}, turns("q", "a", system="s")),
+    ({"messages": turns("q", "a", system="t"), "system": "s"}, turns("q", "a", system="t")),
+    ({"messages": turns("q", "a"), "prompt": "q", "chosen": "z"}, turns("q", "a")),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                turns("", "a")[1],
+            ]
+        },
+        turns("q", "a"),
+    ),
+    ({"conversations": sharegpt("q", "a", "r", "b")}, turns("q", "a", "r", "b")),
+    (
+        {"conversations": [{"from": "system", "value": "s"}, *sharegpt("q", "a")]},
+        turns("q", "a", system="s"),
+    ),
+    (
+        {
+            "conversations": [
+                {"role": "prompter", "content": "q"},
+                {"role": "Assistant", "content": "a"},
+            ]
+        },
+        turns("q", "a"),
+    ),
+    ({"conversations": sharegpt("q"), "chosen": {"from": "gpt", "value": "a"}}, turns("q", "a")),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, turns("q", "a")),
+    (
+        {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b", "rejected": "?"},
+        turns("q", "a", "r", "b"),
+    ),
+    (
+        {"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:", "response": "b"},
+        turns("q", "a", "r", "b"),
+    ),
+    ({"text": f"{PREAMBLE}### Instruction:\nq\n\n### Response:\na"}, turns("q", "a")),
+    ({"text": "### Instruction: q ### Input: x ### Response: a"}, turns("q\nx", "a")),
+    (
+        {"text": "下面是指令。\n### Instruction:\n你好\n\n### Response:\n再见"},
+        turns("你好", "再见"),
+    ),
+    (
+        {"text": f"{PREAMBLE}### Instruction:\nq\n\n### Input:\n\n\n### Response:\na\n\n### b"},
+        turns("q", "a\n\n### b"),
+    ),
+    ({"text": "Human: q\n\nAssistant: a"}, turns("q", "a")),
+    (
+        {"text": "### Human: q\n### Assistant: a\n### Human: r\n### Assistant: b"},
+        turns("q", "a", "r", "b"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "messages"), DEMONSTRATIONS)
+def test_a_demonstration_and_its_prompt(row, messages):
+    (demonstration,) = load_demonstrations([row])
+    assert demonstration.messages == messages
+    (prompt,) = load_prompts([row])
+    assert prompt.messages == messages[:-1]
+    assert prompt.row == row
+
+
+def test_a_completion_may_go_on_for_several_turns():
+    row = {"prompt": turns("q"), "completion": turns("q", "a", "r", "b")[1:]}
+    assert load_demonstrations([row])[0].messages == turns("q", "a", "r", "b")
+    assert load_prompts([row])[0].messages == turns("q")
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"prompt": "q"}, turns("q")),
+        ({"query": "q", "answer": 42}, turns("q")),
+        ({"instruction": "q", "input": "x"}, turns("q\nx")),
+        ({"messages": turns("q", "a", "r")}, turns("q", "a", "r")),
+        ({"conversations": sharegpt("q")}, turns("q")),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]}, turns("q")),
+        ({"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r"}, turns("q", "a", "r")),
+        ({"prompt": "\n\nHuman: q"}, turns("q")),
+        ({"prompt": "Human: what does this word mean?"}, turns("Human: what does this word mean?")),
+        ({"text": "Once upon a time"}, turns("Once upon a time")),
+    ],
+)
+def test_a_prompt_needs_no_reply(row, messages):
+    assert load_prompts([row])[0].messages == messages
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, "no prompt: none of messages"),
+        ({"foo": 1}, "the row has foo"),
+        ({"instuction": "q", "output": "a"}, "is `instuction` meant?"),
+        ({"output": "a"}, "no prompt"),
+        ({"instruction": "q"}, "no reply to `instruction`"),
+        ({"instruction": " ", "input": "\n", "output": "a"}, "the prompt is empty"),
+        ({"prompt": "", "completion": "a"}, "the prompt is empty"),
+        ({"instruction": "q", "output": " \n"}, "the reply is empty"),
+        ({"instruction": "q", "input": 3, "output": "a"}, "`input` is a number"),
+        ({"instruction": "q", "output": True}, "`output` is a boolean"),
+        ({"instruction": "q", "output": "a", "system": 1}, "`system` is a number"),
+        ({"instruction": "q", "output": "a", "history": "[]"}, "`history` is a text"),
+        ({"instruction": "q", "output": "a", "history": [["q"]]}, "`history[0]` is not a pair"),
+        ({"instruction": "q", "output": "a", "history": [["q", 1]]}, "`history[0]` is a number"),
+        ({"messages": "q"}, "`messages` is a text"),
+        ({"messages": []}, "`messages` is an empty list"),
+        ({"messages": ["q", "a"]}, "`messages[0]` is a text"),
+        ({"messages": turns("q")}, "`messages` does not end in an assistant message"),
+        ({"messages": turns("q", "a")[1:]}, "no user message before the reply"),
+        ({"messages": turns("q", "a", "r", "b")[1:]}, "begins with the assistant"),
+        ({"messages": turns("q", " ")}, "the reply is empty"),
+        ({"messages": [{"role": "wizard", "content": "q"}]}, "the unknown role 'wizard'"),
+        ({"messages": [{"content": "q"}]}, "`messages[0]` has no `role`"),
+        ({"messages": [{"role": "user"}]}, "`messages[0]` has no `content`"),
+        (
+            {"messages": [*turns("q", "a"), *turns(system="s")]},
+            "system message that is not the first",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "a part that is not text",
+        ),
+        ({"conversations": sharegpt("q")}, "`conversations` does not end in an assistant"),
+        (
+            {"conversations": [{"from": "human", "value": None}]},
+            "`conversations[0]` has no `value`",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "uses tools"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "uses tools"),
+        (
+            {"prompt": turns("q"), "completion": turns("other", "a")},
+            "does not begin with the prompt",
+        ),
+        ({"prompt": "q", "completion": turns("q")}, "does not end in an assistant message"),
+        ({"prompt": turns("q", "a"), "completion": "b"}, "no user message before the reply"),
+        ({"text": "Once upon a time"}, "plain text is no demonstration"),
+        ({"text": "### Instruction:\nq\n\n### Response:\n"}, "the reply is empty"),
+    ],
+)
+def test_what_is_no_demonstration(row, reason):
+    with pytest.raises(UserError) as error:
+        load_demonstrations([{"instruction": "q", "output": "a"}, row])
+    assert str(error.value).startswith("dataset: row 2: ")
+    assert reason in str(error.value)
+
+
+def test_texts_are_kept_and_demonstrations_are_written_out():
+    rows = [
+        {"text": " = Title = \n"},
+        {"text": "### Instruction:\nq\n\n### Response:\na"},
+        {"instruction": "q", "output": "a", "system": "s"},
+    ]
+    assert load_texts(rows) == [
+        rows[0]["text"],
+        rows[1]["text"],
+        "System: s\n\nUser: q\n\nAssistant: a",
+    ]
+    with pytest.raises(UserError, match="`text` is empty"):
+        load_texts([{"text": " "}])
+
+
+def test_every_column_that_is_read_can_be_mapped():
+    assert {*PROMPTS, *REPLIES, "input", "system", "history"} <= STANDARD_COLUMNS
+
+
+# --- splits ---------------------------------------------------------------------------------------
+
+SPLITTABLE = st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=40)
+
+
+@given(SPLITTABLE, st.floats(0, 0.9), st.integers(0, 5))
+def test_split_parts_share_no_prompt_and_lose_nothing(questions, fraction, seed):
+    items = [Demonstration(turns(q, str(n)), f"row {n}") for n, q in enumerate(questions)]
+    training, held = split_by_prompt(items, fraction, seed)
+    assert sorted([*training, *held], key=items.index) == items
+    asked = [{item.messages[0]["content"] for item in part} for part in (training, held)]
+    assert not asked[0] & asked[1]
+    assert training
+    if fraction == 0:
+        assert not held
+    elif len(set(questions)) > 1:
+        assert len(asked[1]) == min(
+            max(1, round(fraction * len(set(questions)))), len(set(questions)) - 1
+        )
+
+
+@given(SPLITTABLE, st.randoms(), st.integers(0, 5))
+def test_split_does_not_depend_on_the_order(questions, random, seed):
+    items = [Prompt(turns(q), {}, q) for q in questions]
+    shuffled = items.copy()
+    random.shuffle(shuffled)
+    held = [
+        {item.where for item in split_by_prompt(part, 0.3, seed)[1]} for part in (items, shuffled)
+    ]
+    assert held[0] == held[1]
+
+
+def test_split_depends_on_the_seed():
+    items = [Prompt(turns(str(n)), {}, str(n)) for n in range(50)]
+    parts = {
+        tuple(item.where for item in split_by_prompt(items, 0.2, seed)[1]) for seed in range(5)
+    }
+    assert len(parts) == 5
+    assert all(len(part) == 10 for part in parts)

@@ -1,0 +1,244 @@
+"""Every form that comparisons come in, and what is merged, dropped or refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data import load_rankings
+from pipeline.data.rankings import LISTS, dense_ranks
+from pipeline.data.sources import STANDARD_COLUMNS
+from pipeline.errors import UserError
+
+Q = [{"role": "user", "content": "q"}]
+GOOD = {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 2]}
+
+
+def reply(text):
+    return {"role": "assistant", "content": text}
+
+
+PAIRS = [
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1.0, "score_rejected": 9.0},
+    {"prompt": Q, "chosen": [reply("a")], "rejected": [reply("b")]},
+    {"prompt": Q, "chosen": reply("a"), "rejected": reply("b")},
+    {"prompt": "q", "chosen": [*Q, reply("a")], "rejected": [*Q, reply("b")]},
+    {
+        "prompt": "q",
+        "messages": [*Q, reply("a")],
+        "chosen": [*Q, reply("a")],
+        "rejected": [*Q, reply("b")],
+    },
+    {"chosen": [*Q, reply("a")], "rejected": [*Q, reply("b")]},
+    {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    },
+    {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    {"instruction": "q", "chosen": "a", "rejected": "b", "history": [], "system": ""},
+    {"prompt": "q", "chosen": "a", "rejected": "b", "responses": None, "ranks": None},
+]
+
+
+@pytest.mark.parametrize("row", PAIRS)
+def test_a_pair_is_a_ranking_of_two(row):
+    (ranking,) = load_rankings([row])
+    assert (ranking.messages, ranking.responses, ranking.ranks) == (Q, ["a", "b"], [1, 2])
+
+
+def test_transcripts_split_at_the_last_assistant():
+    start = "\n\nHuman: q\n\nAssistant: Ask.\n\nHuman: r?"
+    row = {"chosen": f"{start}\n\nAssistant: a\n\nb", "rejected": f"{start}\n\nAssistant:"}
+    (ranking,) = load_rankings([row])
+    assert [message["content"] for message in ranking.messages] == ["q", "Ask.", "r?"]
+    assert ranking.responses == ["a\n\nb", ""]
+
+
+def test_a_transcript_keeps_the_system_message_of_its_prompt():
+    row = {"prompt": "q", "system": "s", "chosen": [*Q, reply("a")], "rejected": [*Q, reply("b")]}
+    assert load_rankings([row])[0].messages == [{"role": "system", "content": "s"}, *Q]
+
+
+LISTED = [
+    {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 1, 3]},
+    {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [1.0, 0.0, 2.0]},
+    {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [5, 2, 9]},
+    {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 1, 3], "scores": [9, 0, 10]},
+    {
+        "prompt": [{"role": "prompter", "content": "q"}],
+        "responses": list("abc"),
+        "ranks": [1, 0, 2],
+    },
+    {"prompt": "q", "completions": ["a", "b", "c"], "scores": [0.5, 1, -2]},
+    {"prompt": "q", "responses": [[reply("a")], reply("b"), "c"], "scores": [3, 4, 0]},
+    {
+        "instruction": "q",
+        "completions": [
+            {"response": "a", "overall_score": 7.5, "model": "m"},
+            {"response": "b", "overall_score": 8.0, "model": "n"},
+            {"response": "c", "overall_score": 1.0, "model": "o"},
+        ],
+    },
+    {
+        "prompt": "\n\nHuman: q\n\nAssistant: ",
+        "answers": [
+            {"answer": "a", "rank": 2.0},
+            {"answer": "b", "rank": 1.0},
+            {"answer": "c", "rank": 3.0},
+        ],
+    },
+    {"messages": [*Q, reply("z")], "responses": ["a", "b", "c"], "ranks": [2, 1, 3]},
+]
+
+
+@pytest.mark.parametrize("row", LISTED)
+def test_a_list_is_ranked_by_ranks_or_scores(row):
+    (ranking,) = load_rankings([row])
+    assert ranking.messages == Q
+    assert dict(zip(ranking.responses, ranking.ranks, strict=True)) == {"a": 2, "b": 1, "c": 3}
+
+
+def test_two_to_nine_responses_mix_in_one_source():
+    rows = [
+        {"prompt": "q", "responses": [str(n) for n in range(k)], "ranks": list(range(k))}
+        for k in range(2, 10)
+    ]
+    assert [len(ranking.responses) for ranking in load_rankings(rows)] == list(range(2, 10))
+
+
+def test_ties_stay_ties():
+    (ranking,) = load_rankings([{"prompt": "q", "responses": list("abcd"), "ranks": [1, 1, 3, 3]}])
+    assert ranking.ranks == [1, 1, 2, 2]
+
+
+def test_an_empty_reply_can_be_ranked():
+    assert load_rankings([{"prompt": "q", "chosen": "a", "rejected": ""}])[0].responses == ["a", ""]
+
+
+def test_what_compares_nothing_is_dropped_and_counted():
+    notes = []
+    rows = [
+        GOOD,
+        {"prompt": "q", "responses": ["a", "a", "b"], "ranks": [1, 1, 2]},
+        {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [1, None, 2]},
+        {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]},
+        {"prompt": "q", "responses": ["a", "a"], "ranks": [1, 1]},
+        {"prompt": "q", "responses": ["a"], "ranks": [1]},
+        {"prompt": "q", "responses": [], "scores": []},
+        {
+            "prompt": "q",
+            "completions": [{"response": "a", "score": 1}, {"response": "b", "score": None}],
+        },
+    ]
+    kept = load_rankings(rows, notes)
+    assert [ranking.responses for ranking in kept] == [["x", "y"], ["a", "b"], ["a", "c"]]
+    assert sorted(notes) == [
+        "dataset: 1 prompts whose responses all tie dropped",
+        "dataset: 2 identical responses of equal rank merged",
+        "dataset: 2 responses without a rank left out",
+        "dataset: 4 prompts with fewer than 2 responses dropped",
+    ]
+
+
+def test_nine_are_left_of_ten_with_a_duplicate():
+    row = {"prompt": "q", "responses": [*"abcdefghi", "a"], "ranks": [*range(9), 0]}
+    assert len(load_rankings([row])[0].responses) == 9
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"prompt": "q", "responses": list("abcdefghij"), "ranks": list(range(10))},
+            "10 responses; at most 9",
+        ),
+        (
+            {"prompt": "q", "responses": ["a", "a"], "ranks": [1, 2]},
+            "the same response at two ranks: 'a'",
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "the same response at two ranks"),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1]}, "2 `responses` but 1 `ranks`"),
+        (
+            {"prompt": "q", "responses": ["a", "b"], "scores": [1, 2, 3]},
+            "2 `responses` but 3 `scores`",
+        ),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": 1}, "`ranks` is a number"),
+        ({"prompt": "q", "responses": "ab", "ranks": [1, 2]}, "`responses` is a text"),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, True]}, "`ranks[1]` is a boolean"),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, "2"]}, "`ranks[1]` is a text"),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1.5]}, "ranks are whole numbers"),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [-1, 1]}, "ranks are whole numbers"),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, float("nan")]}, "`ranks[1]` is nan"),
+        (
+            {"prompt": "q", "responses": ["a", "b"], "scores": [1, float("inf")]},
+            "`scores[1]` is inf",
+        ),
+        (
+            {"prompt": "q", "responses": ["a", False], "ranks": [1, 2]},
+            "`responses[1]` is a boolean",
+        ),
+        ({"prompt": "q", "responses": ["a", None], "ranks": [1, 2]}, "`responses[1]` is null"),
+        ({"prompt": "q", "responses": ["a", "b"]}, "`responses` without an order"),
+        ({"prompt": "q", "responses": ["a", "b"], "rank": [1, 2]}, "is `rank` meant?"),
+        ({"responses": ["a", "b"], "ranks": [1, 2]}, "no prompt beside `responses`"),
+        ({"prompt": " ", "responses": ["a", "b"], "ranks": [1, 2]}, "the prompt is empty"),
+        ({"prompt": "q"}, "no comparison"),
+        (
+            {"prompt": "q", "answers": [{"answer": "a"}, {"answer": "b"}]},
+            "`answers[0]` has neither rank",
+        ),
+        ({"prompt": "q", "answers": [{"rank": 1}, {"rank": 2}]}, "`answers[0]` has no text"),
+        ({"prompt": "q", "chosen": "a"}, "no rejected"),
+        ({"prompt": "q", "rejected": "a", "chosen": None}, "`chosen` is null"),
+        ({"prompt": "q", "chosen": "a", "rejected": True}, "`rejected` is a boolean"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt: `chosen` and `rejected`"),
+        ({"prompt": "q", "chosen": Q, "rejected": "b"}, "`chosen` does not end in an assistant"),
+        (
+            {"prompt": "z", "chosen": [*Q, reply("a")], "rejected": [*Q, reply("b")]},
+            "`chosen` is a conversation that does not begin with the prompt",
+        ),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: r\n\nAssistant: b"},
+            "do not share a prompt",
+        ),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"},
+            "do not share a prompt",
+        ),
+    ],
+)
+def test_what_is_no_ranking(row, reason):
+    with pytest.raises(UserError) as error:
+        load_rankings([GOOD, row])
+    assert str(error.value).startswith("dataset: row 2: ")
+    assert reason in str(error.value)
+
+
+def test_what_was_dropped_is_printed_where_nobody_takes_the_notes(capsys):
+    load_rankings([GOOD, {"prompt": "q", "responses": ["a"], "ranks": [1]}])
+    assert capsys.readouterr().out == "dataset: 1 prompts with fewer than 2 responses dropped\n"
+
+
+def test_nothing_left_is_an_error_that_says_why():
+    with pytest.raises(UserError, match="1 prompts whose responses all tie dropped"):
+        load_rankings([{"prompt": "q", "responses": ["a", "b"], "ranks": [0, 0]}])
+
+
+@given(st.lists(st.integers(-5, 5), min_size=2, max_size=9).filter(lambda s: len(set(s)) > 1))
+def test_ranks_from_scores_keep_order_and_ties(scores):
+    responses = [f"response {n}" for n in range(len(scores))]
+    (ranking,) = load_rankings([{"prompt": "q", "responses": responses, "scores": scores}])
+    assert set(ranking.ranks) == set(range(1, len(set(scores)) + 1))
+    for a, rank_a in zip(scores, ranking.ranks, strict=True):
+        for b, rank_b in zip(scores, ranking.ranks, strict=True):
+            assert (a > b) == (rank_a < rank_b)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1), st.integers(0, 1))
+def test_dense_ranks_do_not_depend_on_the_first_rank(ranks, shift):
+    assert dense_ranks([rank + shift for rank in ranks]) == dense_ranks(ranks)
+
+
+def test_every_column_that_is_read_can_be_mapped():
+    assert {*LISTS, "chosen", "rejected", "ranks", "scores"} <= STANDARD_COLUMNS

@@ -1,0 +1,326 @@
+"""Rows from files, folders, hub repositories and memory, and the errors that name their lines."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.data import load_demonstrations, load_rankings, read_rows, rows_from_memory
+from pipeline.data.problems import Report
+from pipeline.data.sources import hub_rows
+from pipeline.errors import UserError
+from pipeline.schema import Data
+
+GOOD = {"instruction": "Add 1 and 2.", "output": "3"}
+
+
+def write_lines(path, *lines):
+    """A JSONL file of objects or of raw lines (bytes)."""
+    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"\n".join(raw) + b"\n")
+    return Data(path=str(path))
+
+
+def failure(load, source):
+    """The message of the UserError that loading raises."""
+    with pytest.raises(UserError) as error:
+        load(source)
+    return str(error.value)
+
+
+def test_jsonl_rows_know_their_lines_and_blank_lines_count(tmp_path):
+    data = write_lines(
+        tmp_path / "a.jsonl", GOOD, b"", b"  \r", {"instruction": "b", "output": "c"}
+    )
+    rows = read_rows(data)
+    assert [row.where for row in rows] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:4"]
+    assert rows[0].values == GOOD
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"instruction": "a", "output": ', "bad JSON"),
+        (b'{"instruction": "a"} {}', "text after the row"),
+        (b'["a", "b"]', "a list where a row"),
+        (b'"a"', "a text where a row"),
+        (b'{"instruction": "a", "instruction": "b", "output": "c"}', "duplicate key `instruction`"),
+        (b'{"instruction": "a", "output": {"x": 1, "x": 2}}', "duplicate key `x`"),
+        (b'{"instruction": "a", "output": "\\ud83d"}', "lone surrogate"),
+        (b'{"instruction": "a", "output": "b", "id": ["\\uDE00"]}', "lone surrogate"),
+        (b'{"instruction": "a", "output": "\xff"}', "not UTF-8: byte 0xff"),
+        (b'{"instruction": "a", "output": "\xed\xa0\x80"}', "not UTF-8"),
+        (b'{"output": "a"}', "no prompt"),
+        (b'{"instruction": "a"}', "no reply to `instruction`"),
+        (b'{"instruction": "a", "ouput": "b"}', "is `ouput` meant?"),
+        (b'{"instruction": "a", "output": null}', "`output` is null"),
+        (b'{"instruction": "a", "output": true}', "`output` is a boolean"),
+        (b'{"instruction": "a", "output": NaN}', "`output` is a number"),
+        (b'{"instruction": ["a"], "output": "b"}', "`instruction` is a list"),
+        (b'{"instruction": "a", "output": "b", "outptu": "c"}', "extra key `outptu`, in 1 of 4"),
+        (b"[" * 100_000, "bad JSON"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "bad JSON"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, reason):
+    message = failure(
+        load_demonstrations, write_lines(tmp_path / "a.jsonl", GOOD, GOOD, line, GOOD)
+    )
+    first, *_, last = message.splitlines()
+    assert first.startswith(f"{tmp_path}/a.jsonl:3: ")
+    assert reason in first
+    assert last.endswith("1 problem in 4 rows")
+
+
+def test_a_line_over_the_limit_is_named_and_the_next_one_read(tmp_path):
+    long = b'{"instruction": "' + b"a" * 10_000_001 + b'", "output": "b"}'
+    message = failure(read_rows, write_lines(tmp_path / "a.jsonl", GOOD, long, b"{", GOOD))
+    assert f"{tmp_path}/a.jsonl:2: a line of more than 10 MB" in message
+    assert f"{tmp_path}/a.jsonl:3: bad JSON" in message
+    assert "2 problems in 4 rows" in message
+
+
+def test_twenty_problems_are_shown_in_order_and_all_are_counted(tmp_path):
+    bad = [b"{" if number % 2 else b'{"instruction": "a"}' for number in range(33)]
+    message = failure(
+        load_demonstrations, write_lines(tmp_path / "a.jsonl", *bad, GOOD)
+    ).splitlines()
+    assert [int(line.split(":")[1]) for line in message[:20]] == list(range(1, 21))
+    assert message[20:] == ["... and 13 more", f"{tmp_path}/a.jsonl: 33 problems in 34 rows"]
+
+
+def test_keys_shared_by_many_rows_are_no_strays(tmp_path):
+    rows = [GOOD | {"id": 1}, GOOD | {"id": 2}, GOOD, GOOD]
+    assert len(load_demonstrations(write_lines(tmp_path / "a.jsonl", *rows))) == 4
+
+
+def test_text_survives_as_it_is(tmp_path):
+    texts = [
+        "中文标点。「」",
+        "emoji 👩‍👩‍👧 \U0001f600",
+        "مرحبا שלום",
+        "a\u2028b\u2029c\x85d",
+        " spaced \n",
+    ]
+    rows = [{"instruction": text, "output": text} for text in texts]
+    escaped = write_lines(tmp_path / "a.jsonl", *rows)
+    raw = write_lines(
+        tmp_path / "b.jsonl", *[json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    )
+    for data in (escaped, raw):
+        assert [d.messages[1]["content"] for d in load_demonstrations(data)] == texts
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    lines = write_lines(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())
+    assert read_rows(lines)[0].values == read_rows(Data(path=str(tmp_path / "b.json")))[0].values
+
+
+def test_json_array_items_are_numbered(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"instruction": "a", "output": "b"},\n {"output": "c", "output": "d"}, 7]')
+    message = failure(read_rows, Data(path=str(path)))
+    assert f"{path}: item 2: duplicate key `output`" in message
+    assert f"{path}: item 3: a number where a row" in message
+    path.write_text(json.dumps([GOOD, GOOD], indent=1))
+    assert [row.where for row in read_rows(Data(path=str(path)))] == [
+        f"{path}: item 1",
+        f"{path}: item 2",
+    ]
+
+
+@pytest.mark.parametrize("text", ["[{}", "[{} {}]", '[{"a": }]', "[{},"])
+def test_a_broken_json_array_is_an_error(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert "bad JSON" in failure(read_rows, Data(path=str(path)))
+
+
+def test_lines_under_a_json_ending_are_rows_and_one_object_is_not(tmp_path):
+    path = tmp_path / "a.json"
+    write_lines(path, GOOD, GOOD)
+    assert [row.where for row in read_rows(Data(path=str(path)))] == [f"{path}:1", f"{path}:2"]
+    for text in (json.dumps({"data": [GOOD]}, indent=2), '{"data": [\n{"text": "a"}\n]}'):
+        path.write_text(text)
+        assert "one object" in failure(read_rows, Data(path=str(path)))
+
+
+def test_parquet_rows_and_a_file_that_is_none(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [GOOD, {"instruction": "你好 👋", "output": "b"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = read_rows(Data(path=str(tmp_path / "a.parquet")))
+    assert [row.values for row in read] == rows
+    assert read[1].where == f"{tmp_path}/a.parquet: row 2"
+    (tmp_path / "b.parquet").write_bytes(b"nothing of the kind")
+    assert "b.parquet: not a readable Parquet file" in failure(
+        read_rows, Data(path=str(tmp_path / "b.parquet"))
+    )
+
+
+def test_a_folder_is_its_files_in_order_and_a_list_is_read_in_its_own(tmp_path):
+    write_lines(tmp_path / "b.jsonl", {"text": "b"})
+    write_lines(tmp_path / "a.json", {"text": "a"})
+    (tmp_path / "README.md").write_text("no rows")
+    (tmp_path / "notes.txt").write_text("no rows either")
+    (tmp_path / ".hidden.jsonl").write_text("{")
+    read = read_rows(Data(path=str(tmp_path)))
+    assert [row.values["text"] for row in read] == ["a", "b"]
+    both = Data(path=[str(tmp_path / "b.jsonl"), str(tmp_path / "a.json")])
+    assert [row.values["text"] for row in read_rows(both)] == ["b", "a"]
+
+
+def test_paragraphs_of_a_text_file_are_rows(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\nline\n\n \n\ntwo\xe2\x80\xa8still two")
+    rows = read_rows(Data(path=str(tmp_path)))
+    assert [row.values["text"] for row in rows] == ["one\nline", "two\u2028still two"]
+    assert rows[1].where == f"{tmp_path}/a.txt:6"
+
+
+def test_limit_reads_no_further(tmp_path):
+    data = write_lines(tmp_path / "a.jsonl", GOOD, GOOD, b"{")
+    assert len(read_rows(data.model_copy(update={"limit": 2}))) == 2
+
+
+@pytest.mark.parametrize("empty", [b"", b"\n\n"])
+def test_an_empty_file_is_an_error(tmp_path, empty):
+    (tmp_path / "a.jsonl").write_bytes(empty)
+    assert "nothing to use" in failure(read_rows, Data(path=str(tmp_path / "a.jsonl")))
+
+
+def test_a_missing_file_names_the_nearest_and_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+    write_lines(tmp_path / "train.jsonl", GOOD)
+    message = failure(read_rows, Data(path=str(tmp_path / "trian.jsonl")))
+    assert f"did you mean {tmp_path}/train.jsonl?" in message
+    monkeypatch.chdir(tmp_path.parent)  # here `folder/trian` looks like owner/name
+    assert "did you mean" in failure(read_rows, Data(path=f"{tmp_path.name}/trian"))
+    assert "no such file" in failure(read_rows, Data(path="no/such/file.jsonl"))
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b")
+    assert "unknown kind of file" in failure(read_rows, Data(path=str(tmp_path / "a.csv")))
+    assert "no .jsonl" in failure(read_rows, Data(path=str(tmp_path)))
+
+
+def test_an_allowed_share_of_bad_rows_is_dropped_and_told():
+    report = Report(allowed=0.1, rows=20)
+    report.problem("a.jsonl:3", "bad")
+    report.problem("a.jsonl:3", "bad in another way too")
+    report.problem("a.jsonl:9", "worse")
+    notes = []
+    report.close("a.jsonl", 18, notes)
+    assert notes == ["a.jsonl: 2 bad rows dropped, the first: a.jsonl:3: bad"]
+    report.problem("a.jsonl:11", "too many")
+    with pytest.raises(UserError, match="3 problems in 20 rows"):
+        report.close("a.jsonl", 17)
+
+
+# --- columns --------------------------------------------------------------------------------------
+
+
+def test_columns_get_their_standard_names(tmp_path):
+    row = {"question": "q", "good": "a", "bad": "b", "prompt": "a number", "id": 7}
+    data = write_lines(tmp_path / "a.jsonl", row, row)
+    data.columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    assert read_rows(data)[0].values == {"prompt": "q", "chosen": "a", "rejected": "b", "id": 7}
+    assert load_rankings(data)[0].responses == ["a", "b"]
+
+
+def test_columns_may_swap_names(tmp_path):
+    data = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"})
+    data.columns = {"prompt": "completion", "completion": "prompt"}
+    assert read_rows(data)[0].values == {"prompt": "b", "completion": "a"}
+
+
+def test_a_mapped_column_that_no_row_has_names_the_nearest(tmp_path):
+    data = write_lines(tmp_path / "a.jsonl", {"question": "q", "good": "a", "bad": "b"})
+    data.columns = {"prompt": "qestion"}
+    message = failure(load_rankings, data)
+    assert "prompt: no row has `qestion`" in message
+    assert "did you mean `question`" in message
+    data.columns = {"promt": "question"}
+    assert "`promt` is not a standard name (did you mean `prompt`" in failure(load_rankings, data)
+
+
+def test_a_mapped_column_may_be_absent_from_some_rows(tmp_path):
+    data = write_lines(
+        tmp_path / "a.jsonl", GOOD | {"sys": "Be brief."}, GOOD, GOOD | {"sys": None}
+    )
+    data.columns = {"system": "sys"}
+    roles = [[m["role"] for m in d.messages] for d in load_demonstrations(data)]
+    assert roles == [["system", "user", "assistant"], ["user", "assistant"], ["user", "assistant"]]
+
+
+# --- memory and hub -------------------------------------------------------------------------------
+
+
+def test_memory_holds_columns_rows_or_a_dataset():
+    import datasets
+
+    columns = {
+        "instruction": ["a", "b"],
+        "input": ["", "x"],
+        "output": ["1", "2"],
+        "text": ["ignored", "ignored"],
+    }
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    for source in (columns, rows, datasets.Dataset.from_dict(columns)):
+        read = rows_from_memory(source)
+        assert [row.values for row in read] == rows
+        assert read[1].where == "dataset: row 2"
+        assert load_demonstrations(source)[1].messages[0]["content"] == "b\nx"
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns)})
+    assert "several splits (train)" in failure(load_demonstrations, splits)
+
+
+@pytest.mark.parametrize(
+    "source", ["a", 7, [1], {"a": [1], "b": [1, 2]}, {"a": "text"}, {"a": 1}, None]
+)
+def test_memory_of_another_shape_is_an_error(source):
+    assert failure(rows_from_memory, source).startswith("dataset: ")
+
+
+def test_memory_errors_name_the_row():
+    rows = [GOOD, {"instruction": "a", "output": "\ud800"}]
+    assert "dataset: row 2: `output` has a lone surrogate" in failure(load_demonstrations, rows)
+
+
+def test_a_repository_is_read_through_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    write_lines(repository / "train.jsonl", GOOD, GOOD)
+    write_lines(repository / "test.jsonl", {"instruction": "c", "output": "d"})
+    rows = list(hub_rows(str(repository), "test"))
+    assert [row.values for row in rows] == [{"instruction": "c", "output": "d"}]
+    assert rows[0].where == f"{repository}[test]: row 1"
+    with pytest.raises(UserError, match="cannot load from the hub"):
+        list(hub_rows(str(repository), "validation"))
+
+
+def test_a_repository_with_a_script_runs_nothing(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "repository.py").write_text(f"open({str(tmp_path / 'sentinel')!r}, 'w')\n")
+    with pytest.raises(UserError):
+        list(hub_rows(str(repository), "train"))
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_importing_the_data_room_is_cheap():
+    code = (
+        "import sys, pipeline.data, pipeline.data.template\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,298 @@
+"""Messages -> ids, on tokenizers built here: word-level, byte-level BPE, with and without BOS."""
+
+import functools
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pipeline.data import (
+    encode_prompt,
+    encode_response,
+    prepare_tokenizer,
+    template_hash,
+    tokenizer_hash,
+)
+from pipeline.errors import UserError
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] | trim + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}"
+)
+THINKING = CHATML.replace(
+    "message['role'] + '\n' + message['content']",
+    "message['role'] + '\n' + ('<think></think>' if message['role'] == 'assistant' else '') "
+    "+ message['content']",
+)
+WORDS = [
+    "User:",
+    "System:",
+    "Assistant:",
+    "a",
+    "b",
+    "c",
+    "what",
+    "is",
+    "this",
+    "你好",
+    "世界",
+    "<|end|>",
+]
+CORPUS = [
+    "User: what is this?\n\nAssistant:\nthis is a word",
+    "hello world , 你好 世界 🙂",
+    "def f(x):\n    return x",
+]
+
+ASK = [{"role": "user", "content": "what is this"}]
+CHAT = [
+    {"role": "system", "content": "be kind"},
+    *ASK,
+    {"role": "assistant", "content": "a b c"},
+    {"role": "user", "content": "你好"},
+]
+
+
+@functools.cache
+def _byte_level(specials):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer.to_str()
+
+
+def gpt2_like(**options):
+    """Byte-level BPE, EOS <|endoftext|>, neither pad token nor template, as GPT-2."""
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    backend = Tokenizer.from_str(_byte_level(specials))
+    settings = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"} | options
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+
+
+def llama_like(**options):
+    """A tokenizer that puts BOS before every text."""
+    backend = Tokenizer.from_str(_byte_level(("<s>", "</s>")))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **options
+    )
+
+
+def word_level(unknown="<|unknown|>"):
+    """Words between spaces; `unknown` stands for all that are not in WORDS."""
+    words = dict.fromkeys(["<|pad|>", unknown, *WORDS])
+    backend = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token=unknown))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens([AddedToken("<|end|>", special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", unk_token=unknown, pad_token="<|pad|>"
+    )
+
+
+MAKERS = {
+    "gpt2": gpt2_like,
+    "chatml": lambda: gpt2_like(
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    ),
+    "chatml with another eos": lambda: gpt2_like(chat_template=CHATML),
+    "thinking": lambda: gpt2_like(eos_token="<|im_end|>", chat_template=THINKING),
+    "bos": llama_like,
+    "words": word_level,
+}
+
+
+@pytest.fixture(params=MAKERS)
+def tokenizer(request):
+    made = MAKERS[request.param]()
+    prepare_tokenizer(made)
+    return made
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# --- every tokenizer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("messages", [ASK, CHAT])
+@pytest.mark.parametrize("response", ["a b c", "", "你好 世界", "\n    indented \n"])
+def test_a_response_ends_in_exactly_one_eos(tokenizer, messages, response):
+    encoded = encode_response(tokenizer, messages, response)
+    assert encoded[-1] == tokenizer.eos_token_id
+    assert encoded.count(tokenizer.eos_token_id) == 1
+
+
+def test_prompt_and_response_are_the_rendering_tokenised_in_two_pieces(tokenizer):
+    whole = tokenizer.apply_chat_template(
+        [*CHAT, {"role": "assistant", "content": "this is"}], tokenize=False
+    )
+    prompt = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    piece = ids(tokenizer, whole[len(prompt) :])
+    assert encode_prompt(tokenizer, CHAT) == ids(tokenizer, prompt)
+    response = encode_response(tokenizer, CHAT, "this is")
+    if tokenizer.eos_token_id in piece:
+        assert response == piece[: piece.index(tokenizer.eos_token_id) + 1]
+    else:  # the template closes the turn with another token: EOS stands in its place
+        assert response == [*ids(tokenizer, "this is"), tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("text", ["this is", "你好。世界 👩‍👩‍👧", "שלום", "  x\n\ty ", ""])
+def test_a_generated_text_encodes_to_the_text_it_was(text):
+    for make in (gpt2_like, llama_like, MAKERS["chatml"], MAKERS["chatml with another eos"]):
+        made = make()
+        prepare_tokenizer(made)
+        response = encode_response(made, CHAT, text)
+        assert made.decode(response, skip_special_tokens=True) == text
+
+
+def test_an_eos_inside_a_reply_ends_it(tokenizer):
+    eos = tokenizer.eos_token
+    short = encode_response(tokenizer, ASK, "a b ")
+    assert encode_response(tokenizer, ASK, f"a b {eos} c{eos}") == short
+
+
+def test_an_unknown_word_that_is_eos_ends_a_reply_too():
+    tokenizer = word_level(unknown="<|end|>")
+    prepare_tokenizer(tokenizer)
+    assert encode_response(tokenizer, ASK, "a b xyz c") == ids(tokenizer, "a b <|end|>")[-3:]
+
+
+def test_a_tokenizer_keeps_its_hashes_when_saved(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)  # changes backend settings
+    assert tokenizer_hash(read) == tokenizer_hash(tokenizer)
+    assert template_hash(read) == template_hash(tokenizer)
+    prepare_tokenizer(read)
+    assert template_hash(read) == template_hash(tokenizer)
+    assert encode_response(read, CHAT, "a") == encode_response(tokenizer, CHAT, "a")
+
+
+# --- single ones ----------------------------------------------------------------------------------
+
+
+def test_the_default_template_reads_as_a_dialogue():
+    tokenizer = gpt2_like()
+    prepare_tokenizer(tokenizer)
+    assert tokenizer.pad_token == "<|endoftext|>"
+    text = tokenizer.decode(encode_prompt(tokenizer, CHAT) + encode_response(tokenizer, CHAT, "ok"))
+    assert text == (
+        "System: be kind\n\nUser: what is this\n\nAssistant:\na b c<|endoftext|>"
+        "\n\nUser: 你好\n\nAssistant:\nok<|endoftext|>"
+    )
+
+
+def test_the_next_prompt_begins_with_the_last_reply():
+    tokenizer = gpt2_like()
+    prepare_tokenizer(tokenizer)
+    later = [*ASK, {"role": "assistant", "content": "a b"}, {"role": "user", "content": "c"}]
+    before = encode_prompt(tokenizer, ASK) + encode_response(tokenizer, ASK, "a b")
+    assert encode_prompt(tokenizer, later)[: len(before)] == before
+
+
+def test_bos_stands_once_at_the_start():
+    for template in (None, LLAMA):
+        tokenizer = llama_like(chat_template=template)
+        prepare_tokenizer(tokenizer)
+        encoded = encode_prompt(tokenizer, ASK) + encode_response(tokenizer, ASK, "a")
+        assert encoded[0] == tokenizer.bos_token_id
+        assert encoded.count(tokenizer.bos_token_id) == 1
+
+
+def test_chatml_cuts_what_follows_eos():
+    tokenizer = MAKERS["chatml"]()
+    prepare_tokenizer(tokenizer)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert encode_response(tokenizer, ASK, "a") == ids(tokenizer, "a<|im_end|>")
+    assert tokenizer.decode(encode_prompt(tokenizer, ASK)).endswith("<|im_start|>assistant\n")
+
+
+def test_what_a_template_puts_before_the_reply_is_learnt_with_it():
+    tokenizer = MAKERS["thinking"]()
+    prepare_tokenizer(tokenizer)
+    assert encode_response(tokenizer, ASK, "a") == ids(tokenizer, "<think></think>a<|im_end|>")
+
+
+def test_a_template_may_trim_the_reply():
+    tokenizer = llama_like(chat_template=LLAMA)
+    prepare_tokenizer(tokenizer)
+    assert encode_response(tokenizer, ASK, " a \n") == ids(tokenizer, " a </s>")
+
+
+def test_a_template_file_replaces_the_tokenizers_own(tmp_path):
+    tokenizer = gpt2_like(chat_template=CHATML)
+    own = template_hash(tokenizer)
+    path = tmp_path / "plain.jinja"
+    path.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}", encoding="utf-8")
+    prepare_tokenizer(tokenizer, path)
+    assert tokenizer.decode(encode_prompt(tokenizer, ASK)) == "[what is this]"
+    assert template_hash(tokenizer) != own
+    assert tokenizer.decode(encode_response(tokenizer, ASK, "a")) == "[a<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}", "cannot render [user]"),
+        ("{{ raise_exception('nothing for you') }}", "nothing for you"),
+        ("{{ messages[7]['content'] + 1 }}", "cannot render"),
+        ("{% if add_generation_prompt %}x{% else %}y{% endif %}", "at character 1, 'x' is not 'y'"),
+        ("{{ messages | length }}", "does not begin as it does without one"),
+        (" \n", "is empty"),
+    ],
+)
+def test_a_template_that_does_not_work_is_an_error(tmp_path, template, reason):
+    path = tmp_path / "bad.jinja"
+    path.write_text(template, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        prepare_tokenizer(gpt2_like(), path)
+    assert reason in str(error.value)
+
+
+def test_a_missing_template_and_a_missing_eos_are_errors(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*none\.jinja"):
+        prepare_tokenizer(gpt2_like(), tmp_path / "none.jinja")
+    with pytest.raises(UserError, match="no eos_token"):
+        prepare_tokenizer(gpt2_like(eos_token=None))
+
+
+def test_a_system_message_that_a_template_refuses_is_an_error():
+    tokenizer = llama_like(chat_template=LLAMA)
+    prepare_tokenizer(tokenizer)
+    with pytest.raises(UserError, match=r"\[system, user, assistant, user\]: no system here"):
+        encode_prompt(tokenizer, CHAT)
+
+
+def test_hashes_tell_tokenizers_and_templates_apart():
+    made = {name: make() for name, make in MAKERS.items()}
+    for tokenizer in made.values():
+        prepare_tokenizer(tokenizer)
+    hashes = {name: tokenizer_hash(tokenizer) for name, tokenizer in made.items()}
+    assert hashes["gpt2"] == hashes["chatml with another eos"]  # they differ in the template alone
+    assert len(set(hashes.values())) == len(made) - 1
+    templates = {name: template_hash(tokenizer) for name, tokenizer in made.items()}
+    assert templates["gpt2"] == templates["words"]  # the default one
+    assert templates["chatml"] == templates["chatml with another eos"] != templates["gpt2"]
+    assert len(set(templates.values())) == len(made) - 2

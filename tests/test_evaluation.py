@@ -1,0 +1,125 @@
+"""`python -m pipeline.evaluation` on a run of random tiny models."""
+
+import json
+import math
+
+import pytest
+import small_run
+import tiny_models
+import torch
+
+from pipeline.errors import UserError
+from pipeline.evaluation.__main__ import run_evaluation
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.evaluate import references, sequence_logprobs
+from pipeline.schema import Data
+
+
+def config(root, **changes) -> EvalConfig:
+    keys = {
+        "prompts": Data(path=str(root / "prompts.jsonl")),
+        "judge": "small_judge",
+        "group_by": "family",
+        "max_new_tokens": 6,
+        "candidates": 4,
+        "candidate_prompts": 6,
+        "threads": 1,
+    }
+    return EvalConfig(**{**keys, **changes})
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    return small_run.install(monkeypatch, small_run.judge_module())
+
+
+def test_a_whole_run_is_measured_and_a_second_time_nothing_is_done(tmp_path, judge):
+    run = small_run.make_run(tmp_path)
+    result = run_evaluation(run, config(tmp_path))
+    assert list(result["models"]) == ["base", "sft", "ppo"]
+    assert {"judge", "rm_score", "length", "ended"} <= result["models"]["ppo"].keys()
+    assert "exact" not in result["models"]["ppo"]
+    odd_even = result["models"]["sft"]["groups"]["family"]
+    mean = (6 * odd_even["odd"]["judge"] + 6 * odd_even["even"]["judge"]) / 12
+    assert mean == pytest.approx(result["models"]["sft"]["judge"])
+    assert set(result["comparisons"]) >= {"sft_vs_base", "ppo_vs_sft", "ppo_vs_sft_by_rm"}
+    assert [row["n"] for row in result["rm"]["best_of_n"]] == [1, 2, 4]
+    assert result["kl"]["ppo_vs_sft"] > 0.1  # other random weights altogether
+    rows = [json.loads(s) for s in (run / "eval/test_samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    assert set(rows[0]["answers"]) == {"base", "sft", "ppo"}
+
+    stamp = (run / "eval/test.json").stat().st_mtime_ns
+    assert run_evaluation(run, config(tmp_path)) == result
+    assert (run / "eval/test.json").stat().st_mtime_ns == stamp
+    again = run_evaluation(run, config(tmp_path), force=True)
+    assert again["models"] == result["models"]  # same seed, same numbers
+
+
+def test_sft_alone_without_a_judge(tmp_path):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    demonstrations = [{"prompt": "w1 w2", "completion": "w3"}]
+    small_run.write_jsonl(tmp_path / "demonstrations.jsonl", demonstrations)
+    result = run_evaluation(
+        run,
+        config(
+            tmp_path,
+            judge=None,
+            reference="answer",
+            demonstrations=Data(path=str(tmp_path / "demonstrations.jsonl")),
+        ),
+    )
+    assert set(result["models"]) == {"base", "sft"}
+    assert result["comparisons"] == {}
+    assert "rm" not in result
+    assert "kl" not in result
+    sft = result["models"]["sft"]
+    assert "judge" not in sft
+    assert 0 <= sft["token_f1"] <= 1
+    assert sft["perplexity"] > 1
+
+
+def test_nothing_to_evaluate_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="make sft RUN=run"):
+        run_evaluation(tmp_path / "run", config(tmp_path))
+
+
+def test_a_stage_of_another_parent_is_left_out(tmp_path, judge, capsys):
+    run = small_run.make_run(tmp_path)
+    other = small_run.make_run(tmp_path / "other", ("base", "sft"))
+    manifest = run / "sft" / "manifest.json"
+    (run / "sft").rename(tmp_path / "old")
+    (other / "sft").rename(run / "sft")
+    assert manifest.exists()
+    base = json.loads(manifest.read_text())["parents"]["base"]["path"]
+    assert "other" in base
+    result = run_evaluation(run, config(tmp_path))
+    assert set(result["models"]) == {"base", "sft"}
+    assert "ppo was made from another sft" in capsys.readouterr().out
+
+
+def test_an_artifact_that_changed_is_refused(tmp_path, judge):
+    run = small_run.make_run(tmp_path)
+    weights = run / "ppo" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        run_evaluation(run, config(tmp_path))
+
+
+def test_sequence_logprobs_are_those_of_an_unpadded_forward_pass():
+    model = tiny_models.policy()
+    prompts, responses = [[2, 6, 3], [2, 6, 7, 8, 3]], [[9, 10, 4], [11]]
+    together = sequence_logprobs(model, prompts, responses, pad_id=0, temperature=0.5)
+    for prompt, response, found in zip(prompts, responses, together, strict=True):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.5
+        expected = logits.log_softmax(-1)[range(len(response)), response].sum().item()
+        assert found == pytest.approx(expected, abs=1e-4)
+        assert math.isfinite(found)
+
+
+def test_references_must_be_there():
+    assert references([{"a": "x"}], "a") == ["x"]
+    with pytest.raises(UserError, match="prompt 2 has no text under the key 'a'"):
+        references([{"a": "x"}, {"b": "y"}], "a")

@@ -1,0 +1,222 @@
+"""One PPO update against an independent reference: straight-line float64, one episode at a time.
+
+The reference shares no code with `pipeline.ppo`: every response is run alone, without padding, and
+the formulas are written out with Python floats. Weights after the step must agree to 1e-6.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import tiny_models
+from pipeline.ppo.rewards import Episodes
+from pipeline.ppo.rollout import Query, Rollout
+from pipeline.ppo.trainer import PPO
+from pipeline.schema import PPOConfig
+
+EOS = 4
+QUERIES = [[2, 7, 8, 3], [2, 9, 3], [2, 5, 6, 7, 11, 3], [2, 12, 13, 3]]
+RESPONSES = [[10, 11, 12, EOS], [EOS], [14, 15, 16, 17, 18], [20, EOS]]  # the third did not end
+SCORES = [0.7, -0.3, 1.1, 0.2]
+CONFIG = {
+    "prompts": {"path": "none"},
+    "batch_size": 4,
+    "minibatches": 1,
+    "iterations": 3,
+    "learning_rate": 1e-2,
+    "value_learning_rate": 2e-2,
+    "schedule": "constant",
+    "kl_coef": 0.1,
+    "temperature": 0.7,
+    "gamma": 0.97,
+    "lam": 0.9,
+    "max_new_tokens": 5,
+    "max_grad_norm": 0.5,
+}
+
+
+def make(policy_model=None, value_model=None, **changes) -> PPO:
+    config = PPOConfig(**{**CONFIG, **changes})
+    policy = policy_model or tiny_models.policy(0, torch.float64)
+    value = value_model or tiny_models.reward(1, torch.float64, bias=0.25)
+    return PPO(
+        config,
+        tiny_models.tokenizer(),
+        policy=copy.deepcopy(policy),
+        # another reference than the policy, so that the KL is not zero
+        reference=tiny_models.policy(5, torch.float64),
+        value=None if config.value == "shared" else copy.deepcopy(value),
+        score=lambda episodes: SCORES[: len(episodes.prompts)],
+    )
+
+
+def recorded(ppo: PPO, extra_left: int = 0, extra_right: int = 0, pad: int = 0) -> Rollout:
+    """The fixed episodes as a rollout, with as much padding as asked for."""
+    q = max(map(len, QUERIES)) + extra_left
+    t = max(map(len, RESPONSES)) + extra_right
+    lengths = torch.tensor([len(r) for r in RESPONSES])
+    rollout = Rollout(
+        queries=torch.tensor([[pad] * (q - len(x)) + x for x in QUERIES]),
+        query_mask=torch.arange(q)[None] >= q - torch.tensor([len(x) for x in QUERIES])[:, None],
+        responses=torch.tensor([x + [pad] * (t - len(x)) for x in RESPONSES]),
+        response_mask=torch.arange(t)[None] < lengths[:, None],
+        ended=torch.tensor([x[-1] == EOS for x in RESPONSES]),
+        scores=torch.tensor(SCORES),
+        old_logprobs=torch.zeros(4, t),
+        ref_logprobs=torch.zeros(4, t),
+        values=torch.zeros(4, t),
+    )
+    ppo._evaluate(rollout)
+    return rollout
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+
+def logprobs_alone(model, query, response, temperature):
+    logits = model(torch.tensor([query + response])).logits[0] / temperature
+    logp = torch.log_softmax(logits, dim=-1)
+    return [logp[len(query) - 1 + i, token] for i, token in enumerate(response)]
+
+
+def values_alone(model, query, response, bias):
+    hidden = model.model(torch.tensor([query + response])).last_hidden_state[0]
+    values = model.score(hidden)[:, 0] - bias
+    return [values[len(query) - 1 + i] for i in range(len(response))]
+
+
+def reference_step(config: PPOConfig, episodes=range(4), steps: int = 1):
+    """Weights of policy and value after `steps` epochs over the fixed episodes in one minibatch."""
+    policy, ref = tiny_models.policy(0, torch.float64), tiny_models.policy(5, torch.float64)
+    value = tiny_models.reward(1, torch.float64, bias=0.25)
+    optimizer = torch.optim.AdamW(
+        [{"params": policy.parameters(), "lr": 1e-2}, {"params": value.parameters(), "lr": 2e-2}],
+        eps=1e-5,
+        weight_decay=0.0,
+    )
+    old, old_values, advantages, returns = [], [], [], []
+    for i in episodes:
+        with torch.no_grad():
+            lp = [x.item() for x in logprobs_alone(policy, QUERIES[i], RESPONSES[i], 0.7)]
+            rp = [x.item() for x in logprobs_alone(ref, QUERIES[i], RESPONSES[i], 0.7)]
+            vs = [x.item() for x in values_alone(value, QUERIES[i], RESPONSES[i], 0.25)]
+        score = float(torch.tensor(SCORES[i])) - (0.0 if RESPONSES[i][-1] == EOS else 1.0)
+        rewards = [-0.1 * (a - b) for a, b in zip(lp, rp, strict=True)]
+        rewards[-1] += score
+        adv, last = [0.0] * len(vs), 0.0
+        for t in reversed(range(len(vs))):
+            following = vs[t + 1] if t + 1 < len(vs) else 0.0
+            last = rewards[t] + 0.97 * following - vs[t] + 0.97 * 0.9 * last
+            adv[t] = last
+        old.append(lp)
+        old_values.append(vs)
+        advantages.append(adv)
+        returns.append([a + v for a, v in zip(adv, vs, strict=True)])
+    flat = [a for adv in advantages for a in adv]
+    mean = sum(flat) / len(flat)
+    sigma = math.sqrt(sum((a - mean) ** 2 for a in flat) / (len(flat) - 1) + 1e-8)
+    for _ in range(steps):
+        policy_loss = value_loss = 0.0
+        for n, i in enumerate(episodes):
+            new = logprobs_alone(policy, QUERIES[i], RESPONSES[i], 0.7)
+            vs = values_alone(value, QUERIES[i], RESPONSES[i], 0.25)
+            for t in range(len(new)):
+                a, ratio = (advantages[n][t] - mean) / sigma, (new[t] - old[n][t]).exp()
+                policy_loss = policy_loss + max(-a * ratio, -a * ratio.clamp(0.8, 1.2))
+                clipped = old_values[n][t] + (vs[t] - old_values[n][t]).clamp(-0.2, 0.2)
+                target = returns[n][t]
+                value_loss = value_loss + 0.5 * max((vs[t] - target) ** 2, (clipped - target) ** 2)
+        optimizer.zero_grad()
+        ((policy_loss + value_loss) / len(flat)).backward()
+        for model in (policy, value):
+            norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad *= min(1.0, 0.5 / (norm + 1e-6))
+        optimizer.step()
+    return policy, value
+
+
+def assert_same(model, expected, rtol=1e-6):
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- the tests -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (3, 0), (0, 4), (2, 2)])
+@pytest.mark.parametrize("micro", [None, 1, 3])
+def test_an_update_equals_the_reference_whatever_the_padding_and_micro_batch(left, right, micro):
+    ppo = make(micro_batch_size=micro)
+    ppo.update(recorded(ppo, left, right))
+    policy, value = reference_step(ppo.config)
+    assert_same(ppo.networks.policy, policy)
+    assert_same(ppo.networks.value, value)
+
+
+def test_two_epochs_equal_the_reference_with_clipping_at_work():
+    ppo = make(ppo_epochs=2)
+    metrics = ppo.update(recorded(ppo))
+    policy, value = reference_step(ppo.config, steps=2)
+    assert_same(ppo.networks.policy, policy)
+    assert_same(ppo.networks.value, value)
+    assert metrics["policy/clipfrac_avg"] > 0 and metrics["val/clipfrac_avg"] > 0
+
+
+def test_pad_equal_to_eos_changes_nothing():
+    weights = []
+    for pad in (0, EOS):
+        ppo = make()
+        ppo.update(recorded(ppo, 2, 2, pad=pad))
+        weights.append(ppo.networks.policy)
+    assert_same(*weights)
+
+
+def test_a_rollout_samples_scores_and_measures_what_the_reference_measures():
+    ppo = make()
+    ppo.iteration = 1  # the reference differs from the policy on purpose
+    torch.manual_seed(3)
+    rollout = ppo.rollout([Query(ids, "", {}) for ids in QUERIES])
+    for i, (query, response) in enumerate(zip(QUERIES, rollout.response_ids(), strict=True)):
+        length = len(response)
+        assert 1 <= length <= 5 and (length == 5 or response[-1] == EOS)
+        with torch.no_grad():
+            alone = torch.stack(logprobs_alone(ppo.networks.policy, query, response, 0.7))
+            values = torch.stack(values_alone(ppo.networks.value, query, response, 0.25))
+        torch.testing.assert_close(rollout.old_logprobs[i, :length], alone, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(rollout.values[i, :length], values, rtol=1e-8, atol=1e-8)
+    assert rollout.scores.tolist() == pytest.approx(SCORES)
+
+
+def test_with_learning_rate_zero_ratio_stays_one_and_kl_zero():
+    ppo = make(learning_rate=0.0, value_learning_rate=0.0, ppo_epochs=2)
+    ppo.reference = copy.deepcopy(ppo.networks.policy)
+    for _ in range(2):
+        metrics = ppo.update(ppo.rollout([Query(ids, "", {}) for ids in QUERIES]))
+        assert metrics["objective/kl"] == pytest.approx(0, abs=1e-9)
+        assert metrics["val/ratio"] == pytest.approx(1, abs=1e-9)
+        assert metrics["policy/approxkl_avg"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_rollout_draws_from_the_global_generator_and_never_seeds_it():
+    ppo = make()
+    ppo.iteration = 1
+    torch.manual_seed(3)
+    first = ppo.rollout([Query(ids, "", {}) for ids in QUERIES])
+    second = ppo.rollout([Query(ids, "", {}) for ids in QUERIES])
+    torch.manual_seed(3)
+    again = ppo.rollout([Query(ids, "", {}) for ids in QUERIES])
+    assert first.response_ids() == again.response_ids() != second.response_ids()
+
+
+def test_scores_reach_the_reward_with_the_sampled_tokens():
+    seen: list[Episodes] = []
+    ppo = make()
+    ppo.iteration = 1
+    ppo.score = lambda episodes: seen.append(episodes) or SCORES
+    rollout = ppo.rollout([Query(ids, f"p{i}", {"n": i}) for i, ids in enumerate(QUERIES)])
+    assert seen[0].sequences == [q + r for q, r in zip(QUERIES, rollout.response_ids(), strict=True)]
+    assert seen[0].prompts == ["p0", "p1", "p2", "p3"] and seen[0].rows[2] == {"n": 2}

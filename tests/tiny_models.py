@@ -1,0 +1,70 @@
+"""Random models of a few thousand parameters and a word-level tokenizer, for tests in seconds."""
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = [f"w{i}" for i in range(24)]
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<bot> {{ m['content'] }} <end>"
+    "{% else %}<user> {{ m['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<bot> {% endif %}"
+)
+
+
+def tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
+    """Words split at blanks; `pad_is_eos` makes the trap that many real tokenizers are."""
+    specials = ["<pad>", "<unk>", "<user>", "<bot>", "<end>"]
+    table = {word: i for i, word in enumerate(specials + WORDS)}
+    inner = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<end>" if pad_is_eos else "<pad>",
+        unk_token="<unk>",
+        eos_token="<end>",
+        chat_template=TEMPLATE,
+    )
+
+
+def llama_config(**changes) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 29,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "eos_token_id": 4,
+        "bos_token_id": None,
+        "initializer_range": 0.5,  # far from uniform, so that mistakes show
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def policy(seed: int = 0, dtype=torch.float32, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(**changes)).to(dtype).eval()
+
+
+def reward(seed: int = 1, dtype=torch.float32, bias: float = 0.0) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    model = LlamaForSequenceClassification(llama_config(num_labels=1)).to(dtype).eval()
+    model.config.reward_bias = bias
+    return model
+
+
+def gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 29, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, "eos_token_id": 4, "bos_token_id": 4, **changes}))
