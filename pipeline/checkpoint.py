@@ -62,7 +62,9 @@ def newest(work: Path, prefix: str = "step-") -> Path | None:
         say(f"{directory}: not used, {reason}")
     if corrupt:
         raise UserError(
-            "no saved state is whole:\n  " + "\n  ".join(corrupt) + f"\nRemove {work} to start again."
+            "no saved state is whole:\n  "
+            + "\n  ".join(corrupt)
+            + f"\nRemove {work} to start again."
         )
     return None
 
@@ -104,7 +106,7 @@ def random_state() -> dict:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": [version, list(internal), gauss],
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
     }
 
 

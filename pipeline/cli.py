@@ -2,19 +2,17 @@
 
 import argparse
 import contextlib
-import errno
 import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import run
+from pipeline import disk, run
 from pipeline.config import load_config, split_settings, stage_overrides
 from pipeline.errors import UserError
+from pipeline.lineage import inputs_of
 from pipeline.progress import is_main_process, say
 from pipeline.schema import STAGES, StageConfig
-
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def main(stage: str, argv: list[str] | None = None) -> None:
@@ -33,6 +31,8 @@ def main(stage: str, argv: list[str] | None = None) -> None:
             sys.exit(0)
         elif reason != "not made yet":
             say(f"{stage}: made again, {reason}")
+        inputs_of(config)  # data that is not there is told before the slow imports
+    with reporting_errors(config):
         final = importlib.import_module(f"stages.{stage}").run(config)
         say(f"{stage}: published {final}")
     sys.exit(0)
@@ -59,7 +59,7 @@ def configured(stage: str, args: argparse.Namespace) -> StageConfig:
 
 
 @contextlib.contextmanager
-def reporting_errors() -> Iterator[None]:
+def reporting_errors(config: StageConfig | None = None) -> Iterator[None]:
     """Errors that a user can act on become a message and an exit code, without a traceback."""
     try:
         yield
@@ -67,11 +67,9 @@ def reporting_errors() -> Iterator[None]:
         _stop(f"error: {error}", 2)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        _stop(f"error: {error.filename or 'disk'}: {error.strerror}", 1)
     except Exception as error:
+        if disk.is_full(error):
+            _stop(f"error: {disk.message(config)}", 1)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         first = str(error).splitlines()[0]

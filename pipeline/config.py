@@ -10,6 +10,7 @@ import ast
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ Config = TypeVar("Config", bound=BaseModel)
 CHECKPOINTS = "checkpoints"
 """First folder of paths in configs; RLHF_CHECKPOINTS names the folder that really stands for it."""
 
-_OTHER_PREFIXES = ("base", "eval")  # files beside the stages' own; their schemas live elsewhere
+_OTHER_PREFIXES = ("eval",)  # a file beside the stages' own, whose schema lives elsewhere
 
 
 def load_config(cls: type[Config], path: Path | str, overrides: Iterable[str] = ()) -> Config:
@@ -258,7 +259,7 @@ def _docs(cls: type) -> dict[str, str]:
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
         statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, text in zip(statements, statements[1:], strict=False):
+        for field, text in itertools.pairwise(statements):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                     found[field.target.id] = inspect.cleandoc(str(text.value.value))

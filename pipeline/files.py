@@ -1,5 +1,6 @@
 """Files that are whole or absent, their hashes, and a lock that dies with its process."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -46,9 +47,12 @@ class Lock:
         self._file = -1
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         while self._file < 0:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                continue  # another holder removed the empty folder meanwhile
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -65,6 +69,9 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self.path.unlink(missing_ok=True)
+        if self.path.parent.name == ".work":
+            with contextlib.suppress(OSError):  # not empty
+                self.path.parent.rmdir()
         os.close(self._file)
         self._file = -1
 

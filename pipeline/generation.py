@@ -25,7 +25,9 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, stop_tokens: list[str]) -> list
     for token in stop_tokens:
         encoded = tokenizer.encode(token, add_special_tokens=False)
         if len(encoded) != 1:
-            raise UserError(f"stop_tokens: {token!r} is {len(encoded)} tokens of this tokenizer, not 1")
+            raise UserError(
+                f"stop_tokens: {token!r} is {len(encoded)} tokens of this tokenizer, not 1"
+            )
         ids += encoded
     return list(dict.fromkeys(ids))
 
@@ -104,7 +106,9 @@ def generate(
             greedy=greedy,
         ).cpu()
         lengths, ended = response_lengths(responses, stop)
-        for row, length, end in zip(responses.tolist(), lengths.tolist(), ended.tolist(), strict=True):
+        for row, length, end in zip(
+            responses.tolist(), lengths.tolist(), ended.tolist(), strict=True
+        ):
             ids = row[:length]
             text = tokenizer.decode(ids, skip_special_tokens=True)
             out.append(Response(ids, text, end))

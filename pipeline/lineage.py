@@ -28,11 +28,11 @@ def parents_of(config: StageConfig) -> dict[str, Path]:
     if isinstance(config, RMConfig | PPOConfig):
         parents["sft"] = own_or_borrowed(config, "sft")
     if isinstance(config, PPOConfig):
-        for index, reward in enumerate(config.rewards):
-            if reward.model == "rm":
+        for index, member in enumerate(m for reward in config.rewards for m in reward.members()):
+            if member == "rm":
                 parents["rm"] = own_or_borrowed(config, "rm")
-            elif reward.model and _is_artifact(reward.model):
-                parents[f"reward_{index}"] = Path(reward.model)
+            elif _is_artifact(member):
+                parents[f"reward_{index}"] = Path(member)
     return parents
 
 
@@ -49,14 +49,18 @@ def inputs_of(config: StageConfig, in_memory: bool = False) -> dict[str, str]:
     """
     inputs: dict[str, str] = {"dataset": "in memory"} if in_memory else {}
     for section in _sections(config):
-        if in_memory and section in (getattr(config, "data", None), getattr(config, "prompts", None)):
+        if in_memory and section in (
+            getattr(config, "data", None),
+            getattr(config, "prompts", None),
+        ):
             continue
         if isinstance(section, Data):
             inputs |= data_fingerprint(section)
         if isinstance(section, Reward) and section.function:
             inputs |= _module(section.function.partition(":")[0])
-        if isinstance(section, Reward) and section.model not in (None, "rm"):
-            inputs |= _model(str(section.model))
+        if isinstance(section, Reward):
+            for member in section.members():
+                inputs |= {} if member == "rm" else _model(member)
         if isinstance(section, Sampling) and section.labeler:
             inputs |= _module(section.labeler)
     if isinstance(config, SFTConfig):

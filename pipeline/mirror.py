@@ -109,7 +109,7 @@ class Mirror:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # seconds to import
 
-        wanted = {
+        wanted: dict[str, Any] = {
             "silent": True,
             "console": "off",
             "init_timeout": INIT_SECONDS,

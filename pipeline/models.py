@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from pipeline.data.template import prepare_tokenizer
 from pipeline.errors import UserError
 from pipeline.ppo.maths import position_ids
 from pipeline.schema import Lora
+
+Model = Any
+"""A transformers model, bare or in peft's wrapper; `nn.Module` declares none of what we call."""
 
 # --- loading ------------------------------------------------------------------------------------
 
@@ -60,7 +64,9 @@ def _pad_apart_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
 
 
-def load_policy(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+def load_policy(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
     """Causal language model in float32, dropout off, with a generation config free of sampling rules.
 
     Truncated sampling or penalties that a model ships with (top-k 50, repetition penalty) would make
@@ -83,7 +89,9 @@ def load_reward(path: str | Path) -> PreTrainedModel:
     """Sequence classifier with one output, float32, dropout off."""
     model = _load(AutoModelForSequenceClassification, path, dtype=torch.float32)
     if model.config.num_labels != 1:
-        raise UserError(f"{path}: a reward model has num_labels 1, this has {model.config.num_labels}")
+        raise UserError(
+            f"{path}: a reward model has num_labels 1, this has {model.config.num_labels}"
+        )
     return disable_dropout(model)
 
 
@@ -100,7 +108,7 @@ def reward_from_policy(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
     return disable_dropout(model)
 
 
-def AutoConfig_of(path: str | Path):  # noqa: N802 - reads like the class it calls
+def AutoConfig_of(path: str | Path):
     """The config of a model directory or hub id."""
     return _load(AutoConfig, path)
 
@@ -148,7 +156,7 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
 # --- adapters -----------------------------------------------------------------------------------
 
 
-def add_lora(model: PreTrainedModel, lora: Lora | None, task: str) -> nn.Module:
+def add_lora(model: PreTrainedModel, lora: Lora | None, task: str) -> Model:
     """Wrap in a peft LoRA model (`task` CAUSAL_LM or SEQ_CLS), or return the model as it is.
 
     A sequence classifier's head trains in full beside its adapters.
@@ -169,13 +177,13 @@ def add_lora(model: PreTrainedModel, lora: Lora | None, task: str) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merged(model: Model) -> Model:
     """A plain transformers model: adapters folded into the weights they adapt."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 @contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
+def adapter_off(model: Model) -> Iterator[None]:
     """Within, a LoRA policy is its own reference."""
     with model.disable_adapter():
         yield
@@ -184,13 +192,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 # --- forward passes -----------------------------------------------------------------------------
 
 
-def accepts(model: nn.Module, argument: str) -> bool:
+def accepts(model: Model, argument: str) -> bool:
     """Whether the model's forward takes an argument (peft wrappers are looked through)."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return argument in inspect.signature(inner.forward).parameters
 
 
-def response_logits(model: nn.Module, ids: Tensor, attention_mask: Tensor, width: int) -> Tensor:
+def response_logits(model: Model, ids: Tensor, attention_mask: Tensor, width: int) -> Tensor:
     """Logits that *predict* the last `width` tokens: ids (B, L) -> (B, width, V).
 
     The logits at position t predict token t + 1, so they are read at [-width-1 : -1].
@@ -202,7 +210,7 @@ def response_logits(model: nn.Module, ids: Tensor, attention_mask: Tensor, width
     return logits[:, -width - 1 : -1]
 
 
-def score_head(model: nn.Module) -> nn.Linear:
+def score_head(model: Model) -> nn.Linear:
     """The linear layer of a sequence classifier that turns a hidden state into its score."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name in ("score", "classifier"):
@@ -216,7 +224,7 @@ def score_head(model: nn.Module) -> nn.Linear:
     )
 
 
-def token_scores(model: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
+def token_scores(model: Model, ids: Tensor, attention_mask: Tensor) -> Tensor:
     """A sequence classifier's head at *every* token, less its stored bias; (B, L) -> (B, L)."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     trunk = getattr(inner, inner.base_model_prefix)
@@ -227,10 +235,8 @@ def token_scores(model: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tenso
     return scores - getattr(inner.config, "reward_bias", 0.0)
 
 
-def _positions(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
-    return (
-        {"position_ids": position_ids(attention_mask)} if accepts(model, "position_ids") else {}
-    )
+def _positions(model: Model, attention_mask: Tensor) -> dict[str, Tensor]:
+    return {"position_ids": position_ids(attention_mask)} if accepts(model, "position_ids") else {}
 
 
 def score_sequences(

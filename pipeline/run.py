@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 from pipeline import artifacts
 from pipeline.artifacts import Lock, Manifest, Parent
@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.lineage import inputs_of, parents_of
 from pipeline.progress import is_main_process
-from pipeline.schema import StageConfig
+from pipeline.schema import Data, StageConfig
 from pipeline.tracking import Tracker
 
 IDENTITY = "run.json"
@@ -113,6 +113,12 @@ class StageRun:
         self.tracker.finish()
         self._unlock()
 
+    @overload
+    def parent(self, name: Literal["sft"]) -> Path: ...
+
+    @overload
+    def parent(self, name: str) -> Path | None: ...
+
     def parent(self, name: str) -> Path | None:
         """Directory of an earlier stage's verified artifact; None when this config reads none."""
         return self._directories.get(name)
@@ -198,6 +204,13 @@ class StageRun:
     def _unlock(self) -> None:
         if self.main:
             self._lock.__exit__(None, None, None)
+
+
+def given(source: Data | None, dataset: Any, key: str) -> Any:
+    """Rows in memory if there are any, else the configured source; UserError without either."""
+    if dataset is None and source is None:
+        raise UserError(f"{key}: not set, and no dataset was passed to run(); give one of them")
+    return source if dataset is None else dataset
 
 
 def start_again(config: StageConfig) -> None:

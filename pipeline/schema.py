@@ -127,8 +127,8 @@ class SFTConfig(StageConfig, Optimisation):
     """Directory or hub id of the pretrained causal model."""
     chat_template: Path | None = None
     """A jinja file; none = the tokenizer's own, or a plain User/Assistant template if it has none."""
-    data: Data
-    """Demonstrations, in any of the forms of `pipeline.data.forms`."""
+    data: Data | None = None
+    """Demonstrations, in any of the forms of `pipeline.data.forms`; needed unless rows come in memory."""
     validation_data: Data | None = None
     """Held-out demonstrations; none = a part of `data`, split by prompt."""
     validation_fraction: Fraction = 0.02
@@ -153,7 +153,9 @@ class Sampling(Section):
     @model_validator(mode="after")
     def _k_in_range(self):
         if not self.k or any(not 2 <= k <= 9 for k in self.k) or min(self.k.values()) < 0:
-            raise ValueError("k maps numbers of responses from 2 to 9 to shares that are not negative")
+            raise ValueError(
+                "k maps numbers of responses from 2 to 9 to shares that are not negative"
+            )
         return self
 
 
@@ -163,7 +165,7 @@ class RMConfig(StageConfig, Optimisation):
     stage: ClassVar[str] = "rm"
 
     data: Data | None = None
-    """Ranked comparisons; give this or `sampling`."""
+    """Ranked comparisons; give this or `sampling`, unless they come in memory."""
     sampling: Sampling | None = None
     demonstrations: Data | None = None
     """Scores are shifted so that these average 0; none = the data the SFT model was trained on."""
@@ -178,8 +180,10 @@ class RMConfig(StageConfig, Optimisation):
 
     @model_validator(mode="after")
     def _one_source(self):
-        if (self.data is None) == (self.sampling is None):
-            raise ValueError("give either data (rankings you have) or sampling (rankings to be made)")
+        if self.data is not None and self.sampling is not None:
+            raise ValueError(
+                "give either data (rankings you have) or sampling (rankings to be made)"
+            )
         return self
 
 
@@ -222,9 +226,9 @@ class Reward(Section):
                 raise ValueError(f"{name} has no effect on this kind of reward")
         return self
 
-    def uses_rm(self) -> bool:
-        """Whether this term needs the run's own reward model."""
-        return self.model == "rm" or "rm" in (self.models or [])
+    def members(self) -> list[str]:
+        """The reward models of this term."""
+        return self.models or ([] if self.model is None else [self.model])
 
 
 class PPOConfig(StageConfig):
@@ -233,8 +237,8 @@ class PPOConfig(StageConfig):
     stage: ClassVar[str] = "ppo"
 
     # what is optimised
-    prompts: Data
-    """Training prompts; responses in the file are ignored."""
+    prompts: Data | None = None
+    """Training prompts, needed unless they come in memory; responses in the file are ignored."""
     rewards: list[Reward] = [Reward(model="rm")]
     """Terms of the score, summed with their weights."""
     max_prompt_length: Positive = 256
@@ -338,7 +342,9 @@ class PPOConfig(StageConfig):
     def _consistent(self):
         problems = []
         if self.batch_size % self.minibatches:
-            problems.append(f"batch_size {self.batch_size} does not divide by minibatches {self.minibatches}")
+            problems.append(
+                f"batch_size {self.batch_size} does not divide by minibatches {self.minibatches}"
+            )
         if (self.ptx_coef > 0) != (self.ptx_data is not None):
             problems.append("ptx_coef > 0 and ptx_data go together")
         if self.value == "shared" and self.value_lora is not None:

@@ -1,7 +1,7 @@
 """What is up to date and what has to run, decided by content and never by time stamps.
 
-    python -m pipeline.status --run checkpoints/tiny --recipe configs/tiny      a table (make status)
-    python -m pipeline.status ... --plan "sft ppo"       the steps to run, for the Makefile, in a line
+python -m pipeline.status --run checkpoints/tiny --recipe configs/tiny      a table (make status)
+python -m pipeline.status ... --plan "sft ppo"       the steps to run, for the Makefile, in a line
 """
 
 import argparse
@@ -58,7 +58,12 @@ class Plan:
 
     def needs(self, step: str) -> list[str]:
         """Steps that `step` reads directly, in the order they run."""
-        needed = {"rm": ["sft"], "ppo": ["sft", "rm"], "eval": ["sft", "rm", "ppo"], "report": ["ppo"]}
+        needed = {
+            "rm": ["sft"],
+            "ppo": ["sft", "rm"],
+            "eval": ["sft", "rm", "ppo"],
+            "report": ["ppo"],
+        }
         found = needed.get(step, [])
         if "base" in self.configs and step in self.configs and step != "base":
             found = ["base", *found] if self._reads_base(step) else found
@@ -183,7 +188,7 @@ def _closure(plan: Plan, goals: Iterable[str]) -> set[str]:
 
 def _uses_rm(config: BaseModel) -> bool:
     assert isinstance(config, PPOConfig)
-    return any(reward.model == "rm" for reward in config.rewards)
+    return any("rm" in reward.members() for reward in config.rewards)
 
 
 # --- configs --------------------------------------------------------------------------------------
@@ -246,7 +251,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, required=True, help="folder of configs")
     parser.add_argument("--from", dest="borrow", default="", help="run to borrow stages from")
     for step in _SCHEMAS:
-        parser.add_argument(f"--{step}", default="", help=f"config of {step} in place of the recipe's")
+        parser.add_argument(
+            f"--{step}", default="", help=f"config of {step} in place of the recipe's"
+        )
     parser.add_argument("--base-directory", default="", help="where the base model is made")
     parser.add_argument("--set", default="")
     parser.add_argument("--force", default="", help="steps to run anyway; 1 = those asked for")

@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(
                 None, None, "anchors are not supported", event.start_mark
             )
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         if node.tag not in _CORE:
             raise yaml.composer.ComposerError(
                 None, None, f"tag {node.tag} refused", node.start_mark
@@ -84,7 +84,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.floating)
 def parse(text: str, where: str) -> Any:
     """The value of a YAML text; UserError `where:line: reason`."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader, made stricter)
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""

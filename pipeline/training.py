@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ def arguments(config: StageConfig, examples: int, work: Path) -> dict[str, Any]:
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": accumulate,
         "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.schedule,
+        # transformers' own "constant" would ignore the warm-up
+        "lr_scheduler_type": "constant_with_warmup"
+        if config.schedule == "constant"
+        else config.schedule,
         "warmup_steps": int(config.warmup_ratio * steps),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
@@ -60,6 +64,8 @@ def quiet() -> None:
     """Silence the libraries' own progress bars and dictionaries; ours show what matters."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
 
 
 def micro_batches(batch: int, micro: int | None, processes: int) -> tuple[int, int]:
@@ -74,7 +80,6 @@ def micro_batches(batch: int, micro: int | None, processes: int) -> tuple[int, i
 
 
 def _world_size() -> int:
-
 
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -117,15 +122,23 @@ class Recorder(TrainerCallback):
             self.bar.__exit__(None, None, None)
 
 
-def train(trainer: Trainer, work: Path, tracker: Tracker) -> None:
-    """Train from the newest whole checkpoint in `work`, or from the start."""
-    trainer.remove_callback(PrinterCallback)
+def train(
+    trainer: Trainer, work: Path, recorder: Recorder, before: dict[str, float] | None = None
+) -> None:
+    """Train from the newest whole checkpoint in `work`, or from the start, recording as it goes.
+
+    `before` is what was measured before the first step; a run that goes on has recorded it already.
+    """
+    trainer.remove_callback(PrinterCallback)  # it prints dictionaries; the recorder shows a bar
+    trainer.add_callback(recorder)
     newest = checkpoint.newest(work, "checkpoint-")
     if newest is None:
+        if before:
+            recorder.tracker.log(0, before)
         trainer.train()
-        return
-    tracker.truncate(checkpoint.step_of(newest))
-    trainer.train(resume_from_checkpoint=str(newest))
+    else:
+        recorder.tracker.truncate(checkpoint.step_of(newest))
+        trainer.train(resume_from_checkpoint=str(newest))
 
 
 def set_threads(threads: int | None) -> None:

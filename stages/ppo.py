@@ -23,9 +23,9 @@ from pipeline.ppo.rollout import PromptStream, Query
 from pipeline.ppo.trainer import PPO, Clock
 from pipeline.ppo.watch import Watch
 from pipeline.progress import say, track
-from pipeline.run import StageRun
+from pipeline.run import StageRun, given
 from pipeline.schema import PPOConfig
-from pipeline.training import peak_memory_mb, set_threads
+from pipeline.training import peak_memory_mb, quiet, set_threads
 
 
 def run(config: PPOConfig, dataset: Any = None) -> Path:
@@ -33,8 +33,9 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
 
     `dataset` replaces `config.prompts` by prompts in memory.
     """
-    prompts = load_prompts(config.prompts if dataset is None else dataset)
+    prompts = load_prompts(given(config.prompts, dataset, "prompts"))
     with StageRun(config, dataset) as stage:
+        quiet()
         set_threads(config.threads)
         checkpoint.seed_everything(config.seed)
         ppo = build_ppo(config, stage.parent("sft"), stage.parent("rm"))

@@ -36,7 +36,7 @@ from pipeline.models import (
     token_scores,
 )
 from pipeline.progress import say
-from pipeline.run import StageRun
+from pipeline.run import StageRun, given
 from pipeline.schema import Data, RMConfig
 from pipeline.training import Recorder, arguments, quiet, set_threads, train
 
@@ -55,8 +55,9 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
 
     `dataset` replaces `config.data` by rankings in memory (see `pipeline.data.rankings`).
     """
-    given = dataset if dataset is not None else config.data
-    rankings = None if given is None else load_rankings(given)
+    rankings = None
+    if config.sampling is None or dataset is not None:
+        rankings = load_rankings(given(config.data, dataset, "data or sampling"))
     with StageRun(config, dataset) as stage:
         quiet()
         set_threads(config.threads)
@@ -84,9 +85,9 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
             data_collator=KwiseCollator(int(tokenizer.pad_token_id)),  # type: ignore[arg-type]
             train_dataset=Dataset.from_list(training_rows),
             processing_class=tokenizer,
-            callbacks=[Recorder(stage.tracker, LOGGED)],
         )
-        train(trainer, stage.work, stage.tracker)
+        first = {"validation/accuracy": before["accuracy"], "validation/loss": before["loss"]}
+        train(trainer, stage.work, Recorder(stage.tracker, LOGGED), first)
 
         final = merged(trainer.accelerator.unwrap_model(trainer.model))
         final.config.reward_bias = _demonstration_mean(final, tokenizer, config, sft)
@@ -94,7 +95,9 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         _padding_invariant(final, tokenizer, held_out_rows)
         write_scored(stage.output / "held_out.jsonl", scored)
         after = measure(scored)
-        stage.tracker.log(trainer.state.global_step, {f"validation/{k}": v for k, v in after.items()})
+        stage.tracker.log(
+            trainer.state.global_step, {f"validation/{k}": v for k, v in after.items()}
+        )
         final.save_pretrained(stage.output)
         tokenizer.save_pretrained(stage.output)
         return stage.publish(

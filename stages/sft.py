@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 
@@ -25,7 +25,7 @@ from pipeline.data.template import encode_prompt, encode_response, template_hash
 from pipeline.generation import generate
 from pipeline.models import add_lora, load_policy, load_tokenizer, merged
 from pipeline.progress import say
-from pipeline.run import StageRun
+from pipeline.run import StageRun, given
 from pipeline.schema import SFTConfig
 from pipeline.training import Recorder, arguments, quiet, set_threads, train
 
@@ -48,7 +48,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
     `dataset` replaces `config.data` by rows in memory: a dict of columns, a list of dicts, or a
     `datasets.Dataset`, in any form of `pipeline.data.forms`.
     """
-    demonstrations = load_demonstrations(config.data if dataset is None else dataset)
+    demonstrations = load_demonstrations(given(config.data, dataset, "data"))
     with StageRun(config, dataset) as stage:
         quiet()
         set_threads(config.threads)
@@ -68,10 +68,11 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
             train_dataset=Dataset.from_list(training_rows),
             eval_dataset=Dataset.from_list(validation_rows),
             processing_class=tokenizer,
-            callbacks=[Recorder(stage.tracker, LOGGED)],
         )
+        trainer.remove_callback(PrinterCallback)
         before = trainer.evaluate()["eval_loss"]
-        train(trainer, stage.work, stage.tracker)
+        recorder = Recorder(stage.tracker, LOGGED)
+        train(trainer, stage.work, recorder, {"validation/loss": before})
         after = trainer.evaluate()["eval_loss"]
 
         final = merged(trainer.accelerator.unwrap_model(trainer.model))
@@ -115,9 +116,7 @@ def _encode(
             if len(prompt) + len(response) > max_length:
                 dropped += 1
                 continue
-            rows.append(
-                {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
-            )
+            rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
     if dropped:
         say(f"sft: {dropped} of {dropped + len(rows)} {name} examples are over {max_length} tokens")
     return rows

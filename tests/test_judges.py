@@ -1,8 +1,8 @@
 """Judges are loaded by name and their answers are checked."""
 
 import pytest
-import small_run
 
+import small_run
 from pipeline.errors import UserError
 from pipeline.evaluation.judges import load_judge
 
@@ -58,5 +58,6 @@ def test_gold_is_a_judge():
     assert judge is not None
     assert judge.file is not None
     assert judge.file.name == "gold.py"
+    assert "preference" in judge.about
     assert judge.score([], [], [], []) == []
     assert judge.exact([], [], []) == []

@@ -40,10 +40,15 @@ def test_a_prompt_of_ties_gives_nothing_and_divides_nothing():
 def test_the_gradient_is_that_of_separate_prompts():
     g = torch.Generator().manual_seed(0)
     scores = torch.randn(9, generator=g, dtype=torch.float64, requires_grad=True)
-    ranks, groups = torch.tensor([1, 2, 3, 4, 2, 1, 1, 1, 2]), torch.tensor([0] * 4 + [1] * 2 + [2] * 3)
+    ranks, groups = (
+        torch.tensor([1, 2, 3, 4, 2, 1, 1, 1, 2]),
+        torch.tensor([0] * 4 + [1] * 2 + [2] * 3),
+    )
     together = torch.autograd.grad(kwise_loss(scores, ranks, groups)[0], scores)[0]
     apart = sum(
-        torch.autograd.grad(kwise_loss(scores[groups == i], ranks[groups == i], groups[groups == i])[0], scores)[0]
+        torch.autograd.grad(
+            kwise_loss(scores[groups == i], ranks[groups == i], groups[groups == i])[0], scores
+        )[0]
         for i in range(3)
     )
     torch.testing.assert_close(together, apart / 3)

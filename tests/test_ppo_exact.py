@@ -131,7 +131,9 @@ def reference_step(config: PPOConfig, episodes=range(4), steps: int = 1):
         optimizer.zero_grad()
         ((policy_loss + value_loss) / len(flat)).backward()
         for model in (policy, value):
-            norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+            norm = torch.stack(
+                [p.grad.norm() for p in model.parameters() if p.grad is not None]
+            ).norm()
             for p in model.parameters():
                 if p.grad is not None:
                     p.grad *= min(1.0, 0.5 / (norm + 1e-6))
@@ -218,5 +220,7 @@ def test_scores_reach_the_reward_with_the_sampled_tokens():
     ppo.iteration = 1
     ppo.score = lambda episodes: seen.append(episodes) or SCORES
     rollout = ppo.rollout([Query(ids, f"p{i}", {"n": i}) for i, ids in enumerate(QUERIES)])
-    assert seen[0].sequences == [q + r for q, r in zip(QUERIES, rollout.response_ids(), strict=True)]
+    assert seen[0].sequences == [
+        q + r for q, r in zip(QUERIES, rollout.response_ids(), strict=True)
+    ]
     assert seen[0].prompts == ["p0", "p1", "p2", "p3"] and seen[0].rows[2] == {"n": 2}

@@ -47,7 +47,11 @@ def test_any_configured_stop_token_ends_a_response():
 
 
 def test_mask_is_true_on_real_tokens_only():
-    assert maths.mask_from_lengths(torch.tensor([0, 1, 3]), 3).tolist() == [[F, F, F], [T, F, F], [T, T, T]]
+    assert maths.mask_from_lengths(torch.tensor([0, 1, 3]), 3).tolist() == [
+        [F, F, F],
+        [T, F, F],
+        [T, T, T],
+    ]
 
 
 def test_positions_count_real_tokens_from_zero():
@@ -130,9 +134,13 @@ def test_kl_estimators_average_to_the_true_kl_and_k3_has_the_right_sign():
     true = (pi * (pi / ref).log()).sum().item()
     assert true == pytest.approx(0.7777, abs=1e-4)
     for kind in ("k1", "k3"):
-        assert (pi * maths.kl_estimate(pi.log(), ref.log(), kind)).sum().item() == pytest.approx(true, abs=1e-6)
+        assert (pi * maths.kl_estimate(pi.log(), ref.log(), kind)).sum().item() == pytest.approx(
+            true, abs=1e-6
+        )
     k2 = (pi * maths.kl_estimate(pi.log(), ref.log(), "k2")).sum().item()
-    assert k2 == pytest.approx(0.7 * math.log(0.7 / 0.99) ** 2 / 2 + 0.3 * math.log(30) ** 2 / 2, abs=1e-6)
+    assert k2 == pytest.approx(
+        0.7 * math.log(0.7 / 0.99) ** 2 / 2 + 0.3 * math.log(30) ** 2 / 2, abs=1e-6
+    )
 
 
 def test_unknown_kl_estimator_is_an_error():
@@ -256,6 +264,12 @@ def test_explained_variance_by_hand():
 
 
 def test_adaptive_kl_moves_towards_the_target_within_20_percent():
-    assert maths.adapted_kl_coef(0.1, kl=6.6, target=6, episodes=100, horizon=1000) == pytest.approx(0.1 * 1.01)
-    assert maths.adapted_kl_coef(0.1, kl=60, target=6, episodes=100, horizon=1000) == pytest.approx(0.1 * 1.02)
-    assert maths.adapted_kl_coef(0.1, kl=0, target=6, episodes=100, horizon=1000) == pytest.approx(0.1 * 0.98)
+    assert maths.adapted_kl_coef(
+        0.1, kl=6.6, target=6, episodes=100, horizon=1000
+    ) == pytest.approx(0.1 * 1.01)
+    assert maths.adapted_kl_coef(0.1, kl=60, target=6, episodes=100, horizon=1000) == pytest.approx(
+        0.1 * 1.02
+    )
+    assert maths.adapted_kl_coef(0.1, kl=0, target=6, episodes=100, horizon=1000) == pytest.approx(
+        0.1 * 0.98
+    )

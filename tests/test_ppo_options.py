@@ -106,7 +106,11 @@ def test_the_gradient_norm_is_really_clipped():
 
         def spy(norms=norms, ppo=ppo, step=step):
             for parameters in (ppo.networks.policy_parameters(), ppo.networks.value_parameters()):
-                norms.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
+                norms.append(
+                    torch.stack([p.grad.norm() for p in parameters if p.grad is not None])
+                    .norm()
+                    .item()
+                )
             step()
 
         ppo.optimizer.step = spy
@@ -169,12 +173,16 @@ def test_ema_follows_the_policy_at_its_rate():
     ppo = make(ema_decay=0.75)
     start = [p.detach().clone() for p in ppo.networks.policy_parameters()]
     ppo.update(recorded(ppo))
-    for average, old, new in zip(ppo.ema.shadow, start, ppo.networks.policy_parameters(), strict=True):
+    for average, old, new in zip(
+        ppo.ema.shadow, start, ppo.networks.policy_parameters(), strict=True
+    ):
         torch.testing.assert_close(average, 0.75 * old + 0.25 * new)
     live = [p.detach().clone() for p in ppo.networks.policy_parameters()]
     with ppo.ema.swapped_in(ppo.networks.policy_parameters()):
         assert torch.equal(ppo.networks.policy_parameters()[0], ppo.ema.shadow[0])
-    assert all(torch.equal(a, b) for a, b in zip(live, ppo.networks.policy_parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(live, ppo.networks.policy_parameters(), strict=True)
+    )
 
 
 # --- the pretraining mix -------------------------------------------------------------------------
@@ -258,11 +266,16 @@ def test_a_lora_policy_is_its_own_reference():
         rollout = ppo.rollout([Query(ids) for ids in QUERIES])
         same = torch.allclose(rollout.old_logprobs, rollout.ref_logprobs, atol=1e-6)
         assert same == expected
-        alone = [base(torch.tensor([q + r])).logits[0] / 0.7 for q, r in zip(QUERIES, rollout.response_ids(), strict=True)]
+        alone = [
+            base(torch.tensor([q + r])).logits[0] / 0.7
+            for q, r in zip(QUERIES, rollout.response_ids(), strict=True)
+        ]
         for i, (q, r) in enumerate(zip(QUERIES, rollout.response_ids(), strict=True)):
             logp = torch.log_softmax(alone[i], dim=-1)
             expected_ref = torch.stack([logp[len(q) - 1 + t, token] for t, token in enumerate(r)])
-            torch.testing.assert_close(rollout.ref_logprobs[i, : len(r)], expected_ref, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                rollout.ref_logprobs[i, : len(r)], expected_ref, rtol=1e-4, atol=1e-4
+            )
         ppo.update(rollout)
     frozen = [n for n, p in policy.named_parameters() if not p.requires_grad]
     assert frozen and all("lora_" not in n for n in frozen)
@@ -315,9 +328,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step():
 def test_a_mask_that_hides_the_eos_is_caught():
     responses = torch.tensor([[5, EOS, 0]])
     with pytest.raises(gates.InvariantError, match="mask"):
-        gates.mask_is_prefix(torch.tensor([[True, False, False]]), responses, torch.tensor([True]), [EOS])
+        gates.mask_is_prefix(
+            torch.tensor([[True, False, False]]), responses, torch.tensor([True]), [EOS]
+        )
     with pytest.raises(gates.InvariantError, match="mask"):
-        gates.mask_is_prefix(torch.tensor([[False, True, False]]), responses, torch.tensor([True]), [EOS])
+        gates.mask_is_prefix(
+            torch.tensor([[False, True, False]]), responses, torch.tensor([True]), [EOS]
+        )
 
 
 # --- prompts and state ---------------------------------------------------------------------------
@@ -342,4 +359,6 @@ def test_a_loaded_state_goes_on_exactly():
     metrics = [ppo.update(recorded(ppo)) for ppo in (straight, resumed)]
     assert metrics[0] == metrics[1]
     assert_same(straight.networks, resumed.networks, rtol=0)
-    assert all(torch.equal(a, b) for a, b in zip(straight.ema.shadow, resumed.ema.shadow, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(straight.ema.shadow, resumed.ema.shadow, strict=True)
+    )

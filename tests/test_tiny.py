@@ -1,4 +1,4 @@
-"""The tiny world: determinism, disjoint splits, gold on cases worked by hand, the simulated labeler, the tokenizer."""
+"""The tiny world: determinism, disjoint splits, gold by hand, the simulated labeler, the tokenizer."""
 
 import ast
 import random

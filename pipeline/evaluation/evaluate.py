@@ -57,7 +57,7 @@ def evaluate(
     set_threads(config.threads)
     judge = load_judge(config.judge)
     tokenizer = load_tokenizer(stages["sft"].path)
-    asked = _ask(config, split, tokenizer)
+    asked = ask(config, split, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = _load_policies(stages, tokenizer, device)
     reward: nn.Module | None = load_reward(stages["rm"].path) if "rm" in stages else None
@@ -72,6 +72,7 @@ def evaluate(
     groups = tallies.memberships(asked.rows, config.groups())
     result: dict[str, Any] = {
         "prompts": len(asked.texts),
+        "judge_about": None if judge is None else judge.about,
         "models": {name: tallies.summary(answer, groups) for name, answer in answers.items()},
         "comparisons": _comparisons(answers, groups),
     }
@@ -80,12 +81,14 @@ def evaluate(
     if "ppo" in models:
         result["kl"] = _kl(config, models, tokenizer, asked, generated["ppo"])
     if reward is not None and judge is not None and config.candidates > 1:
-        result["rm"] = _reward_model(config, models["sft"], reward, judge, tokenizer, asked)
+        found = candidates(config, models["sft"], reward, judge, tokenizer, asked)
+        result["rm"] = _reward_model(config, asked.rows, *found)
     result["seconds"] = round(time.perf_counter() - started, 2)
     return result, _samples(config, asked, answers)
 
 
-def _ask(config: EvalConfig, split: Split, tokenizer: PreTrainedTokenizerBase) -> Asked:
+def ask(config: EvalConfig, split: Split, tokenizer: PreTrainedTokenizerBase) -> Asked:
+    """The first `n` prompts of a split."""
     data = config.data(split)
     if data is None:
         raise UserError(f"eval: no prompts for the split {split}; set validation_prompts")
@@ -259,36 +262,47 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
 # --- the reward model against the judge -----------------------------------------------------------
 
 
-def _reward_model(
+def candidates(
     config: EvalConfig,
     sft: nn.Module,
     reward: nn.Module,
     judge: Judge,
     tokenizer: PreTrainedTokenizerBase,
     asked: Asked,
-) -> dict[str, Any]:
-    """Agreement with the judge on K samples of the SFT model per prompt, and best-of-n there."""
+) -> tuple[list[list[float]], list[list[float]], list[list[int]]]:
+    """K SFT responses to each of P prompts: reward model's scores, judge's grades, lengths; (P, K)."""
     k = config.candidates
     few = asked.first(config.candidate_prompts, k)
     responses = _generate(config, sft, tokenizer, few)
     graded = _graded(config, few, responses, judge, reward, tokenizer)
     assert graded.judge is not None
     assert graded.rm_score is not None
-    scores, grades = _rows_of(graded.rm_score, k), _rows_of(graded.judge, k)
-    lengths = _rows_of(graded.lengths, k)
-    groups = tallies.memberships(few.rows[::k], config.groups())
+    return _rows_of(graded.rm_score, k), _rows_of(graded.judge, k), _rows_of(graded.lengths, k)
+
+
+def _reward_model(
+    config: EvalConfig,
+    rows: list[dict],
+    scores: list[list[float]],
+    grades: list[list[float]],
+    lengths: list[list[int]],
+) -> dict[str, Any]:
+    """Agreement with the judge on K candidates per prompt, whole and by group, and best-of-n."""
+    groups = tallies.memberships(rows[: len(scores)], config.groups())
     return {
         "prompts": len(scores),
-        "candidates": k,
+        "candidates": config.candidates,
         **tallies.agreement(scores, grades, lengths),
         "groups": {
             key: {
                 value: tallies.agreement(
-                    *([part[i] for i in rows] for part in (scores, grades, lengths))
+                    [scores[i] for i in members],
+                    [grades[i] for i in members],
+                    [lengths[i] for i in members],
                 )
-                for value, rows in members.items()
+                for value, members in values.items()
             }
-            for key, members in groups.items()
+            for key, values in groups.items()
         },
         "best_of_n": tallies.best_of(scores, grades),
     }

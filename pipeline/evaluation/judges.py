@@ -22,6 +22,7 @@ class Judge:
         self.file = (
             None if getattr(module, "__file__", None) is None else Path(str(module.__file__))
         )
+        self.about = (module.__doc__ or "").strip().partition("\n")[0]
         self._score: Callable = module.score
         self._exact: Callable | None = getattr(module, "exact", None)
 

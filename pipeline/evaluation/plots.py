@@ -7,6 +7,7 @@ and fits a light and a dark page. No text of a user's data goes into a chart.
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -45,12 +46,22 @@ Points = Sequence[tuple[float, float]]
 
 def chart(draw: Callable[[Axes], None], width: float = 3.9, height: float = 2.3) -> str:
     """What `draw` puts on an axes, as a data URI; sizes in inches."""
+    out = io.BytesIO()
+    _save(draw, width, height, out, format="svg", transparent=True, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _save(
+    draw: Callable[[Axes], None],
+    width: float,
+    height: float,
+    out: Path | io.BytesIO,
+    **options: Any,
+) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
-        out = io.BytesIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
+        figure.savefig(out, **options)
 
 
 def lines(series: Mapping[str, Points], xlabel: str = "step", level: float | None = None) -> str:
@@ -59,8 +70,11 @@ def lines(series: Mapping[str, Points], xlabel: str = "step", level: float | Non
     def draw(axes: Axes) -> None:
         for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
             x, y = zip(*points, strict=True)
-            marker = "o" if len(points) < 25 else None
-            axes.plot(x, y, color=colour, label=name, marker=marker, markersize=2.6)
+            if len(points) < 4:  # a line between so few would claim too much
+                axes.plot(x, y, "D", color=colour, label=name, markersize=5)
+            else:
+                marker = "o" if len(points) < 25 else None
+                axes.plot(x, y, color=colour, label=name, marker=marker, markersize=2.6)
         if level is not None:
             axes.axhline(level, color=INK, linewidth=0.9, linestyle="--")
         axes.set_xlabel(xlabel)
@@ -102,7 +116,24 @@ def scatter(points: Points, xlabel: str, ylabel: str) -> str:
 
 def root_kl(gold: Mapping[str, Points], proxy: Mapping[str, Points]) -> str:
     """Gold (full) and proxy (dashed) of each study against the square root of KL."""
+    return chart(_root_kl(gold, proxy), width=9.4, height=3.2)
 
+
+def root_kl_file(gold: Mapping[str, Points], proxy: Mapping[str, Points], path: Path) -> None:
+    """`root_kl` as a PNG file."""
+    _save(_root_kl(gold, proxy), 9.4, 4.2, path, dpi=150)
+
+
+def gold_and_proxy(
+    studies: Mapping[str, Sequence[Mapping[str, float]]],
+) -> tuple[dict[str, Points], dict[str, Points]]:
+    """(KL, judge) and (KL, score) of each study of `pipeline.evaluation.overopt`."""
+    gold = {name: [(p["kl"], p["judge"]) for p in points] for name, points in studies.items()}
+    proxy = {name: [(p["kl"], p["rm_score"]) for p in points] for name, points in studies.items()}
+    return gold, proxy  # type: ignore[return-value]
+
+
+def _root_kl(gold: Mapping[str, Points], proxy: Mapping[str, Points]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for colour, name in zip(COLOURS, gold, strict=False):
             axes.plot(*_columns(gold[name]), color=colour, label=name, marker="o", markersize=3)
@@ -112,7 +143,7 @@ def root_kl(gold: Mapping[str, Points], proxy: Mapping[str, Points]) -> str:
         axes.set_ylabel("judge (full), reward model (dashed)")
         axes.legend()
 
-    return chart(draw, width=7.6, height=3.4)
+    return draw
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

@@ -63,4 +63,6 @@ def write_scored(path: Path, items: Sequence[Scored]) -> None:
 
 def read_scored(path: Path) -> list[Scored]:
     """What `write_scored` wrote."""
-    return [Scored(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [
+        Scored(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line
+    ]

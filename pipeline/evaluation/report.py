@@ -137,7 +137,8 @@ def _evaluated(record: Record) -> dict[str, Any] | None:
     config = record.result["config"]
     keys = ("judge", "temperature", "seed", "max_new_tokens")
     facts = {key: config.get(key) for key in keys}
-    return facts | {key: record.result[key] for key in ("split", "prompts")}
+    about = record.result.get("judge_about")
+    return facts | {key: record.result[key] for key in ("split", "prompts")} | {"about": about}
 
 
 def summary_rows(record: Record) -> list[tuple[str, list[str]]]:
@@ -257,14 +258,16 @@ def _overopt(record: Record) -> dict[str, Any] | None:
     studies = record.overopt.get("studies") or {}
     if not studies:
         return None
-    gold = {name: [(p["kl"], p["judge"]) for p in points] for name, points in studies.items()}
-    proxy = {name: [(p["kl"], p["rm_score"]) for p in points] for name, points in studies.items()}
     rows = []
     for name, points in studies.items():
         ordered = sorted(points, key=lambda p: p["kl"])
         best = max(ordered, key=lambda p: p["judge"])
         rows.append({"name": name, "first": ordered[0], "best": best, "last": ordered[-1]})
-    return {"rows": rows, "image": plots.root_kl(gold, proxy), "judge": record.overopt.get("judge")}
+    return {
+        "rows": rows,
+        "image": plots.root_kl(*plots.gold_and_proxy(studies)),
+        "judge": record.overopt.get("judge"),
+    }
 
 
 # --- where it came from ---------------------------------------------------------------------------

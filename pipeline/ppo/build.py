@@ -78,7 +78,7 @@ class _Terms:
             return function_reward(reward.function, reward.timeout)
         if reward.url is not None:
             return remote_reward(reward.url, reward.timeout, reward.retries)
-        members = [self._model(path) for path in reward.models or [str(reward.model)]]
+        members = [self._model(name) for name in reward.members()]
         if len(members) == 1:
             return members[0]
         return ensemble(members, reward.aggregate, reward.uncertainty_coef)

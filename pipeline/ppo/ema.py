@@ -12,7 +12,9 @@ class Ema:
 
     def __init__(self, parameters: list[nn.Parameter], decay: float | None):
         self.decay = decay
-        self.shadow: list[Tensor] = [] if decay is None else [p.detach().clone() for p in parameters]
+        self.shadow: list[Tensor] = (
+            [] if decay is None else [p.detach().clone() for p in parameters]
+        )
 
     @torch.no_grad()
     def update(self, parameters: list[nn.Parameter]) -> None:

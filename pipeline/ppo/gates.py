@@ -54,7 +54,9 @@ def starts_at_reference(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, to
         )
 
 
-def mask_is_prefix(response_mask: Tensor, responses: Tensor, ended: Tensor, stop: list[int]) -> None:
+def mask_is_prefix(
+    response_mask: Tensor, responses: Tensor, ended: Tensor, stop: list[int]
+) -> None:
     """Response masks are prefixes; a stop token stands last in a response that ended, else nowhere."""
     lengths = response_mask.sum(dim=1)
     prefix = torch.arange(response_mask.shape[1], device=lengths.device)[None, :] < lengths[:, None]
@@ -62,6 +64,8 @@ def mask_is_prefix(response_mask: Tensor, responses: Tensor, ended: Tensor, stop
     last = responses.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
     ends_right = torch.isin(last, torch.tensor(stop, device=last.device)) == ended
     if not (bool((prefix == response_mask).all()) and bool((stops.sum(1) == ended).all())):
-        raise InvariantError("ppo: a response mask is not the prefix that ends at the first stop token")
+        raise InvariantError(
+            "ppo: a response mask is not the prefix that ends at the first stop token"
+        )
     if not bool(ends_right.all()):
         raise InvariantError("ppo: `ended` disagrees with the last real token of a response")

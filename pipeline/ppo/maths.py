@@ -179,7 +179,11 @@ def clipped_policy_loss(
 
 
 def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, clip_range: float | None
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    response_mask: Tensor,
+    clip_range: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Half the squared error, the worse of clipped and not, and the clipped tokens; summed.
 

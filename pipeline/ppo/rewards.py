@@ -183,7 +183,9 @@ def remote_reward(url: str, timeout: float | None, retries: int) -> Score:
                     return _checked(scores, len(episodes.prompts), url)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 if attempt == retries:
-                    raise UserError(f"rewards: {url} failed {retries + 1} times: {error}") from error
+                    raise UserError(
+                        f"rewards: {url} failed {retries + 1} times: {error}"
+                    ) from error
                 time.sleep(2**attempt)
         raise AssertionError("unreachable")
 

@@ -83,7 +83,9 @@ class PromptStream:
         """The `number`-th batch (from 0), this process's share of it."""
         indices = self._indices(number * self.batch_size)
         share = self.batch_size // processes
-        mine = [next(indices) for _ in range(self.batch_size)][process * share : (process + 1) * share]
+        mine = [next(indices) for _ in range(self.batch_size)][
+            process * share : (process + 1) * share
+        ]
         return [self.queries[i] for i in mine]
 
     def _indices(self, position: int) -> Iterator[int]:

@@ -28,7 +28,6 @@ from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore
 from pipeline.ppo.rollout import Query, Rollout, generator, prompt_text
 from pipeline.schema import PPOConfig
 
-
 Ptx = Callable[[int, int], tuple[Tensor, Tensor]]
 """(optimizer step, examples) -> right-padded ids and their mask, both (n, L)."""
 
@@ -75,7 +74,9 @@ class PPO:
         self.device = self.accelerator.device
         self.stop = stop_ids(tokenizer, config.stop_tokens)
         self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-        self.reference = None if reference is None else reference.requires_grad_(False).to(self.device)
+        self.reference = (
+            None if reference is None else reference.requires_grad_(False).to(self.device)
+        )
         networks = PolicyAndValue(policy, value)
         groups = [
             {"params": networks.policy_parameters(), "lr": config.learning_rate},
@@ -97,7 +98,12 @@ class PPO:
             for p in prompts
         ]
         return [
-            Query(encode_prompt(self.tokenizer, p.messages), prompt_text(p.messages), p.row, p.messages)
+            Query(
+                encode_prompt(self.tokenizer, p.messages),
+                prompt_text(p.messages),
+                p.row,
+                p.messages,
+            )
             for p in as_prompts
         ]
 
@@ -154,7 +160,11 @@ class PPO:
         with self.accelerator.autocast():
             scores = torch.tensor(self.score(episodes), dtype=torch.float32, device=self.device)
         gates.finite_scores(scores, self.iteration, episodes.prompts, episodes.responses)
-        rollout.scores, rollout.prompts, rollout.texts = scores, episodes.prompts, episodes.responses
+        rollout.scores, rollout.prompts, rollout.texts = (
+            scores,
+            episodes.prompts,
+            episodes.responses,
+        )
         if self.token_score is not None:
             rows = [torch.tensor(row) for row in self.token_score(episodes)]
             dense = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
@@ -236,7 +246,11 @@ class PPO:
         self.iteration += 1
         if config.kl_target:
             self.kl_coef = maths.adapted_kl_coef(
-                self.kl_coef, metrics["objective/kl"], config.kl_target, config.batch_size, config.kl_horizon
+                self.kl_coef,
+                metrics["objective/kl"],
+                config.kl_target,
+                config.batch_size,
+                config.kl_horizon,
             )
         return metrics
 
@@ -273,7 +287,11 @@ class PPO:
             hold = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             with hold:
                 loss, sums = self._losses(
-                    minibatch.rows(rows), advantages[rows], returns[rows], tokens, ptx and ptx.rows(rows)
+                    minibatch.rows(rows),
+                    advantages[rows],
+                    returns[rows],
+                    tokens,
+                    ptx and ptx.rows(rows),
                 )
                 # engines average gradients over processes; the loss is a share of the global mean
                 self.accelerator.backward(loss * self.accelerator.num_processes)
@@ -337,18 +355,22 @@ class PPO:
         if ptx is not None:
             loss = loss - config.ptx_coef * likelihood / ptx.tokens
         log_ratio = torch.where(mask, logprobs - batch.old_logprobs, 0.0)
-        return loss, {
-            "policy_loss": policy_loss,
-            "value_loss": value_loss,
-            "entropy": entropy,
-            "approxkl": 0.5 * log_ratio.square().sum(),  # LMHP's: half the mean squared log ratio
-            "policy_clipped": policy_clipped,
-            "value_clipped": value_clipped,
-            "ratio": maths.masked_sum(ratio, mask),
-            "ratio_squared": maths.masked_sum(ratio.square(), mask),
-            "ptx_likelihood": likelihood,
-            "ptx_tokens": likelihood.new_zeros(()) if ptx is None else ptx.mask[:, 1:].sum(),
-        }
+        return (
+            loss,
+            {
+                "policy_loss": policy_loss,
+                "value_loss": value_loss,
+                "entropy": entropy,
+                "approxkl": 0.5
+                * log_ratio.square().sum(),  # LMHP's: half the mean squared log ratio
+                "policy_clipped": policy_clipped,
+                "value_clipped": value_clipped,
+                "ratio": maths.masked_sum(ratio, mask),
+                "ratio_squared": maths.masked_sum(ratio.square(), mask),
+                "ptx_likelihood": likelihood,
+                "ptx_tokens": likelihood.new_zeros(()) if ptx is None else ptx.mask[:, 1:].sum(),
+            },
+        )
 
     # --- what is measured -----------------------------------------------------------------------
 
@@ -366,7 +388,9 @@ class PPO:
         dense = 0.0 if rollout.token_scores is None else rollout.token_scores.sum(dim=1)
 
         kl = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, self.config.kl_estimator)
-        penalty = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, self.config.kl_penalty)
+        penalty = maths.kl_estimate(
+            rollout.old_logprobs, rollout.ref_logprobs, self.config.kl_penalty
+        )
         non_score = -self.kl_coef * torch.where(mask, penalty, 0.0).sum(dim=1)
         mean_advantage = maths.masked_mean(advantages, mask, all_sum)
         spread = maths.masked_mean((advantages - mean_advantage).square(), mask, all_sum).sqrt()

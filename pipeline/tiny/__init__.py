@@ -1,1 +1,1 @@
-"""The offline "tiny" task: a synthetic instruction world, its hidden gold preference, a simulated labeler and a base model."""
+"""The offline "tiny" task: a synthetic world, its hidden gold, a simulated labeler, a base model."""

@@ -1,13 +1,15 @@
 """The hidden gold preference of the tiny world: what its users really want, as a number.
 
-It stands where a human stands in the InstructGPT recipe. The simulated labeler reads it through noise; evaluation reads it as it
-is; the reward model and PPO never see it. It works the right answer out of the prompt's own text, so no file holds an answer.
+It stands where a human stands in the InstructGPT recipe. The simulated labeler reads it through
+noise; evaluation reads it as it is; the reward model and PPO never see it. It works the right
+answer out of the prompt's own text, so no file holds an answer.
 
 A reply's gold is the sum of
-    1.5 x share of the required content words that are there     1.5 if the body is exactly right
-    -1 for each wrong content word (three at most)                courtesy: none 0, one +1, two +0.5, three -0.5, then -1 each
-    -1 for each hedge                                             -0.25 for each other needless word
-    -2 if the reply never ended
+
+- 1.5 x the share of the required content words that are there, and 1.5 if the body is exactly right;
+- -1 for each wrong content word, three at most;
+- courtesy: no courteous word 0, one +1, two +0.5, three -0.5, then -1 for each more;
+- -1 for each hedge, -0.25 for each other needless word, -2 if the reply never ended.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class Reading:
 
 
 def solve(prompt: str) -> tuple[str, ...]:
-    """The words of the right reply to a user turn. Raises ValueError if the prompt is not of this world."""
+    """The words of the right reply to a user turn; ValueError if it is not of this world."""
     words = prompt.split()
     for head, (family, language) in _CELLS.items():
         if tuple(words[: len(head)]) == head:
@@ -67,7 +69,7 @@ def _solve_translation(words: list[str], language: str) -> tuple[str, ...]:
 
 def _solve_dialogue(words: list[str], language: str) -> tuple[str, ...]:
     kinds = {world.WORD_CLASS.get(word): word for word in words}
-    return world.served(kinds["number"], kinds["adjective"], kinds["thing"], language)
+    return world.served([kinds["number"], kinds["adjective"], kinds["thing"]], language)
 
 
 _SOLVERS = {
@@ -125,7 +127,7 @@ def score(
     rows: list[dict] | None = None,
     ended: list[bool] | None = None,
 ) -> list[float]:
-    """Gold of each reply. `prompts` are user turns, `ended` says which replies closed with EOS (default: all did).
+    """Gold of each reply. `prompts` are user turns; `ended` says which replies closed with EOS.
 
     `rows` is the common signature of reward functions in this project; nothing in it is read.
     """

@@ -1,7 +1,8 @@
 """A simulated labeler: ranks K replies to a prompt as a noisy human would.
 
-Plackett-Luce on gold: each reply's perceived worth is gold / temperature plus Gumbel noise, and replies are ranked by it. Replies
-of equal gold cannot be told apart and share one draw, so they tie; a careless labeler now and then also swaps two neighbours.
+Plackett-Luce on gold: each reply's perceived worth is gold / temperature plus Gumbel noise, and
+replies are ranked by it. Replies of equal gold cannot be told apart and share one draw, so they
+tie.
 
     python -m pipeline.tiny.labeler --samples samples.jsonl --out rankings.jsonl --seed 7
 """
@@ -16,11 +17,11 @@ from pathlib import Path
 
 from pipeline.tiny import gold
 
-TEMPERATURE = 0.6
+TEMPERATURE = 0.5
 
 
 def rank(worths: list[float], rng: random.Random, temperature: float = TEMPERATURE) -> list[int]:
-    """Ranks, 1 = best, equal worth = equal rank (competition ranking: 1 2 2 4), drawn by Plackett-Luce on `worths`."""
+    """Ranks drawn by Plackett-Luce: 1 = best, equal worth = equal rank, as in 1 2 2 4."""
     perceived = {}
     for worth in sorted({round(w, 6) for w in worths}):
         gumbel = -math.log(-math.log(rng.uniform(1e-12, 1 - 1e-12)))
@@ -34,7 +35,7 @@ def last_user_text(prompt: list[dict]) -> str:
 
 
 def label(row: dict, rng: random.Random, temperature: float = TEMPERATURE) -> dict:
-    """One samples row with `ranks`; every other key is kept. `ended` (list of bool), if there, is heeded."""
+    """One samples row with `ranks`; other keys are kept. `ended` (list of bool) is heeded if there."""
     text = last_user_text(row["prompt"])
     responses = row["responses"]
     worths = gold.score(

@@ -1,13 +1,17 @@
-"""A small synthetic instruction world: prompts, imperfect demonstrators and plain text, all from seeds.
+"""A small synthetic instruction world: prompts, imperfect demonstrators and plain text, all from
+seeds.
 
-Four families of request (question answering over given facts, one-line summary, translation, a customer's order), each in
-English and in Chinese. Words are separated by spaces in both languages, so that a word-level tokenizer reads them.
+Four families of request (a question about a given fact, one-line summary, translation, a
+customer's order), each in English and in Chinese. Words are separated by spaces in both
+languages, so that a word-level tokenizer reads them.
 
-The files hold no hidden answer: a prompt row is what a user would type, a demonstration is what an imperfect writer replied.
-What a good reply is lives in `pipeline.tiny.gold`, which works it out from the prompt's text.
+The files hold no hidden answer: a prompt row is what a user would type, a demonstration is what
+an imperfect writer replied. What a good reply is lives in `pipeline.tiny.gold`, which works it
+out from the prompt's text.
 
-Held-out contents (validation and test) are drawn first, from seeds of their own; training rows and the base model's corpus skip
-them, so the splits are disjoint by content and not only by wording.
+Held-out contents (validation and test) are drawn first, from seeds of their own; training rows
+and the base model's corpus skip them, so the splits are disjoint by content and not only by
+wording.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,13 +111,13 @@ WORDS_OF_FORM = (
 # What the demonstrators do. They err on purpose: a reward model can only teach what its samples vary in.
 ERROR_RATE = 0.25  # one content word is wrong
 REFUSAL_RATE = 0.07  # "i am not sure"
-HEDGE_RATE = 0.20  # the reply opens with a hedge
-COURTESY_RATES = (0.35, 0.35, 0.20, 0.10)  # 0, 1, 2 or 3 courteous words at the end
+HEDGE_RATE = 0.30  # the reply opens with a hedge
+COURTESY_RATES = (0.40, 0.25, 0.22, 0.13)  # 0, 1, 2 or 3 courteous words at the end
 
 SIZES = {
     "demonstrations": 5000,
     "demonstrations_validation": 400,
-    "comparison_prompts": 4000,
+    "comparison_prompts": 5000,
     "ppo_prompts": 4000,
     "prompts_validation": 400,
     "prompts_test": 600,
@@ -170,7 +174,7 @@ def say(words: list[str] | tuple[str, ...], language: str) -> list[str]:
     return list(words) if language == "en" else [TO_CHINESE[word] for word in words]
 
 
-# --- sentences -------------------------------------------------------------------------------------------------------
+# --- sentences ----------------------------------------------------------------------------------
 
 
 FACT_CLASSES = ("name", "place", "verb", "number", "adjective", "thing")
@@ -188,10 +192,9 @@ def question(asked: str, language: str) -> str:
     return f"what is the {name} ?" if language == "en" else f"{name} 是 什么 ？"
 
 
-def fact(
-    name: str, place: str, verb: str, number: str, adjective: str, thing: str, language: str
-) -> str:
+def fact(words: Sequence[str], language: str) -> str:
     """One sentence that says who did what, where, and with how many."""
+    name, place, verb, number, adjective, thing = words
     if language == "en":
         return f"{name} {verb} {number} {adjective} {thing} in {place} ."
     return f"{name} 在 {place} {verb} {number} 个 {adjective} {thing} 。"
@@ -203,15 +206,17 @@ def reply_to_question(asked: str, word: str, language: str) -> tuple[str, ...]:
     return ("the", name, "is", word) if language == "en" else (name, "是", word)
 
 
-def story(
-    name: str, friend: str, place: str, verb: str, adjective: str, thing: str, language: str
-) -> str:
+def story(words: Sequence[str], language: str) -> str:
+    """A piece of news: who went where with whom, and what came of it."""
+    name, friend, place, verb, adjective, thing = words
     if language == "en":
         return f"this morning {name} went with {friend} to {place} and {verb} {adjective} {thing} ."
     return f"今天 早上 {name} 和 {friend} 去 {place} {verb} {adjective} {thing} 。"
 
 
-def order(number: str, adjective: str, thing: str, language: str, wording: int) -> str:
+def order(words: Sequence[str], language: str, wording: int) -> str:
+    """A customer's order in one of three wordings."""
+    number, adjective, thing = words
     if language == "en":
         opening = ("i would like", "can i have", "do you have")[wording]
         return f"{opening} {number} {adjective} {thing} {'.' if wording == 0 else '?'}"
@@ -219,21 +224,22 @@ def order(number: str, adjective: str, thing: str, language: str, wording: int) 
     return f"{opening} {number} 个 {adjective} {thing} {'。' if wording == 0 else '吗 ？'}"
 
 
-def served(number: str, adjective: str, thing: str, language: str) -> tuple[str, ...]:
+def served(words: Sequence[str], language: str) -> tuple[str, ...]:
     """The words that answer an order."""
+    number, adjective, thing = words
     if language == "en":
         return ("here", "are", number, adjective, thing)
     return ("这是", number, "个", adjective, thing)
 
 
-# --- prompts ---------------------------------------------------------------------------------------------------------
+# --- prompts ------------------------------------------------------------------------------------
 
 
 def draw_question(rng: random.Random, language: str) -> Case:
     words = {kind: rng.choice(list(CLASSES[kind])) for kind in FACT_CLASSES}
     asked = rng.choice(list(ASKED))
     local = dict(zip(words, say(list(words.values()), language), strict=True))
-    text = f"{fact(*local.values(), language)} {question(asked, language)}"
+    text = f"{fact(list(local.values()), language)} {question(asked, language)}"
     key = ("question", language, asked, *words.values())
     return Case("question", language, text, reply_to_question(asked, local[asked], language), key)
 
@@ -247,7 +253,7 @@ def draw_summary(rng: random.Random, language: str) -> Case:
     ]
     local = say(words, language)
     answer = (local[0], local[3], local[5])
-    return Case("summary", language, story(*local, language), answer, ("summary", language, *words))
+    return Case("summary", language, story(local, language), answer, ("summary", language, *words))
 
 
 def draw_translation(rng: random.Random, language: str) -> Case:
@@ -261,10 +267,8 @@ def draw_dialogue(rng: random.Random, language: str) -> Case:
     words = [rng.choice(list(kind)) for kind in (NUMBERS, ADJECTIVES, THINGS)]
     wording = rng.randrange(3)
     local = say(words, language)
-    text = order(*local, language, wording)
-    return Case(
-        "dialogue", language, text, served(*local, language), ("dialogue", language, *words)
-    )
+    text = order(local, language, wording)
+    return Case("dialogue", language, text, served(local, language), ("dialogue", language, *words))
 
 
 DRAW: dict[str, Callable[[random.Random, str], Case]] = {
@@ -291,11 +295,14 @@ def draw_cases(rng: random.Random, count: int, forbidden: set) -> list[Case]:
     return cases
 
 
-# --- demonstrators ---------------------------------------------------------------------------------------------------
+# --- demonstrators ------------------------------------------------------------------------------
 
 
 def spoil(case: Case, rng: random.Random) -> list[str]:
-    """The answer with one content word exchanged for another of its class (often one that the prompt does mention)."""
+    """The answer with one content word exchanged for another of its class.
+
+    Where the prompt mentions another word of that class, the mistake is that word half of the time.
+    """
     words = list(case.answer)
     places = [i for i, word in enumerate(words) if word in WORD_CLASS]
     at = rng.choice(places)
@@ -344,7 +351,7 @@ def demonstration_row(case: Case, rng: random.Random) -> dict:
     }
 
 
-# --- plain text for the base model -----------------------------------------------------------------------------------
+# --- plain text for the base model --------------------------------------------------------------
 
 
 def draw_allowed(family: str, rng: random.Random, language: str, forbidden: set) -> Case:
@@ -452,7 +459,7 @@ def corpus(rng: random.Random, count: int, forbidden: set) -> Iterator[str]:
         yield TEXTS[made % len(TEXTS)](rng, LANGUAGES[made // len(TEXTS) % 2], forbidden)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
 
 
 def build(

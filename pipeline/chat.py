@@ -1,0 +1,154 @@
+"""Ask a run's models the same thing: `python -m pipeline.chat --run checkpoints/tiny [--prompt TEXT]`.
+
+Base, SFT and PPO answer side by side, each with the reward model's score. On a terminal it asks for
+prompts until Ctrl-D; otherwise every line of standard input is one.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.cli import reporting_errors
+from pipeline.errors import UserError
+from pipeline.evaluation.found import POLICIES, Stage, find_stages
+from pipeline.progress import say
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `make chat`."""
+    args = parser().parse_args(argv)
+    if args.temperature <= 0:
+        raise UserError("--temperature is above 0; for the likeliest answer use --greedy")
+    stages = find_stages(args.run)
+    if "sft" not in stages:
+        raise UserError(f"{args.run}: nobody to talk with yet; make sft RUN={args.run.name}")
+    limit = args.max_new_tokens or _length_limit(stages)
+    room = Room(stages, limit, args.temperature, args.greedy, args.system, args.seed)
+    console = Console()
+    for prompt in args.prompt or prompts(console):
+        console.print(table(prompt, room.ask(prompt)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of `python -m pipeline.chat`."""
+    out = argparse.ArgumentParser(prog="python -m pipeline.chat", description=__doc__)
+    out.add_argument("--run", type=Path, required=True)
+    out.add_argument("--prompt", action="append", help="ask this and end; may be repeated")
+    out.add_argument("--system", help="a system message before every prompt")
+    out.add_argument("--greedy", action="store_true", help="the likeliest token each time")
+    out.add_argument("--temperature", type=float, default=1.0)
+    out.add_argument(
+        "--max-new-tokens", type=int, help="default: what PPO was trained with, else 128"
+    )
+    out.add_argument("--seed", type=int, help="the same seed gives the same answers")
+    return out
+
+
+def prompts(console: Console) -> Iterator[str]:
+    """Prompts that a person types until Ctrl-D, or the lines of standard input; blank ones skipped."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    import readline  # noqa: F401 - gives input() a history and an editable line
+
+    say("Ctrl-D ends.")
+    while True:
+        try:
+            prompt = input("> ").strip()
+        except EOFError:
+            console.print()
+            return
+        if prompt:
+            yield prompt
+
+
+def table(prompt: str, answers: list[tuple[str, str, bool, float | None]]) -> Table:
+    """Answers as (model, text, ended, score), one row each."""
+    out = Table(title=Text(prompt, style="bold"), title_justify="left", show_lines=True)
+    out.add_column("model")
+    out.add_column("response", ratio=1, overflow="fold")
+    out.add_column("reward", justify="right")
+    for name, text, ended, score in answers:
+        response = Text(text or "(nothing)")
+        if not ended:
+            response.append(" … (cut off)", style="dim")
+        out.add_row(name, response, "-" if score is None else f"{score:.2f}")
+    return out
+
+
+def _length_limit(stages: dict[str, Stage]) -> int:
+    ppo = stages.get("ppo")
+    return int((ppo.config if ppo else {}).get("max_new_tokens") or 128)
+
+
+class Room:
+    """The models of a run, loaded once.
+
+    A base model that cannot be loaded (its hub is not reachable) is said and left out.
+    """
+
+    def __init__(
+        self,
+        stages: dict[str, Stage],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        greedy: bool = False,
+        system: str | None = None,
+        seed: int | None = None,
+    ):
+        from pipeline.models import load_policy, load_reward, load_tokenizer  # imports torch
+
+        self.tokenizer = load_tokenizer(stages["sft"].path)
+        self.models: dict[str, Any] = {}
+        for name in (n for n in POLICIES if n in stages):
+            try:
+                self.models[name] = load_policy(stages[name].path, self.tokenizer)
+            except UserError as error:
+                if name != "base":
+                    raise
+                say(f"chat: the base model is left out: {error}")
+        self.reward = load_reward(stages["rm"].path) if "rm" in stages else None
+        self.max_new_tokens, self.temperature, self.greedy = max_new_tokens, temperature, greedy
+        self.system, self.seed = system, seed
+
+    def ask(self, prompt: str) -> list[tuple[str, str, bool, float | None]]:
+        """Every model's answer as (model, text, ended, reward or None)."""
+        import torch
+
+        from pipeline.data.template import encode_prompt
+        from pipeline.generation import generate
+        from pipeline.models import score_sequences
+
+        messages = [{"role": "user", "content": prompt}]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
+        ids = encode_prompt(self.tokenizer, messages)
+        answers = []
+        for name, model in self.models.items():
+            if self.seed is not None:
+                torch.manual_seed(self.seed)
+            [response] = generate(
+                model,
+                self.tokenizer,
+                [ids],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                greedy=self.greedy,
+            )
+            score = None
+            if self.reward is not None:
+                pad = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+                [score] = score_sequences(self.reward, [ids + response.ids], pad)
+            answers.append((name, response.text, response.ended, score))
+        return answers
+
+
+if __name__ == "__main__":
+    with reporting_errors():
+        main()

@@ -1,0 +1,188 @@
+"""Over-optimisation on purpose: `python -m pipeline.evaluation.overopt --recipe tiny` (make overopt).
+
+PPO without a KL penalty, against the run's reward model and against a deliberately small one (its
+head alone is trained). Responses to fixed validation prompts, kept along the way, are judged
+afterwards, and best-of-n stands beside them: gold and proxy against the square root of KL, as in
+Gao et al. (arXiv 2210.10760). Writes RUN/overopt/overopt.{json,png}; the report shows them.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli import reporting_errors
+from pipeline.config import load_config, split_settings, stage_overrides
+from pipeline.data.forms import load_prompts
+from pipeline.errors import UserError
+from pipeline.evaluation import plots, steps
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.found import find_stages, fresh_stages, read_jsonl
+from pipeline.evaluation.judges import Judge, load_judge
+from pipeline.files import write_atomically
+from pipeline.progress import say
+from pipeline.schema import PPOConfig
+
+Point = dict[str, float]
+"""kl in nats per response, judge = mean gold, rm_score = mean proxy; and step or n."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `make overopt`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.evaluation.overopt", description=__doc__
+    )
+    parser.add_argument("--recipe", default="tiny", help="a folder of configs/ (or its path)")
+    parser.add_argument(
+        "--run", type=Path, help="run whose sft and rm are used; default: checkpoints/RECIPE"
+    )
+    parser.add_argument("--iterations", type=int, help="of PPO; default: twice the recipe's")
+    parser.add_argument("--points", type=int, default=12, help="of each curve")
+    parser.add_argument(
+        "--prompts", type=int, default=200, help="validation prompts judged at each point"
+    )
+    parser.add_argument("--n", type=int, default=16, help="largest n of best-of-n")
+    parser.add_argument("--set", default="", help='the words of SET, e.g. "ppo.learning_rate=1e-4"')
+    parser.add_argument("settings", nargs="*", help="key=value")
+    args = parser.parse_args(argv)
+    recipe = steps.recipe_folder(args.recipe)
+    study = Study(recipe, args.run or steps.default_run(recipe), args.prompts, args.n)
+    study.settings = [*split_settings(args.set), *args.settings]
+    try:
+        curves = study.curves(args.iterations, args.points)
+    except steps.StepFailed as error:
+        raise UserError(f"overopt: stopped: {error} failed; its message is above") from None
+    say(f"overopt: {write(study.run, study.judge.name, curves)}; make report shows it")
+
+
+class Study:
+    """Two PPO runs without KL penalty beside a run, and best-of-n by their reward models."""
+
+    settings: list[str]
+
+    def __init__(self, recipe: Path, run: Path, prompts: int, n: int):
+        self.recipe, self.run, self.n, self.settings = recipe, run, n, []
+        self.config = load_config(EvalConfig, recipe / "eval.yaml")
+        judge = load_judge(self.config.judge)
+        if judge is None:
+            raise UserError(f"{recipe / 'eval.yaml'}: judge: this study needs one")
+        self.judge: Judge = judge
+        stages, _ = fresh_stages(find_stages(run))
+        if not {"sft", "rm"} <= stages.keys():
+            raise UserError(f"{run}: needs sft and rm first: make sft rm RUN={run.name}")
+        self.rows = self._write_prompts(prompts)
+
+    def _write_prompts(self, count: int) -> list[dict[str, Any]]:
+        """The prompts answered along the way, in RUN/overopt/prompts.jsonl, and their rows."""
+        source = self.config.validation_prompts or self.config.prompts
+        rows = [prompt.row for prompt in load_prompts(source)[:count]]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(self.prompts, lines)
+        return rows
+
+    @property
+    def prompts(self) -> Path:
+        """File of the prompts that are answered along the way."""
+        return self.run / "overopt" / "prompts.jsonl"
+
+    def curves(self, iterations: int | None, points: int) -> dict[str, list[Point]]:
+        """Run what has not been run yet and measure it."""
+        full, small = steps.sibling(self.run, "overopt"), steps.sibling(self.run, "overopt-small")
+        self._small_reward_model(small)
+        out: dict[str, list[Point]] = {}
+        for name, run in (("PPO", full), ("PPO, small reward model", small)):
+            self._ppo(run, iterations, points)
+            out[name] = trajectory(run / "ppo", self.rows, self.judge)
+        rewards = {"best of n": self.run / "rm", "best of n, small reward model": small / "rm"}
+        return out | best_of_n(self, rewards)
+
+    def _small_reward_model(self, run: Path) -> None:
+        """The same rankings, but the SFT trunk stays as it is and only the head learns."""
+        words = ["head_only=true", "lora=null", *self.settings]
+        ranked = self.run / "rm" / "rankings.jsonl"
+        if ranked.is_file():
+            words += ["sampling=null", f"data={json.dumps({'path': str(ranked)})}"]
+        steps.stage("rm", self.recipe, run, *words, borrow=self.run)
+
+    def _ppo(self, run: Path, iterations: int | None, points: int) -> None:
+        config = load_config(
+            PPOConfig, self.recipe / "ppo.yaml", stage_overrides("ppo", self.settings)
+        )
+        iterations = iterations or 2 * config.iterations
+        words = [
+            "kl_coef=0",
+            "kl_target=null",
+            "kl_limit=null",
+            "schedule=constant",
+            f"iterations={iterations}",
+            f"sample_every={max(1, iterations // points)}",
+            f"sample_prompts={json.dumps({'path': str(self.prompts)})}",
+        ]
+        steps.stage("ppo", self.recipe, run, *words, *self.settings, borrow=self.run)
+
+
+def trajectory(ppo: Path, rows: list[dict[str, Any]], judge: Judge) -> list[Point]:
+    """One point for each step of a PPO artifact's samples.jsonl, which answers the same prompts.
+
+    The KL of the policy after s iterations is that of iteration s + 1's rollouts; after the last
+    iteration there is none, so the last point takes the last one's.
+    """
+    kl = {row["step"]: row["objective/kl"] for row in read_jsonl(ppo / "metrics.jsonl")}
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for sample in read_jsonl(ppo / "samples.jsonl"):
+        by_step.setdefault(sample["step"], []).append(sample)
+    points = []
+    for step, samples in sorted(by_step.items()):
+        if len(samples) != len(rows):
+            raise UserError(
+                f"{ppo}/samples.jsonl: {len(samples)} samples at step {step}, not {len(rows)}"
+            )
+        grades = judge.score(
+            [s["prompt"] for s in samples],
+            [s["response"] for s in samples],
+            rows,
+            [s["ended"] for s in samples],
+        )
+        points.append(
+            {
+                "step": step,
+                "kl": kl[min(step + 1, max(kl))],
+                "judge": sum(grades) / len(grades),
+                "rm_score": sum(s["score"] for s in samples) / len(samples),
+            }
+        )
+    return points
+
+
+def best_of_n(study: Study, rewards: dict[str, Path]) -> dict[str, list[Point]]:
+    """Best-of-n of the SFT model by each reward model, on validation prompts."""
+    from pipeline.evaluation import tallies  # these import torch
+    from pipeline.evaluation.evaluate import ask, candidates
+    from pipeline.models import load_policy, load_reward, load_tokenizer
+
+    split = "test" if study.config.validation_prompts is None else "validation"
+    config = study.config.model_copy(update={"candidates": study.n})
+    sft = study.run / "sft"
+    tokenizer = load_tokenizer(sft)
+    policy, asked = load_policy(sft, tokenizer), ask(config, split, tokenizer)  # type: ignore[arg-type]
+    out = {}
+    for name, path in rewards.items():
+        scores, grades, _ = candidates(
+            config, policy, load_reward(path), study.judge, tokenizer, asked
+        )
+        out[name] = tallies.best_of(scores, grades)
+    return out
+
+
+def write(run: Path, judge: str, curves: dict[str, list[Point]]) -> Path:
+    """RUN/overopt/overopt.json and .png; returns the picture's path."""
+    out = run / "overopt" / "overopt.png"
+    whole = {"judge": judge, "studies": curves}
+    write_atomically(out.with_suffix(".json"), json.dumps(whole, indent=1) + "\n")
+    plots.root_kl_file(*plots.gold_and_proxy(curves), out)
+    return out
+
+
+if __name__ == "__main__":
+    with reporting_errors():
+        main()

@@ -1,0 +1,155 @@
+"""The whole recipe over several seeds: `python -m pipeline.evaluation.seeds --recipe tiny --seeds 1 2 3`.
+
+Each seed gets its own run RUN-seedN (the base model is shared). What is up to date is not made
+again, so an interrupted study goes on where it was. Writes RUN-seeds.json and RUN-seeds.md.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli import reporting_errors
+from pipeline.config import split_settings, stage_overrides
+from pipeline.errors import UserError
+from pipeline.evaluation import steps
+from pipeline.evaluation.found import read_json
+from pipeline.files import write_atomically
+from pipeline.progress import say
+
+Values = dict[str, dict[int, float]]
+"""Name of a quantity -> seed -> value."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `make seeds`; ends with code 1 when a seed failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.evaluation.seeds", description=__doc__
+    )
+    parser.add_argument("--recipe", default="tiny", help="a folder of configs/ (or its path)")
+    parser.add_argument("--run", type=Path, help="default: checkpoints/RECIPE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--set", default="", help='the words of SET, e.g. "ppo.kl_coef=0.02"')
+    parser.add_argument("settings", nargs="*", help="key=value")
+    args = parser.parse_args(argv)
+    recipe = steps.recipe_folder(args.recipe)
+    run = args.run or steps.default_run(recipe)
+    settings = [*split_settings(args.set), *args.settings]
+    _refuse_seed(settings)
+    steps.ensure_base(recipe)
+    failed = [seed for seed in args.seeds if not _run_seed(recipe, run, seed, args.split, settings)]
+    made = [seed for seed in args.seeds if seed not in failed]
+    if made:
+        say(f"seeds: {write(run, made, failed, args.split)}")
+    sys.exit(1 if failed else 0)
+
+
+def _refuse_seed(settings: list[str]) -> None:
+    for word in settings:
+        if word.partition("=")[0].split(".")[-1] == "seed":
+            raise UserError(f"{word}: the seeds are those of --seeds (make: SEEDS=)")
+    stage_overrides("sft", settings)  # a key that no stage has ends it before the first stage
+
+
+def _run_seed(recipe: Path, run: Path, seed: int, split: str, settings: list[str]) -> bool:
+    """All stages and the evaluation with one seed; False when one of them failed."""
+    own = steps.sibling(run, f"seed{seed}")
+    say(f"\nseeds: seed {seed} in {own}")
+    try:
+        for name in ("sft", "rm", "ppo"):
+            steps.stage(name, recipe, own, *settings, f"seed={seed}")
+        steps.evaluation(recipe, own, split)
+    except steps.StepFailed as error:
+        say(f"seeds: seed {seed} failed: {error}")
+        return False
+    return True
+
+
+def write(run: Path, seeds: list[int], failed: list[int], split: str) -> Path:
+    """Collect the evaluations into RUN-seeds.json and .md, print the table, return the .md's path."""
+    results = {
+        seed: read_json(steps.sibling(run, f"seed{seed}") / "eval" / f"{split}.json")
+        for seed in seeds
+    }
+    values = collect(results)
+    text = f"# {run.name}: {len(seeds)} seeds, split {split}\n\n{markdown(values, seeds)}"
+    if failed:
+        text += f"\nFailed: seed {', '.join(map(str, failed))}\n"
+    out = run.with_name(f"{run.name}-seeds.md")
+    write_atomically(out, text)
+    whole = {"split": split, "seeds": seeds, "failed": failed, "values": values}
+    write_atomically(
+        out.with_suffix(".json"), json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    )
+    print(text)
+    return out
+
+
+def collect(results: dict[int, dict[str, Any]]) -> Values:
+    """Quantities of every seed's evaluation, whole and by group."""
+    out: Values = {}
+    for seed, result in results.items():
+        for name, value in quantities(result).items():
+            out.setdefault(name, {})[seed] = value
+    return out
+
+
+def quantities(result: dict[str, Any]) -> dict[str, float]:
+    """What one evaluation is compared by; quantities it lacks are left out."""
+    models, kl = result.get("models") or {}, result.get("kl") or {}
+    base, sft, ppo = (models.get(name) or {} for name in ("base", "sft", "ppo"))
+    rm, versus = result.get("rm") or {}, (result.get("comparisons") or {}).get("ppo_vs_sft") or {}
+    found = {
+        "base: judge": base.get("judge"),
+        "sft: judge": sft.get("judge"),
+        "sft: exact": sft.get("exact"),
+        "sft: ends by itself": sft.get("ended"),
+        "rm: agrees with judge": rm.get("accuracy"),
+        "rm: length baseline": rm.get("length_baseline"),
+        "ppo: win rate over sft": versus.get("rate"),
+        "ppo: exact": ppo.get("exact"),
+        "ppo: exact, change": _change(ppo, sft, "exact"),
+        "ppo: judge": ppo.get("judge"),
+        "ppo: judge, change": _change(ppo, sft, "judge"),
+        "ppo: KL to sft": kl.get("ppo_vs_sft"),
+        "ppo: ends by itself": ppo.get("ended"),
+        "ppo: length, change": _change(ppo, sft, "length"),
+    }
+    for key, members in (ppo.get("groups") or {}).items():
+        for value, part in members.items():
+            before = sft["groups"][key][value]
+            rate = versus.get("groups", {}).get(key, {}).get(value, {}).get("rate")
+            found[f"{key} {value}: win rate"] = rate
+            found[f"{key} {value}: exact, change"] = _change(part, before, "exact")
+            found[f"{key} {value}: judge, change"] = _change(part, before, "judge")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _change(after: dict[str, Any], before: dict[str, Any], key: str) -> float | None:
+    if key not in after or key not in before:
+        return None
+    return after[key] - before[key]
+
+
+def markdown(values: Values, seeds: list[int]) -> str:
+    """A table with one row per quantity: min, median, max, then each seed."""
+    head = ["", "min", "median", "max", *(f"seed {seed}" for seed in seeds)]
+    lines = [_row(head), "|" + "-|" + "-:|" * (len(head) - 1)]
+    for name, by_seed in values.items():
+        numbers = list(by_seed.values())
+        middle = [min(numbers), statistics.median(numbers), max(numbers)]
+        cells = [f"{by_seed[seed]:.3f}" if seed in by_seed else "-" for seed in seeds]
+        lines.append(_row([name, *(f"{number:.3f}" for number in middle), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    with reporting_errors():
+        main()

@@ -1,0 +1,60 @@
+"""Runs the command lines of stages and of the evaluation, for studies that need several runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.artifacts import is_published
+from pipeline.config import checkpoints_root
+from pipeline.errors import UserError
+from pipeline.progress import say
+
+
+class StepFailed(Exception):
+    """A command of a study ended with an error, which it has printed."""
+
+
+def recipe_folder(name: str) -> Path:
+    """A recipe's folder from its name (`tiny` is configs/tiny) or its path; UserError without one."""
+    for folder in (Path(name), Path("configs") / name):
+        if (folder / "sft.yaml").is_file():
+            return folder
+    raise UserError(f"{name}: no recipe: neither {name} nor configs/{name} has a sft.yaml")
+
+
+def default_run(recipe: Path) -> Path:
+    """Where make puts a recipe's run."""
+    return checkpoints_root() / recipe.name
+
+
+def sibling(run: Path, suffix: str) -> Path:
+    """A run beside another: checkpoints/tiny and "seed3" give checkpoints/tiny-seed3."""
+    return run.with_name(f"{run.name}-{suffix}")
+
+
+def call(module: str, *words: str) -> None:
+    """Run `python -m module words...` and show what it prints; StepFailed if it fails."""
+    command = [sys.executable, "-m", module, *words]
+    say("$ " + " ".join(["python", *command[1:]]))
+    if subprocess.run(command).returncode:
+        raise StepFailed(" ".join(["python", *command[1:]]))
+
+
+def ensure_base(recipe: Path) -> None:
+    """Build the recipe's base model if it is one that is built here and is not there yet."""
+    config, out = recipe / "base.yaml", checkpoints_root() / "base" / recipe.name
+    if config.is_file() and not is_published(out):
+        call("pipeline.base", "--config", str(config), "--out", str(out))
+
+
+def stage(name: str, recipe: Path, run: Path, *settings: str, borrow: Path | None = None) -> None:
+    """Make a stage of a run; one that is up to date says so and is left."""
+    words = ["--config", str(recipe / f"{name}.yaml"), "--run", str(run)]
+    words += ["--from", str(borrow)] if borrow is not None else []
+    call(f"stages.{name}", *words, *settings)
+
+
+def evaluation(recipe: Path, run: Path, split: str) -> None:
+    """Evaluate a run, unless that was done."""
+    config = str(recipe / "eval.yaml")
+    call("pipeline.evaluation", "--run", str(run), "--config", config, "--split", split)

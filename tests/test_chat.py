@@ -1,0 +1,85 @@
+"""Chat: every model of a run answers the same prompt, with its reward."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+import small_run
+from pipeline import chat
+from pipeline.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return small_run.make_run(tmp_path_factory.mktemp("chat"))
+
+
+def shown(table) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_all_models_answer_each_prompt(run, capsys):
+    chat.main(["--run", str(run), "--prompt", "w1 w2", "--prompt", "w3", "--seed", "1"])
+    out = capsys.readouterr().out
+    assert [out.count(name) for name in ("base", "sft", "ppo")] == [2, 2, 2]
+    chat.main(["--run", str(run), "--prompt", "w1 w2", "--prompt", "w3", "--seed", "1"])
+    assert capsys.readouterr().out == out
+
+
+def test_greedy_answer_is_the_likeliest_and_scored_by_the_reward_model(run):
+    room = chat.Room(chat.find_stages(run), max_new_tokens=1, greedy=True)
+    ids = room.tokenizer("<user> w1 <bot>", add_special_tokens=False)["input_ids"]
+    best = room.models["sft"](torch.tensor([ids])).logits[0, -1].argmax().item()
+    name, text, _, score = room.ask("w1")[1]
+    assert (name, text) == ("sft", room.tokenizer.decode([best], skip_special_tokens=True))
+    hidden = room.reward.model(torch.tensor([[*ids, best]])).last_hidden_state[0, -1]
+    expected = room.reward.score(hidden).item()
+    assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_lines_of_standard_input_are_prompts(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1\n\n  w2 w3\n"))
+    chat.main(["--run", str(run)])
+    out = capsys.readouterr().out
+    assert "w2 w3" in out
+    assert out.count("ppo") == 2
+
+
+def test_ctrl_d_ends_an_interactive_chat(monkeypatch):
+    answers = iter(["", "hello", EOFError()])
+
+    def typed(_):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.setattr("builtins.input", typed)
+    assert list(chat.prompts(Console(file=io.StringIO()))) == ["hello"]
+
+
+def test_sft_alone_answers_without_a_reward(tmp_path, capsys):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    chat.main(["--run", str(run), "--prompt", "w1", "--max-new-tokens", "3"])
+    out = capsys.readouterr().out
+    assert "sft" in out
+    assert "ppo" not in out
+
+
+def test_nobody_to_talk_with(tmp_path):
+    with pytest.raises(UserError, match="make sft RUN=empty"):
+        chat.main(["--run", str(tmp_path / "empty"), "--prompt", "w1"])
+
+
+def test_markup_and_chinese_are_shown_as_they_are():
+    out = shown(chat.table("[red]你好[/red]", [("sft", "[bold]谢谢[/bold]", False, 1.234)]))
+    assert "[red]你好[/red]" in out
+    assert "[bold]谢谢[/bold] … (cut off)" in out
+    assert "1.23" in out

@@ -1,0 +1,363 @@
+"""The Makefile, run for real with a fake interpreter: what runs, in which order, and what is said."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fake_stages import make_all, write_recipe
+
+ROOT = Path(__file__).parent.parent
+
+# Stages are real command lines around a stage that publishes a few bytes; the rest is noted down.
+INTERPRETER = """#!/bin/sh
+case "$*" in -c*) exec {python} "$@";; esac
+echo "$*" >> calls
+case "$2" in
+  pipeline.base) exec {python} -c 'import fake_stages, pathlib
+fake_stages.make_base(pathlib.Path("."))';;
+  pipeline.evaluation.report) : > "$4/report.html";;
+  pipeline.evaluation.summary) echo "the summary";;
+  *) exec {python} "$@";;
+esac
+"""
+MAKES_OWN = (
+    "MAKEFLAGS MFLAGS MAKELEVEL GNUMAKEFLAGS MAKEOVERRIDES RECIPE RUN FROM SFT RM PPO EVAL SET FORCE "
+    "ENGINE CKPT PYTHON VENV TORCH_INDEX ARGS RLHF_CHECKPOINTS"
+).split()
+STAGE = """from pipeline import cli
+from fake_stages import train as run
+if __name__ == "__main__":
+    cli.main("{stage}")
+"""
+
+
+@pytest.fixture(autouse=True)
+def a_project(tmp_path, monkeypatch):
+    """The Makefile, a recipe, fake stages and an interpreter that notes its calls."""
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "__init__.py").write_text("")
+    for stage in ("sft", "rm", "ppo"):
+        (tmp_path / "stages" / f"{stage}.py").write_text(STAGE.format(stage=stage))
+    for name in ("Makefile", "pyproject.toml", "configs/constraints.txt"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    interpreter = tmp_path / "python"
+    interpreter.write_text(INTERPRETER.format(python=sys.executable))
+    interpreter.chmod(0o755)
+    for name in [*os.environ]:  # as in a plain shell, not as inside `make test`
+        if name in MAKES_OWN:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return tmp_path
+
+
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--no-print-directory", "VENV=", "PYTHON=./python", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def dry(*words: str) -> list[str]:
+    """Modules that `make -n` says it would run, and their arguments."""
+    done = make("-n", *words)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "./python" in line]
+    return [line.partition("./python -m ")[2] for line in lines]
+
+
+def modules(lines: list[str]) -> list[str]:
+    return [line.split()[0] for line in lines]
+
+
+def calls() -> list[str]:
+    """Modules that were run, without the looking."""
+    names = [line.split()[1] for line in Path("calls").read_text().splitlines()]
+    return [name for name in names if name != "pipeline.status"]
+
+
+CHAIN = ["pipeline.base", "stages.sft", "stages.rm", "stages.ppo"]
+AFTER = ["pipeline.evaluation.report", "pipeline.evaluation.summary"]
+
+
+# --- what would run -------------------------------------------------------------------------------
+
+
+def test_ppo_alone_pulls_in_everything():
+    assert modules(dry("ppo")) == CHAIN + AFTER
+
+
+def test_a_stage_is_called_as_the_readme_says():
+    assert dry("sft")[1] == "stages.sft --config 'configs/tiny/sft.yaml' --run checkpoints/tiny"
+
+
+def test_nothing_would_run_when_all_is_made(tmp_path):
+    make_all(tmp_path)
+    Path("checkpoints/tiny/report.html").write_text("")
+    done = make("-n", "sft", "rm", "ppo")
+    assert "python" not in done.stdout
+    assert done.returncode == 0
+
+
+def test_a_second_make_does_nothing_says_so_and_is_quick(tmp_path):
+    make_all(tmp_path)
+    Path("checkpoints/tiny/report.html").write_text("")
+    begin = time.monotonic()
+    done = make("sft", "rm", "ppo")
+    seconds = time.monotonic() - begin
+    assert calls() == []
+    assert done.stdout.splitlines() == [
+        f"{stage}: up to date (checkpoints/tiny/{stage})" for stage in ("sft", "rm", "ppo")
+    ]
+    assert seconds < 10  # far less on an idle machine
+
+
+def test_variables_reach_the_stages():
+    lines = dry("ppo", "RUN=mine", "PPO=configs/tiny/ppo.yaml", "CKPT=elsewhere", "FORCE=ppo")
+    assert lines[0].endswith("--out elsewhere/base/tiny")
+    assert lines[3].split() == (
+        "stages.ppo --config 'configs/tiny/ppo.yaml' --run elsewhere/mine --force".split()
+    )
+    assert "--force" not in lines[1]
+
+
+def test_rm_is_a_config_and_not_makes_own_variable(tmp_path):
+    Path("other.yaml").write_text("data: {path: rankings.jsonl}\nseed: 5\n")
+    assert "--config 'configs/tiny/rm.yaml'" in dry("rm")[2]
+    assert "--config 'other.yaml'" in dry("rm", "RM=other.yaml")[2]
+
+
+def test_a_run_borrows_with_from(tmp_path):
+    make_all(tmp_path, "a")
+    lines = dry("ppo", "RUN=b", "FROM=a")
+    assert modules(lines) == ["stages.ppo", *AFTER]
+    assert "--run checkpoints/b --from 'checkpoints/a'" in lines[0]
+
+
+def test_an_engine_wraps_ppo_alone(tmp_path):
+    engines = tmp_path / "configs" / "engines"
+    engines.mkdir()
+    shutil.copyfile(ROOT / "configs/engines/cpu2.yaml", engines / "cpu2.yaml")
+    done = make("-n", "ppo", "ENGINE=cpu2")
+    [line] = [line for line in done.stdout.splitlines() if "stages.ppo" in line]
+    assert line.startswith(
+        "ACCELERATE_USE_CPU=true exec ./python -m accelerate.commands.launch "
+        "--config_file configs/engines/cpu2.yaml -m stages.ppo --config"
+    )
+    assert "launch" not in next(x for x in done.stdout.splitlines() if "stages.sft" in x)
+    assert "no configs/engines/none.yaml" in make("-n", "ppo", "ENGINE=none").stderr
+
+
+def test_a_manifest_is_a_target():
+    assert modules(dry("checkpoints/tiny/sft/manifest.json")) == CHAIN[:2]
+
+
+@pytest.mark.parametrize(
+    "run", ["../x", "a/b", "a b", "a;b", "$(shell touch oops)", ".", "base", ""]
+)
+def test_a_run_is_a_plain_name(run):
+    done = make("-n", "sft", f"RUN={run}")
+    assert done.returncode == 2
+    assert not Path("oops").exists()
+
+
+@pytest.mark.parametrize("word", ["sed=3", "kl_coef=x", "seed='3"])
+def test_mistakes_stop_make_before_anything_runs(word):
+    done = make("ppo", f"SET={word}")
+    assert done.returncode == 2
+    assert word.partition("=")[0] in done.stderr
+    assert calls() == []
+
+
+# --- what runs ------------------------------------------------------------------------------------
+
+
+def test_stages_run_in_order_whatever_the_order_and_the_jobs():
+    done = make("-j4", "ppo", "rm", "sft")
+    assert done.returncode == 0, done.stderr
+    assert calls() == CHAIN + AFTER
+    assert done.stdout.rstrip().endswith("the summary")
+    again = make("ppo")
+    assert "ppo: up to date" in again.stdout
+    assert calls() == CHAIN + AFTER
+
+
+def test_settings_arrive_as_typed(tmp_path):
+    text = """ppo.stop_tokens='["it'"'"'s `x` $HOME; #é"]' ppo.seed=3"""
+    done = make("ppo", f"SET={text}")
+    assert done.returncode == 0, done.stderr
+    manifest = Path("checkpoints/tiny/ppo/manifest.json").read_text()
+    assert "it's `x` $HOME; #é" in manifest
+    assert '"seed":3' in manifest.replace(" ", "")
+
+
+def test_an_edited_config_redoes_the_rest_and_says_why(tmp_path):
+    make_all(tmp_path)
+    Path("checkpoints/tiny/report.html").write_text("")
+    with Path("configs/tiny/rm.yaml").open("a") as file:
+        file.write("seed: 5\n")
+    done = make("sft", "rm", "ppo")
+    assert calls() == ["stages.rm", "stages.ppo", *AFTER]
+    assert "rm: made again, config: seed: 1 -> 5" in done.stdout
+    assert "sft: up to date" in done.stdout
+
+
+def test_force_redoes_what_is_up_to_date(tmp_path):
+    make_all(tmp_path)
+    make("ppo", "FORCE=1")
+    assert calls() == ["stages.ppo", *AFTER]
+
+
+def test_a_failed_stage_fails_make_and_is_tried_again(tmp_path):
+    Path("stages/rm.py").write_text("raise SystemExit(3)")
+    assert make("ppo").returncode == 2
+    assert calls() == CHAIN[:3]
+    Path("stages/rm.py").write_text(STAGE.format(stage="rm"))
+    assert make("ppo").returncode == 0
+    assert calls() == CHAIN[:3] + CHAIN[2:] + AFTER
+
+
+def test_a_signal_to_make_reaches_the_stage_and_make_waits(tmp_path):
+    Path("stages/sft.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n"
+        "    time.sleep(0.5); pathlib.Path('saved').write_text(''); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "pathlib.Path('started').write_text('')\n"
+        "time.sleep(60)\n"
+    )
+    command = ["make", "VENV=", "PYTHON=./python", "sft"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if Path("started").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) != 0
+    assert Path("saved").exists()
+
+
+def test_clean_removes_the_run_and_nothing_else(tmp_path):
+    make_all(tmp_path, "a")
+    make_all(tmp_path, "b")
+    assert make("clean", "RUN=a").returncode == 0
+    assert sorted(p.name for p in Path("checkpoints").iterdir()) == ["b", "base"]
+
+
+# --- around them ----------------------------------------------------------------------------------
+
+
+def test_make_alone_tells_every_target():
+    told = make().stdout
+    targets = (
+        "sft rm ppo base venv test test-slow check eval report chat overopt seeds status".split()
+    )
+    for target in [*targets, "show-config", "clean"]:
+        assert f"make {target} " in told
+    for variable in "RECIPE RUN FROM SFT RM PPO SET FORCE CKPT PYTHON VENV ENGINE".split():
+        assert f"{variable}=" in told
+    assert not Path("calls").exists()  # help needs no Python
+
+
+def test_every_rule_is_one_that_make_3_81_knows():
+    text = (ROOT / "Makefile").read_text()
+    for newer in (
+        ".ONESHELL",
+        "$(file ",
+        "!=",
+        "&:",
+        "::=",
+        "undefine ",
+        "private ",
+        "$(let ",
+        ".RECIPEPREFIX",
+    ):
+        assert newer not in text
+    assert not re.search(r"^\t[@+-]*\$\(RM\)", text, re.MULTILINE)
+
+
+def test_other_targets_call_what_they_say():
+    assert dry("chat", "RUN=x") == ["pipeline.chat --run checkpoints/x "]
+    assert modules(dry("overopt")) == ["pipeline.evaluation.overopt"]
+    assert modules(dry("seeds")) == ["pipeline.evaluation.seeds"]
+    assert modules(dry("check")) == ["ruff", "ruff", "mypy"]
+    assert modules(dry("test")) == ["pytest"]
+
+
+def test_bases_of_other_recipes(tmp_path):
+    shutil.copytree("configs/tiny", "configs/other")
+    assert "--out checkpoints/base/other" in dry("base-other")[0]
+    (tmp_path / "configs/tiny/base.yaml").unlink()
+    assert "tiny needs none" in make("base").stdout
+
+
+def test_configs_are_shown():
+    told = make("show-config", "SET=ppo.kl_coef=0.5").stdout
+    assert "\nkl_coef: 0.5\n" in told
+    assert "model: checkpoints/base/tiny" in told
+
+
+# --- the environment ------------------------------------------------------------------------------
+
+
+def environment(*words: str) -> list[str]:
+    """Shell lines that `make -n venv` would run in a project without .venv."""
+    done = subprocess.run(
+        ["make", "-n", "PYTHON=./python", *words], capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_the_environment_comes_first_and_only_once(tmp_path):
+    lines = environment("ppo")
+    shown = "\n".join(lines)
+    assert shown.index("-m venv") < shown.index("stages.sft") < shown.index("stages.ppo")
+    assert "torch==2.13.0+cpu" in shown
+    stamp = Path(".venv/.installed")
+    stamp.parent.mkdir()
+    key = next(line for line in lines if line.endswith("> .venv/.installed")).split()[1]
+    stamp.write_text(key + "\n")
+    os.utime(stamp, (1, 1))
+    done = subprocess.run(["make", "-n", "venv"], capture_output=True, text=True, check=True)
+    assert "pip" not in done.stdout
+    with Path("pyproject.toml").open("a") as file:
+        file.write("\n# changed\n")
+    assert any("pip" in line for line in environment("venv"))
+
+
+@pytest.mark.parametrize(("driver", "torch"), [(0, "torch===2.13.0"), (1, "torch==2.13.0+cpu")])
+def test_a_first_make_builds_the_environment_and_then_the_stages(
+    tmp_path, monkeypatch, driver, torch
+):
+    """A fake `python -m venv` puts the noting interpreter where the environment's would be."""
+    fake = tmp_path / "system-python"
+    fake.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in "-m venv "*) mkdir -p .venv/bin; cp {tmp_path}/python .venv/bin/python;; esac\n'
+    )
+    fake.chmod(0o755)
+    noting = tmp_path / "python"
+    noting.write_text(noting.read_text().replace('case "$2" in', 'case "$2" in pip) exit 0;;', 1))
+    for name, script in {"nvidia-smi": f"exit {driver}", "uname": "echo Linux"}.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    words = ["make", "-j2", f"PYTHON={fake}", "sft"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Nothing to be done" not in done.stdout
+    names = calls()
+    assert names[-2:] == CHAIN[:2]
+    installs = [line for line in Path("calls").read_text().splitlines() if " pip " in line]
+    assert torch in [line.split()[-1] for line in installs]
+    assert installs[-1].endswith("--editable .[dev,gguf]")
+    assert Path("checkpoints/tiny/sft/manifest.json").exists()
+    assert Path(".venv/.installed").exists()

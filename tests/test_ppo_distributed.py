@@ -1,0 +1,53 @@
+"""Two processes on CPU (gloo) get the numbers of one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import test_ppo_exact as exact
+from pipeline.ppo.rollout import Rollout
+
+CHANGES = {"whiten_rewards": True, "scale_scores": True, "ppo_epochs": 2, "micro_batch_size": 1}
+
+
+def updated_share(rank: int, processes: int) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Weights and metrics after an update in which this process holds its share of the episodes."""
+    ppo = exact.make(**CHANGES)
+    whole = exact.recorded(ppo)
+    share = len(whole) // processes
+    mine: Rollout = whole.rows(slice(rank * share, (rank + 1) * share))
+    metrics = ppo.update(mine)
+    return [p.detach() for p in ppo.networks.parameters()], metrics
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = []
+    for rank in range(2):
+        env = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+            "PYTHONPATH": os.pathsep.join([".", "tests", os.environ.get("PYTHONPATH", "")]),
+        }  # fmt: skip
+        command = [sys.executable, __file__, str(rank), str(tmp_path / f"{rank}.pt")]
+        workers.append(subprocess.Popen(command, env=env, cwd=Path(__file__).parent.parent))
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    weights, metrics = updated_share(0, 1)
+    for rank in range(2):
+        theirs = torch.load(tmp_path / f"{rank}.pt")
+        for mine, other in zip(weights, theirs["weights"], strict=True):
+            torch.testing.assert_close(other, mine, rtol=1e-9, atol=1e-12)
+        assert theirs["metrics"] == pytest.approx(metrics, rel=1e-6, abs=1e-9)
+
+
+if __name__ == "__main__":
+    weights, metrics = updated_share(int(sys.argv[1]), 2)
+    torch.save({"weights": weights, "metrics": metrics}, sys.argv[2])

@@ -1,0 +1,255 @@
+"""The frame of a stage: lock, verified parents, what an interrupted run leaves, publication."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fake_stages import config_of, make_all, make_base, train, write_recipe
+from pipeline.artifacts import manifest_hash, read
+from pipeline.errors import UserError
+from pipeline.lineage import data_fingerprint, inputs_of, looks_local, parents_of
+from pipeline.run import StageRun, start_again, up_to_date, why_stale
+from pipeline.schema import Data, Reward
+
+
+@pytest.fixture(autouse=True)
+def a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    write_recipe(tmp_path)
+    make_base(tmp_path)
+    return tmp_path
+
+
+def interrupted(config, step: str = "step-000010") -> Path:
+    """A run that saved a state and was killed."""
+    with pytest.raises(KeyboardInterrupt), StageRun(config) as stage:
+        stage.tracker.log(10, {"loss": 1.0})
+        (stage.work / step).mkdir()
+        raise KeyboardInterrupt
+    return stage.work
+
+
+def test_a_stage_publishes_what_it_was_made_from(tmp_path):
+    config = config_of(tmp_path, "sft")
+    manifest = read(train(config), "sft")
+    assert set(manifest.files) == {"model.safetensors", "metrics.jsonl"}
+    assert manifest.parents["base"].manifest_sha256 == manifest_hash(Path("checkpoints/base/tiny"))
+    assert list(manifest.inputs) == ["checkpoints/base/tiny/data/d.jsonl"]
+    assert manifest.metrics == {"loss": 1.0}
+    assert manifest.config["learning_rate"] == 1e-5
+    assert os.listdir("checkpoints/tiny") == ["sft"]
+
+
+def test_up_to_date_is_decided_by_content(tmp_path):
+    config = config_of(tmp_path, "sft")
+    assert why_stale(config) == "not made yet"
+    train(config)
+    assert up_to_date(config)
+    os.utime("checkpoints/base/tiny/data/d.jsonl")
+    os.utime("checkpoints/base/tiny/manifest.json")
+    assert up_to_date(config)
+    assert up_to_date(config_of(tmp_path, "sft", "tiny", "log_every=3"))
+    told = why_stale(config_of(tmp_path, "sft", "tiny", "seed=3", "learning_rate=1e-4"))
+    assert told == "config: learning_rate: 1e-05 -> 0.0001; seed: 1 -> 3"
+
+
+def test_changed_data_and_changed_parents_make_a_stage_stale(tmp_path):
+    make_all(tmp_path)
+    Path("rankings.jsonl").write_text("{}\n{}\n")
+    assert why_stale(config_of(tmp_path, "rm")) == "rankings.jsonl has changed"
+    assert up_to_date(config_of(tmp_path, "ppo"))
+    train(config_of(tmp_path, "sft"), b"other")
+    assert why_stale(config_of(tmp_path, "ppo")) == "sft has changed"
+
+
+def test_a_damaged_stage_is_refused_and_not_silently_rebuilt(tmp_path):
+    config = config_of(tmp_path, "sft")
+    train(config)
+    Path("checkpoints/tiny/sft/model.safetensors").unlink()
+    with pytest.raises(UserError, match="FORCE=sft"):
+        up_to_date(config)
+
+
+def test_rows_in_memory_are_never_up_to_date_and_need_no_file(tmp_path):
+    config = config_of(tmp_path, "sft", "tiny", "data.path=nowhere.jsonl")
+    train(config, dataset=[{"text": "a"}])
+    read(Path("checkpoints/tiny/sft"))
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        why_stale(config)
+    Path("nowhere.jsonl").write_text("{}\n")
+    assert why_stale(config) == "dataset has changed"
+
+
+def test_a_corrupt_parent_is_refused_before_anything_runs(tmp_path):
+    make_all(tmp_path)
+    Path("checkpoints/tiny/sft/model.safetensors").write_bytes(b"weightz")
+    with pytest.raises(UserError, match="is corrupt.*make sft RUN=tiny FORCE=sft"):
+        StageRun(config_of(tmp_path, "ppo")).__enter__()
+    assert not Path("checkpoints/tiny/.work/ppo.lock").exists()
+
+
+def test_a_missing_parent_is_named(tmp_path):
+    with pytest.raises(UserError, match="make it: make sft RUN=tiny"):
+        StageRun(config_of(tmp_path, "rm")).__enter__()
+
+
+def test_a_reward_model_of_another_sft_is_refused(tmp_path):
+    make_all(tmp_path)
+    train(config_of(tmp_path, "sft"), b"other")
+    with pytest.raises(UserError, match="trained from another sft"):
+        StageRun(config_of(tmp_path, "ppo")).__enter__()
+
+
+def test_two_runs_of_one_stage_are_one_too_many(tmp_path):
+    config = config_of(tmp_path, "sft")
+    with (
+        StageRun(config),
+        pytest.raises(UserError, match=f"in use by process {os.getpid()}"),
+        StageRun(config),
+    ):
+        pass
+
+
+def test_stages_are_borrowed_until_the_run_has_its_own(tmp_path):
+    make_all(tmp_path, "a")
+    config = config_of(tmp_path, "rm", "b").model_copy(update={"borrow": Path("checkpoints/a")})
+    assert parents_of(config) == {"sft": Path("checkpoints/a/sft")}
+    train(config_of(tmp_path, "sft", "b"))
+    assert parents_of(config) == {"sft": Path("checkpoints/b/sft")}
+
+
+def test_ppo_reads_the_reward_model_only_if_a_reward_is_it(tmp_path):
+    config = config_of(tmp_path, "ppo")
+    assert list(parents_of(config)) == ["sft", "rm"]
+    (tmp_path / "mine.py").write_text("def f(): ...")
+    other = config.model_copy(update={"rewards": [Reward(function="mine:f")]})
+    assert list(parents_of(other)) == ["sft"]
+
+
+def test_code_and_hub_ids_are_inputs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine.py").write_text("def f(): ...")
+    config = config_of(tmp_path, "ppo")
+    rewards = [Reward(function="mine:f"), Reward(model="owner/scorer")]
+    inputs = inputs_of(config.model_copy(update={"rewards": rewards}))
+    assert inputs["owner/scorer"] == "owner/scorer"
+    before = inputs["mine.py"]
+    (tmp_path / "mine.py").write_text("def f(): return 1")
+    assert inputs_of(config.model_copy(update={"rewards": rewards}))["mine.py"] != before
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_with_its_record(tmp_path):
+    config = config_of(tmp_path, "sft")
+    work = interrupted(config)
+    cosmetic = config_of(tmp_path, "sft", "tiny", "log_every=3", "save_every=5")
+    with StageRun(cosmetic) as stage:
+        assert (stage.work / "step-000010").is_dir()
+        assert json.loads((work / "metrics.jsonl").read_text())["step"] == 10
+        assert list(stage.output.iterdir()) == []
+
+
+def test_an_interrupted_run_with_another_config_is_refused_with_the_difference(tmp_path):
+    interrupted(config_of(tmp_path, "sft"))
+    with pytest.raises(UserError) as error, StageRun(config_of(tmp_path, "sft", "tiny", "seed=3")):
+        pass
+    assert "seed: 1 -> 3" in str(error.value)
+    assert "FORCE=sft" in str(error.value)
+    start_again(config_of(tmp_path, "sft"))
+    train(config_of(tmp_path, "sft", "tiny", "seed=3"))
+
+
+def test_an_interrupted_run_with_other_data_or_parents_is_refused(tmp_path):
+    train(config_of(tmp_path, "sft"))
+    interrupted(config_of(tmp_path, "rm"))
+    Path("rankings.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(UserError, match=r"rankings\.jsonl has changed"):
+        StageRun(config_of(tmp_path, "rm")).__enter__()
+    Path("rankings.jsonl").write_text("{}\n")
+    train(config_of(tmp_path, "sft"), b"other")
+    with pytest.raises(UserError, match="sft has changed"):
+        StageRun(config_of(tmp_path, "rm")).__enter__()
+
+
+def test_a_run_that_saved_nothing_starts_its_record_anew_and_may_change(tmp_path):
+    with pytest.raises(KeyboardInterrupt), StageRun(config_of(tmp_path, "sft")) as stage:
+        stage.tracker.log(1, {"loss": 1.0})
+        raise KeyboardInterrupt
+    with StageRun(config_of(tmp_path, "sft", "tiny", "seed=3")) as stage:
+        assert not (stage.work / "metrics.jsonl").exists()
+
+
+def test_rankings_that_people_wait_for_survive_a_restart(tmp_path):
+    train(config_of(tmp_path, "sft"))
+    with pytest.raises(UserError), StageRun(config_of(tmp_path, "rm")) as stage:
+        (stage.work / "to_rank.jsonl").write_text("{}")
+        raise UserError("to be ranked")
+    with StageRun(config_of(tmp_path, "rm")) as stage:
+        assert (stage.work / "to_rank.jsonl").exists()
+
+
+def test_killed_between_publishing_and_cleaning_up(tmp_path, monkeypatch):
+    config = config_of(tmp_path, "sft")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipeline.run.shutil.rmtree", _interrupt_on_work)
+        train(config)
+    assert up_to_date(config)
+    with StageRun(config_of(tmp_path, "sft", "tiny", "seed=3")) as stage:  # not refused
+        assert not (stage.work / "metrics.jsonl").exists()
+
+
+def _interrupt_on_work(path, ignore_errors=False):
+    if Path(path).name == "sft":
+        raise KeyboardInterrupt
+
+
+def test_processes_beside_the_first_neither_lock_nor_publish(tmp_path, monkeypatch):
+    config = config_of(tmp_path, "sft")
+    with StageRun(config):
+        monkeypatch.setenv("RANK", "1")
+        with StageRun(config) as beside:
+            beside.tracker.log(1, {"loss": 1.0})
+            assert beside.publish({}) == Path("checkpoints/tiny/sft")
+    assert not Path("checkpoints/tiny/sft").exists()
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
+
+
+def test_fingerprints_of_files_folders_and_hub_ids(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.parquet", ".hidden.jsonl", "README"):
+        (folder / name).write_text("x")
+    assert list(data_fingerprint(Data(path=str(folder)))) == [
+        (folder / "a.jsonl").as_posix(),
+        (folder / "b.parquet").as_posix(),
+    ]
+    assert data_fingerprint(Data(path="owner/name")) == {"owner/name": "owner/name"}
+    with pytest.raises(UserError, match=r"missing\.jsonl: no such file"):
+        data_fingerprint(Data(path="missing.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [("a/b.jsonl", True), ("./a/b", True), ("a/b/c", True), ("owner/name", False), ("/a", True)],
+)
+def test_what_is_meant_as_a_path(name, local):
+    assert looks_local(name) == local
+
+
+def test_hashes_of_big_files_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    big = tmp_path / "big.jsonl"
+    big.write_bytes(b"x" * 2_000_000)
+    os.utime(big, (1, 1))
+    before = data_fingerprint(Data(path=str(big)))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.lineage.sha256", lambda path: pytest.fail("hashed again"))
+        assert data_fingerprint(Data(path=str(big))) == before
+    big.write_bytes(b"y" * 2_000_000)
+    assert data_fingerprint(Data(path=str(big))) != before

@@ -1,0 +1,201 @@
+"""What has to run: decided by content, told at once, never a damaged artifact rebuilt unasked."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from fake_stages import config_of, make_all, make_base, train, write_recipe
+from pipeline import status
+from pipeline.artifacts import manifest_hash
+from pipeline.errors import UserError
+
+CONFIGS = Path("configs/tiny")
+
+
+@pytest.fixture(autouse=True)
+def a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    write_recipe(tmp_path)
+
+
+def plan(goals: str = "sft rm ppo", *settings: str, run: str = "tiny", **options) -> list[str]:
+    """Steps to run for these goals."""
+    files = status.recipe_files(CONFIGS, options.pop("chosen", {}))
+    made = status.stale(files, Path("checkpoints") / run, goals.split(), settings, **options)
+    return status.to_run(made)
+
+
+def report() -> None:
+    Path("checkpoints/tiny/report.html").write_text("")
+
+
+def test_on_a_fresh_machine_a_goal_pulls_in_what_it_needs():
+    assert plan("ppo") == ["base", "sft", "rm", "ppo"]
+    assert plan("rm") == ["base", "sft", "rm"]
+    assert plan("base") == ["base"]
+    assert plan("report") == ["base", "sft", "rm", "ppo", "report"]
+
+
+def test_when_all_is_made_nothing_runs_whatever_the_times_say(tmp_path):
+    make_all(tmp_path)
+    report()
+    assert plan("sft rm ppo report") == []
+    for path in Path("checkpoints").rglob("*"):
+        os.utime(path, (1, 1))
+    os.utime(CONFIGS / "sft.yaml")
+    os.utime("checkpoints/tiny/sft/manifest.json")
+    assert plan("sft rm ppo") == []
+
+
+def test_an_edited_config_redoes_its_stage_and_those_after_it(tmp_path):
+    make_all(tmp_path)
+    report()
+    with (CONFIGS / "rm.yaml").open("a") as file:
+        file.write("learning_rate: 1e-3\n")
+    assert plan("sft rm ppo report") == ["rm", "ppo", "report"]
+    assert plan("sft") == []
+    with (CONFIGS / "rm.yaml").open("a") as file:
+        file.write("# a remark\nlog_every: 3\n")
+    train(config_of(tmp_path, "rm"))
+    assert plan("sft rm ppo") == ["ppo"]
+
+
+def test_settings_force_and_other_files(tmp_path):
+    make_all(tmp_path)
+    assert plan("ppo", "ppo.kl_coef=0.5") == ["ppo"]
+    assert plan("ppo", "seed=7") == ["sft", "rm", "ppo"]
+    assert plan("ppo", force=["rm"]) == ["rm", "ppo"]
+    assert plan("rm", force=["1"]) == ["rm"]
+    other = CONFIGS / "other.yaml"
+    other.write_text((CONFIGS / "ppo.yaml").read_text() + "iterations: 3\n")
+    assert plan("ppo", chosen={"ppo": other}) == ["ppo"]
+
+
+def test_another_base_redoes_everything(tmp_path):
+    make_all(tmp_path)
+    (CONFIGS / "base.yaml").write_text("builder: tiny\nseed: 9\n")
+    assert plan("ppo") == ["base", "sft", "rm", "ppo"]
+
+
+def test_a_recipe_without_base_or_reward_model_needs_neither(tmp_path):
+    (CONFIGS / "base.yaml").unlink()
+    (CONFIGS / "sft.yaml").write_text("model: org/name\ndata: {path: org/data}\n")
+    (CONFIGS / "ppo.yaml").write_text("prompts: {path: org/p}\nrewards: [{function: 'a.b:c'}]\n")
+    assert plan("ppo") == ["sft", "ppo"]
+
+
+def test_borrowed_stages_are_not_made(tmp_path):
+    make_all(tmp_path, "a")
+    borrow = Path("checkpoints/a")
+    assert plan("ppo", run="b", borrow=borrow) == ["ppo"]
+    assert plan("rm ppo", run="b", borrow=borrow) == ["rm", "ppo"]
+    assert plan("ppo", "sft.seed=9", run="b", borrow=borrow) == ["ppo"]
+    with pytest.raises(UserError, match="checkpoints/c/sft: not made yet; make it: make sft RUN=c"):
+        plan("ppo", run="b", borrow=Path("checkpoints/c"))
+
+
+def test_a_damaged_artifact_is_named_unless_it_is_to_be_rebuilt(tmp_path):
+    make_all(tmp_path)
+    Path("checkpoints/tiny/sft/model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"sft/model\.safetensors: has 0 bytes.*FORCE=sft"):
+        plan("ppo")
+    assert plan("ppo", force=["sft"]) == ["sft", "rm", "ppo"]
+
+
+def test_all_mistakes_of_all_configs_at_once():
+    (CONFIGS / "sft.yaml").write_text("modl: x\ndata: {path: org/data}\n")
+    with (CONFIGS / "ppo.yaml").open("a") as file:
+        file.write("kl_coef: -1\n")
+    with pytest.raises(UserError) as error:
+        plan("sft")
+    assert "sft.yaml: modl: unknown key (did you mean `model`?)" in str(error.value)
+    assert "ppo.yaml: kl_coef:" in str(error.value)
+
+
+def test_missing_data_is_told_hours_before_it_is_read():
+    Path("rankings.jsonl").unlink()
+    with pytest.raises(UserError, match=r"rm: rankings\.jsonl: no such file"):
+        plan("ppo")
+    assert plan("sft") == ["base", "sft"]
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match="RECIPE=tyny.*did you mean `tiny`"):
+        status.recipe_files(Path("configs/tyny"), {})
+
+
+def test_evaluation_follows_models_config_and_data(tmp_path):
+    (CONFIGS / "eval.yaml").write_text("prompts: {path: rankings.jsonl}\n")
+    make_all(tmp_path)
+    assert plan("ppo eval report") == ["eval", "report"]
+    write_result()
+    report()
+    assert plan("ppo eval report") == []
+    assert plan("ppo eval report", "eval.n=5") == ["eval", "report"]
+    Path("rankings.jsonl").write_text("{}\n{}\n{}\n")
+    assert plan("eval") == ["rm", "ppo", "eval"]
+
+
+def write_result() -> None:
+    """What `python -m pipeline.evaluation` records about its inputs."""
+    from pipeline.config import load_config
+    from pipeline.evaluation.config import EvalConfig
+    from pipeline.lineage import data_fingerprint
+
+    config = load_config(EvalConfig, CONFIGS / "eval.yaml")
+    places = {name: Path("checkpoints/tiny") / name for name in ("sft", "rm", "ppo")}
+    places["base"] = Path("checkpoints/base/tiny")
+    result = {
+        "config": config.model_dump(mode="json"),
+        "artifacts": {
+            n: {"path": str(p), "manifest_sha256": manifest_hash(p)} for n, p in places.items()
+        },
+        "inputs": data_fingerprint(config.prompts) | {"judge": "hash"},
+    }
+    path = Path("checkpoints/tiny/eval/test.json")
+    path.parent.mkdir()
+    path.write_text(json.dumps(result))
+
+
+# --- what people and make see ---------------------------------------------------------------------
+
+
+def command(capsys, *words: str) -> tuple[str, str]:
+    status.main(["--run", "checkpoints/tiny", "--recipe", "configs/tiny", *words])
+    told = capsys.readouterr()
+    return told.out, told.err
+
+
+def test_the_makefile_gets_one_line(tmp_path, capsys):
+    assert command(capsys, "--plan", "sft")[0] == "base sft\n"
+    make_base(tmp_path)
+    assert command(capsys, "--plan", "sft")[0] == "sft\n"
+    train(config_of(tmp_path, "sft"))
+    assert command(capsys, "--plan", "sft")[0] == "nothing\n"
+
+
+def test_the_makefile_gets_a_word_when_there_is_a_mistake(capsys):
+    out, told = command(capsys, "--plan", "sft", "--set", "sed=3")
+    assert out == "error\n"
+    assert "did you mean `seed`" in told
+    assert "FORCE=nope" in command(capsys, "--plan", "sft", "--force", "nope")[1]
+
+
+def test_the_table_shows_state_and_reason(tmp_path, capsys):
+    make_all(tmp_path)
+    Path("checkpoints/tiny/.work/ppo/step-000010").mkdir(parents=True)
+    shown = command(capsys, "--set", "ppo.seed=3")[0]
+    assert re.search(r"sft +up to date +20\d\d-", shown)
+    assert re.search(r"ppo +config: seed: 1 -> 3", shown)
+    assert "step-000010" in shown
+    assert "loss 1" in shown
+
+
+def test_looking_changes_nothing(tmp_path, capsys):
+    before = sorted(Path(".").rglob("*"))
+    command(capsys)
+    assert sorted(Path(".").rglob("*")) == before

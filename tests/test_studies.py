@@ -1,0 +1,129 @@
+"""Studies over seeds and over-optimisation: what they collect, without running a stage."""
+
+import pytest
+
+import small_run
+from pipeline.errors import UserError
+from pipeline.evaluation import overopt, seeds, steps
+from pipeline.evaluation.judges import load_judge
+
+
+def evaluation(rate: float, exact: float) -> dict:
+    part = {"n": 2, "exact": exact, "judge": 2.0}
+    return {
+        "models": {
+            "sft": {
+                "judge": 1.0,
+                "exact": 0.5,
+                "groups": {"family": {"a|b": {**part, "exact": 0.5}}},
+            },
+            "ppo": {"judge": 1.5, "exact": exact, "groups": {"family": {"a|b": part}}},
+        },
+        "comparisons": {
+            "ppo_vs_sft": {"rate": rate, "groups": {"family": {"a|b": {"rate": rate}}}}
+        },
+        "kl": {"ppo_vs_sft": 2.0},
+    }
+
+
+def test_seeds_are_collected_into_min_median_and_max():
+    results = {4: evaluation(0.7, 0.6), 5: evaluation(0.4, 0.5), 6: evaluation(0.6, 0.9)}
+    values = seeds.collect(results)
+    assert values["ppo: win rate over sft"] == {4: 0.7, 5: 0.4, 6: 0.6}
+    assert values["ppo: exact, change"] == pytest.approx({4: 0.1, 5: 0.0, 6: 0.4})
+    assert values["family a|b: exact, change"] == pytest.approx({4: 0.1, 5: 0.0, 6: 0.4})
+    assert "rm: agrees with judge" not in values  # nobody measured it
+    lines = seeds.markdown(values, [4, 5, 6]).splitlines()
+    assert "| ppo: win rate over sft | 0.400 | 0.600 | 0.700 | 0.700 | 0.400 | 0.600 |" in lines
+    assert any(line.startswith(r"| family a\|b: win rate |") for line in lines)
+
+
+def test_a_quantity_that_one_seed_lacks_has_a_dash():
+    table = seeds.markdown({"x": {1: 0.5}}, [1, 2])
+    assert table.splitlines()[-1] == "| x | 0.500 | 0.500 | 0.500 | 0.500 | - |"
+
+
+def test_a_failed_seed_does_not_end_the_study(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def stage(name, recipe, run, *settings, borrow=None):
+        calls.append((name, run.name, settings))
+        if run.name == "r-seed2" and name == "rm":
+            raise steps.StepFailed("python -m stages.rm")
+
+    recipe = tmp_path / "recipe"
+    recipe.mkdir()
+    (recipe / "sft.yaml").touch()
+    monkeypatch.setattr(steps, "stage", stage)
+    monkeypatch.setattr(steps, "evaluation", lambda *words: None)
+    with pytest.raises(SystemExit) as ended:
+        seeds.main(
+            ["--recipe", str(recipe), "--run", str(tmp_path / "r"), "--seeds", "1", "2", "3"]
+        )
+    assert ended.value.code == 1
+    assert [c[0] for c in calls] == ["sft", "rm", "ppo", "sft", "rm", "sft", "rm", "ppo"]
+    assert calls[-1] == ("ppo", "r-seed3", ("seed=3",))
+    assert "Failed: seed 2" in (tmp_path / "r-seeds.md").read_text()
+
+
+def test_the_seed_cannot_be_set_twice(tmp_path):
+    with pytest.raises(UserError, match=r"ppo\.seed=3: the seeds are those of --seeds"):
+        seeds.main(["--recipe", "tiny", "ppo.seed=3"])
+
+
+def test_no_such_recipe():
+    with pytest.raises(UserError, match="nowhere: no recipe"):
+        steps.recipe_folder("nowhere")
+
+
+def test_a_failing_command_raises(capfd):
+    with pytest.raises(steps.StepFailed, match="no_such_module"):
+        steps.call("no_such_module")
+    assert "No module named" in capfd.readouterr().err
+
+
+# --- over-optimisation ----------------------------------------------------------------------------
+
+
+def samples(step: int, responses: list[str]) -> list[dict]:
+    prompts = ("p", "q")
+    return [
+        {"step": step, "prompt": p, "response": r, "score": float(step), "ended": True}
+        for p, r in zip(prompts, responses, strict=True)
+    ]
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    return load_judge(small_run.install(monkeypatch, small_run.judge_module()))
+
+
+def test_samples_kept_along_the_way_are_judged_and_meet_the_kl_of_the_next_rollout(tmp_path, judge):
+    kept = samples(0, ["w1", "x"]) + samples(2, ["w1 w1", "w1"]) + samples(3, ["x", "x"])
+    small_run.write_jsonl(tmp_path / "samples.jsonl", kept)
+    curve = [{"step": s, "objective/kl": float(s - 1)} for s in (1, 2, 3)]
+    small_run.write_jsonl(tmp_path / "metrics.jsonl", curve)
+    points = overopt.trajectory(tmp_path, [{}, {}], judge)
+    # the small judge gives one per w1 and one for an end
+    assert points == [
+        {"step": 0, "kl": 0.0, "judge": 1.5, "rm_score": 0.0},
+        {"step": 2, "kl": 2.0, "judge": 2.5, "rm_score": 2.0},
+        {"step": 3, "kl": 2.0, "judge": 1.0, "rm_score": 3.0},
+    ]
+
+
+def test_samples_of_other_prompts_are_refused(tmp_path, judge):
+    small_run.write_jsonl(tmp_path / "samples.jsonl", samples(0, ["w1", "x"]))
+    small_run.write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "objective/kl": 0.0}])
+    with pytest.raises(UserError, match="2 samples at step 0, not 3"):
+        overopt.trajectory(tmp_path, [{}] * 3, judge)
+
+
+def test_the_study_is_written_as_numbers_and_as_a_picture(tmp_path):
+    points = [
+        {"kl": 0.0, "judge": 1.0, "rm_score": 0.0},
+        {"kl": 1.0, "judge": 0.0, "rm_score": 1.0},
+    ]
+    picture = overopt.write(tmp_path, "some.judge", {"PPO": points})
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert '"judge": "some.judge"' in picture.with_suffix(".json").read_text()

@@ -1,0 +1,162 @@
+"""The summary and the verdicts of a run, from records alone."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+import small_run
+from pipeline.errors import UserError
+from pipeline.evaluation import found, record, summary, verdicts
+
+
+@pytest.fixture
+def run(tmp_path):
+    return small_run.make_run(tmp_path)
+
+
+def printed(run) -> str:
+    console = Console(file=io.StringIO(), width=110)
+    summary.show(record.load_record(run), console)
+    return console.file.getvalue()
+
+
+def judged(run, **changes) -> None:
+    """Write an evaluation of the run's artifacts as they are."""
+    versus = {"rate": 0.7, "low": 0.6, "high": 0.8, "groups": {}}
+    stages = found.find_stages(run)
+    result = {
+        "split": "test",
+        "prompts": 12,
+        "config": {"judge": "some.judge"},
+        "artifacts": {n: {"manifest_sha256": s.manifest_sha256} for n, s in stages.items()},
+        "models": {
+            "base": {"judge": -3.0, "ended": 0.1, "length": 9.0},
+            "sft": {"judge": 1.0, "exact": 0.5, "ended": 0.99, "length": 8.0},
+            "ppo": {"judge": 1.5, "exact": 0.6, "ended": 1.0, "length": 9.0},
+        },
+        "comparisons": {"sft_vs_base": versus, "ppo_vs_sft": versus},
+        "kl": {"ppo_vs_sft": 2.34, "std_error": 0.1},
+    }
+    (run / "eval").mkdir(exist_ok=True)
+    (run / "eval" / "test.json").write_text(json.dumps({**result, **changes}))
+
+
+def level_of(run, stage: str) -> str:
+    return {v.stage: v.level for v in verdicts.verdicts(record.load_record(run))}[stage]
+
+
+def test_before_any_evaluation_it_tells_what_the_stages_recorded(run):
+    out = printed(run)
+    for text in ("held-out perplexity", "40", "accuracy, 4 held-out pairs", "0.750", "make eval"):
+        assert text in out
+    assert "score it optimises" in out
+    assert "0.75" in out  # objective/scores of the first line
+
+
+def test_with_an_evaluation_it_tells_win_rate_kl_and_exact_match(run):
+    judged(run)
+    out = printed(run)
+    for text in ("some.judge", "0.700", "0.600 to 0.800", "2.34", "exact match", "make report"):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("stages", "command"),
+    [(("base", "sft"), "make rm RUN=run"), (("base", "sft", "rm"), "make ppo RUN=run")],
+)
+def test_the_next_step_is_the_first_missing_stage(tmp_path, stages, command):
+    assert command in printed(small_run.make_run(tmp_path, stages))
+
+
+def test_nothing_made_yet_is_said(tmp_path):
+    with pytest.raises(UserError, match="begin with: make sft RUN=none"):
+        summary.main(["--run", str(tmp_path / "none")])
+
+
+def test_an_evaluation_of_other_artifacts_is_not_shown(run):
+    judged(run, artifacts={"sft": {"manifest_sha256": "0" * 64}})
+    out = printed(run)
+    assert "earlier artifacts" in out
+    assert "win rate" not in out
+
+
+def test_it_starts_fast_without_torch(run):
+    code = "import sys; from pipeline.evaluation import summary; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def test_a_win_rate_below_one_half_is_bad_and_an_open_one_is_watched(run):
+    judged(run)
+    assert level_of(run, "sft") == "good"
+    lost = {"rate": 0.3, "low": 0.2, "high": 0.4, "groups": {}}
+    open_ = {"rate": 0.52, "low": 0.45, "high": 0.59, "groups": {}}
+    judged(run, comparisons={"sft_vs_base": open_, "ppo_vs_sft": lost})
+    assert (level_of(run, "sft"), level_of(run, "ppo")) == ("watch", "bad")
+
+
+def test_over_optimisation_is_named(run):
+    lost = {"rate": 0.3, "low": 0.2, "high": 0.4, "groups": {}}
+    by_rm = {"rate": 0.9, "low": 0.8, "high": 0.95, "groups": {}}
+    judged(run, comparisons={"ppo_vs_sft": lost, "ppo_vs_sft_by_rm": by_rm})
+    texts = [f.text for v in verdicts.verdicts(record.load_record(run)) for f in v.findings]
+    assert any(text.startswith("Over-optimised") for text in texts)
+
+
+def test_a_reward_model_no_better_than_length_is_bad(run):
+    """Of four pairs three are right, and the longer one wins in two: too few to tell from chance."""
+    found = verdicts.verdicts(record.load_record(run))
+    rm = next(v for v in found if v.stage == "rm")
+    assert rm.level == "bad"
+    assert "0.750" in rm.findings[0].text
+    assert "0.500" in rm.findings[0].text
+    assert verdicts.conclusion(found).startswith("Bad: Reward model. Later stages build on it")
+
+
+def test_responses_that_do_not_end_and_a_far_policy_are_bad(run):
+    models = {"sft": {"ended": 0.8, "length": 8.0}, "ppo": {"ended": 0.97, "length": 20.0}}
+    judged(run, models=models, kl={"ppo_vs_sft": 60.0, "std_error": 1.0}, comparisons={})
+    found = {v.stage: v for v in verdicts.verdicts(record.load_record(run))}
+    assert found["sft"].level == "bad"
+    levels = [(f.level, f.text[:12]) for f in found["ppo"].findings]
+    assert ("bad", "KL to SFT is") in levels
+    assert ("watch", "97.0% of res") in levels
+    assert ("watch", "Responses ar") in levels
+
+
+def test_a_family_that_got_worse_is_named(run):
+    groups = {"family": {"odd": {"rate": 0.2, "low": 0.1, "high": 0.3}}}
+    versus = {"rate": 0.7, "low": 0.6, "high": 0.8, "groups": groups}
+    judged(run, comparisons={"ppo_vs_sft": versus})
+    texts = [f.text for v in verdicts.verdicts(record.load_record(run)) for f in v.findings]
+    assert "family odd: wins only 20% against SFT, worse than even." in texts
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def test_a_borrowed_stage_is_found_through_the_manifest_that_names_it(run, tmp_path):
+    child = tmp_path / "child"
+    child.mkdir()
+    (run / "ppo").rename(child / "ppo")
+    stages = found.find_stages(child)
+    assert list(stages) == ["base", "sft", "rm", "ppo"]
+    assert stages["rm"].path == run / "rm"
+
+
+def test_null_values_and_a_line_cut_short_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "a": 2.0}\n{"step": 2, "a": null}\n{"step": 3, "a": 4.0}\n{"step": 4, "a"'
+    )
+    curve = found.read_jsonl(path)
+    assert record.values(curve, "a") == [(1, 2.0), (3, 4.0)]
+    assert record.ends(curve, "a") == (2.0, 3.0)
+    assert record.ends(curve, "b") is None
