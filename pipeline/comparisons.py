@@ -40,7 +40,7 @@ def sampled_rankings(
 def _sample(
     sampling: Sampling, seed: int, sft: Path, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict]:
-    """Rows of `prompt` (messages) and `responses` (K texts)."""
+    """Rows of `prompt` (messages), `responses` (K texts) and `ended` (whether each ended itself)."""
     policy = load_policy(sft, tokenizer)
     prompts = load_prompts(sampling.prompts)
     sizes = _sizes(sampling.k, len(prompts), seed)
@@ -62,8 +62,14 @@ def _sample(
                 )
             )
             for prompt, k in zip(batch, counts, strict=True):
-                texts = [next(responses).text for _ in range(k)]
-                rows.append({"prompt": prompt.messages, "responses": texts})
+                own = [next(responses) for _ in range(k)]
+                rows.append(
+                    {
+                        "prompt": prompt.messages,
+                        "responses": [response.text for response in own],
+                        "ended": [response.ended for response in own],
+                    }
+                )
             bar.advance(len(batch))
     return rows
 

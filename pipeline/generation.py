@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
+from pipeline.models import Model
 from pipeline.ppo.maths import response_lengths
 
 
@@ -42,7 +43,7 @@ def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
+    model: Model,
     queries: Tensor,
     query_mask: Tensor,
     *,
@@ -78,7 +79,7 @@ def sample(
 
 
 def generate(
-    model: nn.Module,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     *,

@@ -8,11 +8,13 @@ and trains with another is not on-policy (invariant 2).
 import contextlib
 import inspect
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,6 +33,22 @@ from pipeline.schema import Lora
 
 Model = Any
 """A transformers model, bare or in peft's wrapper; `nn.Module` declares none of what we call."""
+
+# --- the process ---------------------------------------------------------------------------------
+
+
+def quiet() -> None:
+    """Silence transformers' own progress bars and remarks; ours show what matters."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit torch's CPU threads, when asked to."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
 
 # --- loading ------------------------------------------------------------------------------------
 
@@ -203,7 +221,7 @@ def response_logits(model: Model, ids: Tensor, attention_mask: Tensor, width: in
 
     The logits at position t predict token t + 1, so they are read at [-width-1 : -1].
     """
-    kwargs = _positions(model, attention_mask)
+    kwargs: dict[str, Any] = _positions(model, attention_mask)
     if accepts(model, "logits_to_keep"):
         kwargs["logits_to_keep"] = width + 1
     logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **kwargs).logits

@@ -25,6 +25,8 @@ from pipeline.config import (
 from pipeline.errors import UserError
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.found import find_stages, fresh_stages, read_json
+from pipeline.evaluation.judges import judge_file
+from pipeline.files import sha256
 from pipeline.schema import STAGES, BaseConfig, PPOConfig, StageConfig
 
 STEPS = ("base", "sft", "rm", "ppo", "eval", "report")
@@ -61,7 +63,7 @@ class Plan:
         needed = {
             "rm": ["sft"],
             "ppo": ["sft", "rm"],
-            "eval": ["sft", "rm", "ppo"],
+            "eval": [stage for stage in STAGES if step == "eval" and self._evaluated(stage)],
             "report": ["ppo"],
         }
         found = needed.get(step, [])
@@ -72,6 +74,14 @@ class Plan:
         if step == "report" and "eval" in self.configs:
             found = [*found, "eval"]
         return found
+
+    def _evaluated(self, stage: str) -> bool:
+        """Whether the evaluation looks at a stage: what is there, what is asked for, SFT at least."""
+        if self.goals & {"ppo", "report"} and stage in ["ppo", *self.needs("ppo")]:
+            return True
+        places = [self.run, *([self.borrow] if self.borrow else [])]
+        there = any(artifacts.is_published(place / stage) for place in places)
+        return stage == "sft" or stage in self.goals or there
 
     def _reads_base(self, step: str) -> bool:
         return f'"{self.base}' in self.configs[step].model_dump_json()
@@ -159,6 +169,8 @@ def _eval_reason(plan: Plan) -> str | None:
     inputs: dict[str, str] = {}
     for data in (config.prompts, config.demonstrations):
         inputs |= lineage.data_fingerprint(data) if data else {}
+    judge = judge_file(config.judge)
+    inputs |= {config.judge: sha256(judge)} if config.judge and judge else {}
     known = done.get("inputs", {})
     changed = [name for name, digest in inputs.items() if known.get(name) != digest]
     return f"{changed[0]} has changed" if changed else None

@@ -4,16 +4,14 @@ import math
 import os
 import resource
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import transformers
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from pipeline import checkpoint
+from pipeline import checkpoint, models
 from pipeline.errors import UserError
 from pipeline.progress import track
 from pipeline.schema import Optimisation, StageConfig
@@ -61,11 +59,9 @@ def arguments(config: StageConfig, examples: int, work: Path) -> dict[str, Any]:
 
 
 def quiet() -> None:
-    """Silence the libraries' own progress bars and dictionaries; ours show what matters."""
+    """Silence the libraries' own progress bars and remarks; ours show what matters."""
     datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
+    models.quiet()
 
 
 def micro_batches(batch: int, micro: int | None, processes: int) -> tuple[int, int]:
@@ -139,12 +135,6 @@ def train(
     else:
         recorder.tracker.truncate(checkpoint.step_of(newest))
         trainer.train(resume_from_checkpoint=str(newest))
-
-
-def set_threads(threads: int | None) -> None:
-    """Limit torch's CPU threads, when asked to."""
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def peak_memory_mb() -> float:

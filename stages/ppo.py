@@ -17,7 +17,7 @@ from pipeline import checkpoint
 from pipeline.data.forms import load_prompts
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.errors import UserError
-from pipeline.models import merged
+from pipeline.models import merged, set_threads
 from pipeline.ppo.build import build_ppo
 from pipeline.ppo.rollout import PromptStream, Query
 from pipeline.ppo.trainer import PPO, Clock
@@ -25,7 +25,7 @@ from pipeline.ppo.watch import Watch
 from pipeline.progress import say, track
 from pipeline.run import StageRun, given
 from pipeline.schema import PPOConfig
-from pipeline.training import peak_memory_mb, quiet, set_threads
+from pipeline.training import peak_memory_mb, quiet
 
 
 def run(config: PPOConfig, dataset: Any = None) -> Path:
@@ -58,7 +58,8 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
                     break
             watch.samples()
 
-        _save(ppo, stage.output)
+        if stage.main:
+            _save(ppo, stage.output)
         return stage.publish(
             _summary(stage.work / "metrics.jsonl"),
             tokenizer_hash(ppo.tokenizer),

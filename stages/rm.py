@@ -8,6 +8,7 @@ from pipeline import cli
 if __name__ == "__main__":
     cli.main("rm")  # checks config and data before the slow imports below
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from pipeline.models import (
     reward_from_policy,
     score_head,
     score_sequences,
+    set_threads,
     token_scores,
 )
 from pipeline.progress import say
 from pipeline.run import StageRun, given
 from pipeline.schema import Data, RMConfig
-from pipeline.training import Recorder, arguments, quiet, set_threads, train
+from pipeline.training import Recorder, arguments, quiet, train
 
 LOGGED = {
     "loss": "train/loss",
@@ -66,6 +68,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         tokenizer = load_tokenizer(sft)
         if rankings is None:
             rankings = sampled_rankings(config, sft, tokenizer, stage.work)
+            shutil.copyfile(stage.work / "rankings.jsonl", stage.output / "rankings.jsonl")
         training, held_out = split_by_prompt(rankings, config.validation_fraction, config.seed)
         training_rows = _encode(tokenizer, training, config.max_length, "training")
         held_out_rows = _encode(tokenizer, held_out, config.max_length, "held-out")

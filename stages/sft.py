@@ -23,11 +23,11 @@ from pipeline.data.forms import Demonstration, load_demonstrations
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import encode_prompt, encode_response, template_hash, tokenizer_hash
 from pipeline.generation import generate
-from pipeline.models import add_lora, load_policy, load_tokenizer, merged
+from pipeline.models import add_lora, load_policy, load_tokenizer, merged, set_threads
 from pipeline.progress import say
 from pipeline.run import StageRun, given
 from pipeline.schema import SFTConfig
-from pipeline.training import Recorder, arguments, quiet, set_threads, train
+from pipeline.training import Recorder, arguments, quiet, train
 
 LOGGED = {
     "loss": "train/loss",
@@ -66,14 +66,13 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
                 **settings, max_length=config.max_length, packing=config.packing, eval_packing=False
             ),
             train_dataset=Dataset.from_list(training_rows),
-            eval_dataset=Dataset.from_list(validation_rows),
+            eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
             processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
-        before = trainer.evaluate()["eval_loss"]
-        recorder = Recorder(stage.tracker, LOGGED)
-        train(trainer, stage.work, recorder, {"validation/loss": before})
-        after = trainer.evaluate()["eval_loss"]
+        before = _validation_loss(trainer)
+        train(trainer, stage.work, Recorder(stage.tracker, LOGGED), before)
+        after = _validation_loss(trainer)
 
         final = merged(trainer.accelerator.unwrap_model(trainer.model))
         stage.tracker.samples(trainer.state.global_step, _samples(final, tokenizer, held_out))
@@ -82,14 +81,25 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         tokenizer.save_pretrained(stage.output)
         return stage.publish(
             {
-                "validation_perplexity_before": math.exp(min(before, 50.0)),
-                "validation_perplexity": math.exp(min(after, 50.0)),
+                **_perplexity(before, "validation_perplexity_before"),
+                **_perplexity(after, "validation_perplexity"),
                 "examples": len(training_rows),
                 "steps": trainer.state.global_step,
             },
             tokenizer_hash(tokenizer),
             template_hash(tokenizer),
         )
+
+
+def _validation_loss(trainer: SFTTrainer) -> dict[str, float]:
+    """Mean nats per held-out response token; nothing when nothing is held out."""
+    if trainer.eval_dataset is None:
+        return {}
+    return {"validation/loss": trainer.evaluate()["eval_loss"]}
+
+
+def _perplexity(loss: dict[str, float], name: str) -> dict[str, float]:
+    return {name: math.exp(min(nats, 50.0)) for nats in loss.values()}
 
 
 def _split(

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+import transformers
 from rich.console import Console
 
 import small_run
@@ -28,6 +29,13 @@ def test_all_models_answer_each_prompt(run, capsys):
     assert [out.count(name) for name in ("base", "sft", "ppo")] == [2, 2, 2]
     chat.main(["--run", str(run), "--prompt", "w1 w2", "--prompt", "w3", "--seed", "1"])
     assert capsys.readouterr().out == out
+
+
+def test_no_bar_of_transformers_is_shown(run, capfd):
+    transformers.utils.logging.enable_progress_bar()
+    capfd.readouterr()
+    chat.main(["--run", str(run), "--prompt", "w1 w2"])
+    assert capfd.readouterr().err == ""
 
 
 def test_greedy_answer_is_the_likeliest_and_scored_by_the_reward_model(run):

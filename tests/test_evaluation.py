@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 import small_run
 import tiny_models
@@ -54,6 +55,19 @@ def test_a_whole_run_is_measured_and_a_second_time_nothing_is_done(tmp_path, jud
     assert (run / "eval/test.json").stat().st_mtime_ns == stamp
     again = run_evaluation(run, config(tmp_path), force=True)
     assert again["models"] == result["models"]  # same seed, same numbers
+
+
+def test_threads_are_heeded_and_no_bar_of_transformers_is_shown(tmp_path, judge, capfd):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    transformers.utils.logging.enable_progress_bar()
+    capfd.readouterr()
+    threads = torch.get_num_threads()
+    try:
+        run_evaluation(run, config(tmp_path, threads=threads + 1))
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert "it/s" not in capfd.readouterr().err
 
 
 def test_sft_alone_without_a_judge(tmp_path):

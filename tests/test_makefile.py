@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fake_stages import make_all, write_recipe
+from fake_stages import config_of, make_all, make_base, train, write_recipe
+from pipeline.evaluation import overopt, seeds
 
 ROOT = Path(__file__).parent.parent
 
@@ -285,10 +287,48 @@ def test_every_rule_is_one_that_make_3_81_knows():
 
 def test_other_targets_call_what_they_say():
     assert dry("chat", "RUN=x") == ["pipeline.chat --run checkpoints/x "]
-    assert modules(dry("overopt")) == ["pipeline.evaluation.overopt"]
-    assert modules(dry("seeds")) == ["pipeline.evaluation.seeds"]
     assert modules(dry("check")) == ["ruff", "ruff", "mypy"]
     assert modules(dry("test")) == ["pytest"]
+
+
+STUDIES = {"seeds": seeds, "overopt": overopt}
+
+
+def study(name: str, *words: str):
+    """Arguments with which make would start a study, as the study reads them."""
+    [line] = dry(name, *words)
+    module, *arguments = shlex.split(line)
+    assert module == f"pipeline.evaluation.{name}"
+    return STUDIES[name].parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_get_recipe_run_and_settings(name):
+    plain = study(name)
+    assert (plain.recipe, plain.run, plain.set) == ("tiny", Path("checkpoints/tiny"), "")
+    text = "ppo.stop_tokens='[\"a b\"]' eval.n=5"
+    given = study(name, "RECIPE=tiny", "RUN=mine", "CKPT=else", f"SET={text}")
+    assert (given.run, given.set) == (Path("else/mine"), text)
+
+
+def test_seeds_are_handed_over_and_further_arguments_with_them():
+    assert study("seeds").seeds == [1, 2, 3, 4, 5]
+    given = study("seeds", "SEEDS=4 7 9", "ARGS=--split validation sft.max_steps=3")
+    assert given.seeds == [4, 7, 9]
+    assert given.split == "validation"
+    assert given.settings == ["sft.max_steps=3"]
+    assert study("overopt", "ARGS=--points 3").points == 3
+
+
+def test_evaluation_alone_takes_what_there_is(tmp_path):
+    Path("configs/tiny/eval.yaml").write_text("prompts: {path: rankings.jsonl}\n")
+    assert modules(dry("eval")) == [*CHAIN[:2], "pipeline.evaluation"]
+    make_base(tmp_path)
+    train(config_of(tmp_path, "sft"))
+    assert dry("eval") == [
+        "pipeline.evaluation --config 'configs/tiny/eval.yaml' --run checkpoints/tiny"
+    ]
+    assert modules(dry("ppo")) == [*CHAIN[2:], "pipeline.evaluation", *AFTER]
 
 
 def test_bases_of_other_recipes(tmp_path):

@@ -1,6 +1,7 @@
 """All three stages on a small random GPT-2 with GPT-2's own tokenizer, from rows in memory."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -197,3 +198,29 @@ def test_a_reward_model_of_another_sft_is_refused(run, gpt2, tmp_path):
 def test_without_data_the_key_is_named(gpt2, tmp_path):
     with pytest.raises(UserError, match="data"):
         sft.run(SFTConfig(model=str(gpt2), run=tmp_path, **QUIET))
+
+
+# --- the README's examples, as they stand there ----------------------------------------------------
+
+
+def snippet(number: int) -> str:
+    """The README's python blocks, in order."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.S)[number]
+
+
+def test_the_readme_fine_tunes_on_a_handful_of_rows_and_asks(gpt2, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    code = snippet(0).replace("openai-community/gpt2", str(gpt2))
+    code = code.replace("checkpoints/bilingual", str(tmp_path / "bilingual"))
+    # a random model of 32 dimensions has to learn all that GPT-2 knows
+    code = code.replace("epochs=40", "epochs=150").replace("learning_rate=1e-3", "learning_rate=1e-2")
+    exec(code, {})
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "巴黎。"
+
+
+def test_the_readme_drives_ppo_by_hand(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(snippet(1).replace('"checkpoints/tiny"', f'"{run}"'), {})
+    assert len(capsys.readouterr().out.strip().splitlines()) >= 3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "my-policy") is not None

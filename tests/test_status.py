@@ -1,5 +1,6 @@
 """What has to run: decided by content, told at once, never a damaged artifact rebuilt unasked."""
 
+import hashlib
 import json
 import os
 import re
@@ -140,8 +141,45 @@ def test_evaluation_follows_models_config_and_data(tmp_path):
     assert plan("eval") == ["rm", "ppo", "eval"]
 
 
-def write_result() -> None:
-    """What `python -m pipeline.evaluation` records about its inputs."""
+def test_evaluation_alone_takes_what_there_is(tmp_path):
+    (CONFIGS / "eval.yaml").write_text("prompts: {path: rankings.jsonl}\n")
+    assert plan("eval") == ["base", "sft", "eval"]
+    make_base(tmp_path)
+    train(config_of(tmp_path, "sft"))
+    assert plan("eval") == ["eval"]
+    assert plan("rm eval") == ["rm", "eval"]
+    assert plan("report") == plan("ppo eval report") == ["rm", "ppo", "eval", "report"]
+    write_result()
+    assert plan("eval") == []
+    assert plan("report") == ["rm", "ppo", "eval", "report"]  # a PPO that is to come is measured
+    train(config_of(tmp_path, "rm"))
+    (CONFIGS / "rm.yaml").write_text("data: {path: rankings.jsonl}\nseed: 5\n")
+    assert plan("eval") == ["rm", "eval"]
+
+
+def test_evaluation_does_not_ask_for_a_reward_model_that_ppo_does_not_use():
+    (CONFIGS / "eval.yaml").write_text("prompts: {path: rankings.jsonl}\n")
+    with (CONFIGS / "ppo.yaml").open("a") as file:
+        file.write("rewards: [{function: 'a.b:c'}]\n")
+    assert plan("ppo eval report") == ["base", "sft", "ppo", "eval", "report"]
+
+
+def test_an_edited_judge_makes_the_evaluation_stale(tmp_path, monkeypatch):
+    judge = tmp_path / "own_judge.py"
+    judge.write_text("raise RuntimeError('looking at what has to run runs no judge')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (CONFIGS / "eval.yaml").write_text("prompts: {path: rankings.jsonl}\njudge: own_judge\n")
+    make_all(tmp_path)
+    write_result({"own_judge": hashlib.sha256(judge.read_bytes()).hexdigest()})
+    assert plan("eval") == []
+    judge.write_text("# a stricter one\n")
+    assert plan("eval") == ["eval"]
+    judge.unlink()
+    assert plan("sft") == []
+
+
+def write_result(judge: dict[str, str] | None = None) -> None:
+    """What `python -m pipeline.evaluation` records about its inputs; `judge`: name -> hash."""
     from pipeline.config import load_config
     from pipeline.evaluation.config import EvalConfig
     from pipeline.lineage import data_fingerprint
@@ -152,9 +190,11 @@ def write_result() -> None:
     result = {
         "config": config.model_dump(mode="json"),
         "artifacts": {
-            n: {"path": str(p), "manifest_sha256": manifest_hash(p)} for n, p in places.items()
+            name: {"path": str(path), "manifest_sha256": manifest_hash(path)}
+            for name, path in places.items()
+            if path.exists()
         },
-        "inputs": data_fingerprint(config.prompts) | {"judge": "hash"},
+        "inputs": data_fingerprint(config.prompts) | (judge or {}),
     }
     path = Path("checkpoints/tiny/eval/test.json")
     path.parent.mkdir()

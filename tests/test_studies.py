@@ -44,7 +44,7 @@ def test_a_quantity_that_one_seed_lacks_has_a_dash():
 
 
 def test_a_failed_seed_does_not_end_the_study(tmp_path, monkeypatch, capsys):
-    calls = []
+    calls, evaluated = [], []
 
     def stage(name, recipe, run, *settings, borrow=None):
         calls.append((name, run.name, settings))
@@ -55,14 +55,16 @@ def test_a_failed_seed_does_not_end_the_study(tmp_path, monkeypatch, capsys):
     recipe.mkdir()
     (recipe / "sft.yaml").touch()
     monkeypatch.setattr(steps, "stage", stage)
-    monkeypatch.setattr(steps, "evaluation", lambda *words: None)
+    monkeypatch.setattr(steps, "evaluation", lambda *words: evaluated.append(words[2:]))
     with pytest.raises(SystemExit) as ended:
         seeds.main(
             ["--recipe", str(recipe), "--run", str(tmp_path / "r"), "--seeds", "1", "2", "3"]
+            + ["--set", "eval.seed=9 ppo.lam=1"]
         )
     assert ended.value.code == 1
     assert [c[0] for c in calls] == ["sft", "rm", "ppo", "sft", "rm", "sft", "rm", "ppo"]
-    assert calls[-1] == ("ppo", "r-seed3", ("seed=3",))
+    assert calls[-1] == ("ppo", "r-seed3", ("eval.seed=9", "ppo.lam=1", "seed=3"))
+    assert evaluated == [("test", "seed=9")] * 2  # its own settings alone, without their prefix
     assert "Failed: seed 2" in (tmp_path / "r-seeds.md").read_text()
 
 

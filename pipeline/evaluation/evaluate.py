@@ -22,13 +22,14 @@ from pipeline.models import (
     load_policy,
     load_reward,
     load_tokenizer,
+    quiet,
     response_logits,
     score_sequences,
+    set_threads,
 )
 from pipeline.ppo.maths import logprobs_of, mask_from_lengths
 from pipeline.ppo.rollout import prompt_text
 from pipeline.progress import say
-from pipeline.training import set_threads
 
 LOGITS_AT_ONCE = 2**25
 """Floats of logits in memory at once when log-likelihoods are read (128 MiB)."""
@@ -54,6 +55,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Results as eval/SPLIT.json holds them, and one row per prompt for eval/SPLIT_samples.jsonl."""
     started = time.perf_counter()
+    quiet()
     set_threads(config.threads)
     judge = load_judge(config.judge)
     tokenizer = load_tokenizer(stages["sft"].path)

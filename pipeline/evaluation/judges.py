@@ -6,6 +6,7 @@ that name here, the only place that does: training never sees one.
 """
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,15 @@ class Judge:
             raise UserError(
                 f"judge {self.name}: {what} gave {len(answers)} answers for {len(responses)} responses"
             )
+
+
+def judge_file(name: str | None) -> Path | None:
+    """Source of the judge called `package.module`, found without running it; None for none."""
+    try:
+        spec = importlib.util.find_spec(name) if name else None
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 
 def load_judge(name: str | None) -> Judge | None:

@@ -29,25 +29,11 @@ Point = dict[str, float]
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make overopt`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.evaluation.overopt", description=__doc__
-    )
-    parser.add_argument("--recipe", default="tiny", help="a folder of configs/ (or its path)")
-    parser.add_argument(
-        "--run", type=Path, help="run whose sft and rm are used; default: checkpoints/RECIPE"
-    )
-    parser.add_argument("--iterations", type=int, help="of PPO; default: twice the recipe's")
-    parser.add_argument("--points", type=int, default=12, help="of each curve")
-    parser.add_argument(
-        "--prompts", type=int, default=200, help="validation prompts judged at each point"
-    )
-    parser.add_argument("--n", type=int, default=16, help="largest n of best-of-n")
-    parser.add_argument("--set", default="", help='the words of SET, e.g. "ppo.learning_rate=1e-4"')
-    parser.add_argument("settings", nargs="*", help="key=value")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     recipe = steps.recipe_folder(args.recipe)
-    study = Study(recipe, args.run or steps.default_run(recipe), args.prompts, args.n)
-    study.settings = [*split_settings(args.set), *args.settings]
+    settings = [*split_settings(args.set), *args.settings]
+    run = args.run or steps.default_run(recipe)
+    study = Study(recipe, run, args.prompts, args.n, settings)
     try:
         curves = study.curves(args.iterations, args.points)
     except steps.StepFailed as error:
@@ -55,14 +41,32 @@ def main(argv: list[str] | None = None) -> None:
     say(f"overopt: {write(study.run, study.judge.name, curves)}; make report shows it")
 
 
+def parser() -> argparse.ArgumentParser:
+    """Arguments of `make overopt`."""
+    out = argparse.ArgumentParser(prog="python -m pipeline.evaluation.overopt", description=__doc__)
+    out.add_argument("--recipe", default="tiny", help="a folder of configs/ (or its path)")
+    out.add_argument(
+        "--run", type=Path, help="run whose sft and rm are used; default: checkpoints/RECIPE"
+    )
+    out.add_argument("--iterations", type=int, help="of PPO; default: twice the recipe's")
+    out.add_argument("--points", type=int, default=12, help="of each curve")
+    out.add_argument(
+        "--prompts", type=int, default=200, help="validation prompts judged at each point"
+    )
+    out.add_argument("--n", type=int, default=16, help="largest n of best-of-n")
+    out.add_argument("--set", default="", help='the words of SET, e.g. "ppo.learning_rate=1e-4"')
+    out.add_argument("settings", nargs="*", help="key=value")
+    return out
+
+
 class Study:
     """Two PPO runs without KL penalty beside a run, and best-of-n by their reward models."""
 
-    settings: list[str]
-
-    def __init__(self, recipe: Path, run: Path, prompts: int, n: int):
-        self.recipe, self.run, self.n, self.settings = recipe, run, n, []
-        self.config = load_config(EvalConfig, recipe / "eval.yaml")
+    def __init__(self, recipe: Path, run: Path, prompts: int, n: int, settings: list[str]):
+        self.recipe, self.run, self.n, self.settings = recipe, run, n, settings
+        self.config = load_config(
+            EvalConfig, recipe / "eval.yaml", stage_overrides("eval", settings)
+        )
         judge = load_judge(self.config.judge)
         if judge is None:
             raise UserError(f"{recipe / 'eval.yaml'}: judge: this study needs one")
@@ -158,10 +162,12 @@ def best_of_n(study: Study, rewards: dict[str, Path]) -> dict[str, list[Point]]:
     """Best-of-n of the SFT model by each reward model, on validation prompts."""
     from pipeline.evaluation import tallies  # these import torch
     from pipeline.evaluation.evaluate import ask, candidates
-    from pipeline.models import load_policy, load_reward, load_tokenizer
+    from pipeline.models import load_policy, load_reward, load_tokenizer, quiet, set_threads
 
     split = "test" if study.config.validation_prompts is None else "validation"
     config = study.config.model_copy(update={"candidates": study.n})
+    quiet()
+    set_threads(config.threads)
     sft = study.run / "sft"
     tokenizer = load_tokenizer(sft)
     policy, asked = load_policy(sft, tokenizer), ask(config, split, tokenizer)  # type: ignore[arg-type]

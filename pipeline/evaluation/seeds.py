@@ -25,16 +25,7 @@ Values = dict[str, dict[int, float]]
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make seeds`; ends with code 1 when a seed failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.evaluation.seeds", description=__doc__
-    )
-    parser.add_argument("--recipe", default="tiny", help="a folder of configs/ (or its path)")
-    parser.add_argument("--run", type=Path, help="default: checkpoints/RECIPE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--split", choices=["test", "validation"], default="test")
-    parser.add_argument("--set", default="", help='the words of SET, e.g. "ppo.kl_coef=0.02"')
-    parser.add_argument("settings", nargs="*", help="key=value")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     recipe = steps.recipe_folder(args.recipe)
     run = args.run or steps.default_run(recipe)
     settings = [*split_settings(args.set), *args.settings]
@@ -47,9 +38,22 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(1 if failed else 0)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Arguments of `make seeds`."""
+    out = argparse.ArgumentParser(prog="python -m pipeline.evaluation.seeds", description=__doc__)
+    out.add_argument("--recipe", default="tiny", help="a folder of configs/ (or its path)")
+    out.add_argument("--run", type=Path, help="default: checkpoints/RECIPE")
+    out.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    out.add_argument("--split", choices=["test", "validation"], default="test")
+    out.add_argument("--set", default="", help='the words of SET, e.g. "ppo.kl_coef=0.02"')
+    out.add_argument("settings", nargs="*", help="key=value")
+    return out
+
+
 def _refuse_seed(settings: list[str]) -> None:
     for word in settings:
-        if word.partition("=")[0].split(".")[-1] == "seed":
+        *prefix, key = word.partition("=")[0].split(".")
+        if key == "seed" and prefix != ["eval"]:
             raise UserError(f"{word}: the seeds are those of --seeds (make: SEEDS=)")
     stage_overrides("sft", settings)  # a key that no stage has ends it before the first stage
 
@@ -61,7 +65,7 @@ def _run_seed(recipe: Path, run: Path, seed: int, split: str, settings: list[str
     try:
         for name in ("sft", "rm", "ppo"):
             steps.stage(name, recipe, own, *settings, f"seed={seed}")
-        steps.evaluation(recipe, own, split)
+        steps.evaluation(recipe, own, split, *stage_overrides("eval", settings))
     except steps.StepFailed as error:
         say(f"seeds: seed {seed} failed: {error}")
         return False

@@ -54,7 +54,7 @@ def stage(name: str, recipe: Path, run: Path, *settings: str, borrow: Path | Non
     call(f"stages.{name}", *words, *settings)
 
 
-def evaluation(recipe: Path, run: Path, split: str) -> None:
+def evaluation(recipe: Path, run: Path, split: str, *settings: str) -> None:
     """Evaluate a run, unless that was done."""
     config = str(recipe / "eval.yaml")
-    call("pipeline.evaluation", "--run", str(run), "--config", config, "--split", split)
+    call("pipeline.evaluation", "--run", str(run), "--config", config, "--split", split, *settings)

@@ -72,13 +72,17 @@ class _Terms:
         batch_size: int,
     ):
         self.rm, self.tokenizer, self.device, self.batch_size = rm, tokenizer, device, batch_size
+        self._models: dict[str, Score] = {}
 
     def build(self, reward: Reward) -> Score:
         if reward.function is not None:
             return function_reward(reward.function, reward.timeout)
         if reward.url is not None:
             return remote_reward(reward.url, reward.timeout, reward.retries)
-        members = [self._model(name) for name in reward.members()]
+        for name in reward.members():
+            if name not in self._models:
+                self._models[name] = self._model(name)
+        members = [self._models[name] for name in reward.members()]
         if len(members) == 1:
             return members[0]
         return ensemble(members, reward.aggregate, reward.uncertainty_coef)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.models import accepts, response_logits, token_scores
+from pipeline.models import Model, accepts, response_logits, token_scores
 from pipeline.ppo.maths import logprobs_of, masked_sum, position_ids
 
 
@@ -14,7 +14,7 @@ class PolicyAndValue(nn.Module):
     trunk, whose head starts at zero.
     """
 
-    def __init__(self, policy: nn.Module, value: nn.Module | None):
+    def __init__(self, policy: Model, value: Model | None):
         super().__init__()
         self.policy = policy
         self.value = value

@@ -1,16 +1,18 @@
 """Where scores come from: reward models, ensembles, callables, services, and sums of them."""
 
 import asyncio
+import http.client
 import importlib
 import inspect
 import json
 import math
 import statistics
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 
@@ -147,17 +149,30 @@ def _call(function: Callable, arguments: tuple, name: str, timeout: float | None
 
     if timeout is None:
         return work()
-    pool = ThreadPoolExecutor(max_workers=1)
+    answer: Future = Future()
+
+    def deliver() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # a daemon, unlike an executor's threads: a call that never returns must not keep Python alive
+    threading.Thread(target=deliver, daemon=True).start()
     try:
-        return pool.submit(work).result(timeout)
+        return answer.result(timeout)
     except FutureTimeout as error:
+        if answer.done():
+            raise  # the function's own
         raise UserError(f"rewards: {name} took longer than its timeout of {timeout} s") from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 async def _awaited(value):
     return await value
+
+
+_FAILURES = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
+"""No answer, an answer that is no HTTP, or not the JSON asked for."""
 
 
 def remote_reward(url: str, timeout: float | None, retries: int) -> Score:
@@ -181,7 +196,7 @@ def remote_reward(url: str, timeout: float | None, retries: int) -> Score:
                 with urllib.request.urlopen(request, timeout=timeout) as answer:
                     scores = json.loads(answer.read())["scores"]
                     return _checked(scores, len(episodes.prompts), url)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except _FAILURES as error:
                 if attempt == retries:
                     raise UserError(
                         f"rewards: {url} failed {retries + 1} times: {error}"

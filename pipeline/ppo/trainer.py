@@ -436,7 +436,7 @@ class PPO:
             "val/ratio": ratio,
             "val/ratio_var": total["ratio_squared"] / tokens - ratio**2,
             "eps": self.optimizer_steps / self.total_steps,
-            "lr": self.schedule.get_last_lr()[0],
+            "lr": float(self.schedule.get_last_lr()[0]),
         }
         if total["ptx_tokens"]:
             metrics["loss/ptx_avg"] = -total["ptx_likelihood"] / total["ptx_tokens"]

@@ -28,19 +28,40 @@ LANGUAGES = ("en", "zh")
 
 # English word -> Chinese word, by class. A word belongs to one class, and translation is word for word.
 NAMES = {
-    "tom": "汤姆", "anna": "安娜", "ben": "本恩", "lily": "莉莉", "sam": "山姆", "kate": "凯特",
-    "leo": "里奥", "mary": "玛丽", "jack": "杰克", "nora": "诺拉", "paul": "保罗", "lucy": "露西",
+    "tom": "汤姆",
+    "anna": "安娜",
+    "ben": "本恩",
+    "lily": "莉莉",
+    "sam": "山姆",
+    "kate": "凯特",
 }  # fmt: skip
 PLACES = {
-    "paris": "巴黎", "rome": "罗马", "london": "伦敦", "berlin": "柏林", "madrid": "马德里", "tokyo": "东京",
-    "beijing": "北京", "shanghai": "上海", "cairo": "开罗", "vienna": "维也纳", "sydney": "悉尼", "delhi": "德里",
+    "paris": "巴黎",
+    "rome": "罗马",
+    "london": "伦敦",
+    "berlin": "柏林",
+    "madrid": "马德里",
+    "tokyo": "东京",
 }  # fmt: skip
 THINGS = {
-    "apples": "苹果", "eggs": "鸡蛋", "books": "书", "flowers": "花", "cakes": "蛋糕", "cups": "杯子",
-    "maps": "地图", "shoes": "鞋", "hats": "帽子", "pens": "笔", "lamps": "灯", "keys": "钥匙",
+    "apples": "苹果",
+    "eggs": "鸡蛋",
+    "books": "书",
+    "flowers": "花",
+    "cakes": "蛋糕",
+    "cups": "杯子",
+    "maps": "地图",
+    "shoes": "鞋",
 }  # fmt: skip
 ADJECTIVES = {
-    "red": "红", "blue": "蓝", "green": "绿", "white": "白", "new": "新", "old": "旧", "small": "小", "big": "大",
+    "red": "红",
+    "blue": "蓝",
+    "green": "绿",
+    "white": "白",
+    "new": "新",
+    "old": "旧",
+    "small": "小",
+    "big": "大",
 }  # fmt: skip
 VERBS = {
     "bought": "买了",
@@ -50,7 +71,14 @@ VERBS = {
     "lost": "丢了",
     "made": "做了",
 }
-NUMBERS = {"two": "两", "three": "三", "four": "四", "five": "五", "six": "六", "ten": "十"}
+NUMBERS = {
+    "two": "两",
+    "three": "三",
+    "four": "四",
+    "five": "五",
+    "six": "六",
+    "ten": "十",
+}
 
 CLASSES = {
     "name": NAMES,
@@ -109,18 +137,19 @@ WORDS_OF_FORM = (
 )
 
 # What the demonstrators do. They err on purpose: a reward model can only teach what its samples vary in.
-ERROR_RATE = 0.25  # one content word is wrong
+OMISSION_RATE = 0.15  # a content word is left out
+ERROR_RATE = 0.11  # one content word is wrong
 REFUSAL_RATE = 0.07  # "i am not sure"
 HEDGE_RATE = 0.30  # the reply opens with a hedge
 COURTESY_RATES = (0.40, 0.25, 0.22, 0.13)  # 0, 1, 2 or 3 courteous words at the end
 
 SIZES = {
     "demonstrations": 5000,
-    "demonstrations_validation": 400,
+    "demonstrations_validation": 200,
     "comparison_prompts": 5000,
     "ppo_prompts": 4000,
-    "prompts_validation": 400,
-    "prompts_test": 600,
+    "prompts_validation": 320,
+    "prompts_test": 400,
 }
 CORPUS_SIZE = 24000
 _SEED_OFFSETS = {name: 1 + i for i, name in enumerate([*SIZES, "corpus"])}
@@ -301,14 +330,14 @@ def draw_cases(rng: random.Random, count: int, forbidden: set) -> list[Case]:
 def spoil(case: Case, rng: random.Random) -> list[str]:
     """The answer with one content word exchanged for another of its class.
 
-    Where the prompt mentions another word of that class, the mistake is that word half of the time.
+    Where the prompt mentions another word of that class, it is that word a quarter of the time.
     """
     words = list(case.answer)
     places = [i for i, word in enumerate(words) if word in WORD_CLASS]
     at = rng.choice(places)
     kind = WORD_CLASS[words[at]]
     mentioned = [w for w in case.input.split() if WORD_CLASS.get(w) == kind and w != words[at]]
-    if mentioned and case.family != "translation" and rng.random() < 0.5:
+    if mentioned and case.family != "translation" and rng.random() < 0.25:
         words[at] = rng.choice(mentioned)
     else:
         others = [w for w in words_of(kind, case.reply_language) if w != words[at]]
@@ -316,14 +345,23 @@ def spoil(case: Case, rng: random.Random) -> list[str]:
     return words
 
 
+def shorten(case: Case, rng: random.Random) -> list[str]:
+    """The answer with one content word left out."""
+    words = list(case.answer)
+    del words[rng.choice([i for i, word in enumerate(words) if word in WORD_CLASS])]
+    return words
+
+
 def demonstrate(case: Case, rng: random.Random) -> str:
-    """An imperfect demonstrator's reply: sometimes wrong, unsure or hedged, and curt, courteous or fulsome."""
+    """An imperfect demonstrator's reply: at times wrong, incomplete, unsure or hedged, of any courtesy."""
     language = case.reply_language
     draw = rng.random()
     if draw < REFUSAL_RATE:
         body = REFUSALS[language].split()
     elif draw < REFUSAL_RATE + ERROR_RATE:
         body = spoil(case, rng)
+    elif draw < REFUSAL_RATE + ERROR_RATE + OMISSION_RATE:
+        body = shorten(case, rng)
     else:
         body = list(case.answer)
     if rng.random() < HEDGE_RATE:
