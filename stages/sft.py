@@ -98,8 +98,10 @@ def _validation_loss(trainer: SFTTrainer) -> dict[str, float]:
     return {"validation/loss": trainer.evaluate()["eval_loss"]}
 
 
-def _perplexity(loss: dict[str, float], name: str) -> dict[str, float]:
-    return {name: math.exp(min(nats, 50.0)) for nats in loss.values()}
+def _perplexity(measured: dict[str, float], name: str) -> dict[str, float]:
+    if not measured:
+        return {}
+    return {name: math.exp(min(measured["validation/loss"], 50.0))}
 
 
 def _split(

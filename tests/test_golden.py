@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def curve(run: Path) -> dict[str, list[float]]:
         lines = (run / stage / "metrics.jsonl").read_text().splitlines()
         values = [row[name] for row in map(json.loads, lines) if name in row]
         edges = [round(i * len(values) / PARTS) for i in range(PARTS + 1)]
-        parts = [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [values[a:b] for a, b in pairwise(edges)]
         out[f"{stage} {name}"] = [round(sum(part) / len(part), 4) for part in parts]
     return out
 

@@ -214,7 +214,9 @@ def test_the_readme_fine_tunes_on_a_handful_of_rows_and_asks(gpt2, tmp_path, mon
     code = snippet(0).replace("openai-community/gpt2", str(gpt2))
     code = code.replace("checkpoints/bilingual", str(tmp_path / "bilingual"))
     # a random model of 32 dimensions has to learn all that GPT-2 knows
-    code = code.replace("epochs=40", "epochs=150").replace("learning_rate=1e-3", "learning_rate=1e-2")
+    code = code.replace("epochs=40", "epochs=150").replace(
+        "learning_rate=1e-3", "learning_rate=1e-2"
+    )
     exec(code, {})
     assert capsys.readouterr().out.strip().splitlines()[-1] == "巴黎。"
 
