@@ -151,3 +151,21 @@ def test_the_command_line_reads_a_config_and_refuses_keys_it_does_not_know(tmp_p
         main([*words, "temprature=1"])
     with pytest.raises(UserError, match="set validation_prompts"):
         main([*words, "--split", "validation"])
+
+
+def test_labels_are_measured_beside_their_ceiling_and_the_length_baseline(monkeypatch):
+    """Two prompts, four untied pairs: the model has 2 right, the judge 3, length 2 and a half."""
+    from pipeline.evaluation.evaluate import labels
+    from pipeline.evaluation.judges import load_judge
+    from pipeline.evaluation.rankings import Scored
+
+    name = small_run.install(monkeypatch, small_run.judge_module())
+    items = [
+        Scored("p", ["w1 w1", "w1", "w2"], [1, 2, 3], lengths=[3, 2, 2], scores=[0.0, 2.0, 1.0]),
+        Scored("q", ["w2", "w1"], [1, 2], lengths=[1, 3], scores=[1.0, 0.0]),
+    ]
+    found = labels(items, load_judge(name))
+    assert found["pairs"] == 4
+    assert found["accuracy"] == 2 / 4 and found["ceiling"] == 3 / 4
+    assert found["length_baseline"] == 2.5 / 4
+    assert "ceiling" not in labels(items, None)

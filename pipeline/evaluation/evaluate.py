@@ -16,6 +16,7 @@ from pipeline.evaluation import metrics, tallies
 from pipeline.evaluation.config import EvalConfig, Split
 from pipeline.evaluation.found import POLICIES, Stage
 from pipeline.evaluation.judges import Judge, load_judge
+from pipeline.evaluation.rankings import Scored, read_scored
 from pipeline.evaluation.tallies import Answers
 from pipeline.generation import Response, generate, left_pad
 from pipeline.models import (
@@ -85,6 +86,8 @@ def evaluate(
     if reward is not None and judge is not None and config.candidates > 1:
         found = candidates(config, models["sft"], reward, judge, tokenizer, asked)
         result["rm"] = _reward_model(config, asked.rows, *found)
+    if reward is not None and (held_out := stages["rm"].path / "held_out.jsonl").is_file():
+        result["labels"] = labels(read_scored(held_out), judge)
     result["seconds"] = round(time.perf_counter() - started, 2)
     return result, _samples(config, asked, answers)
 
@@ -280,6 +283,28 @@ def candidates(
     assert graded.judge is not None
     assert graded.rm_score is not None
     return _rows_of(graded.rm_score, k), _rows_of(graded.judge, k), _rows_of(graded.lengths, k)
+
+
+def labels(items: list[Scored], judge: Judge | None) -> dict[str, Any]:
+    """A reward model against the labels of the rankings it was not trained on.
+
+    `ceiling` is the judge's own accuracy on these labels: what is missing to 1 is their noise.
+    """
+    scores, ranks = [item.scores for item in items], [item.ranks for item in items]
+    lengths = [[float(n) for n in item.lengths] for item in items]
+    found: dict[str, Any] = {
+        "prompts": len(items),
+        "pairs": metrics.pair_accuracy(scores, ranks).pairs,
+        "accuracy": metrics.pair_accuracy(scores, ranks).share,
+        "length_baseline": metrics.pair_accuracy(lengths, ranks).share,
+    }
+    if judge is not None:
+        grades = [
+            judge.score([i.prompt] * (k := len(i.responses)), i.responses, [{}] * k, [True] * k)
+            for i in items
+        ]
+        found["ceiling"] = metrics.pair_accuracy(grades, ranks).share
+    return found
 
 
 def _reward_model(

@@ -105,6 +105,7 @@ def quantities(result: dict[str, Any]) -> dict[str, float]:
     """What one evaluation is compared by; quantities it lacks are left out."""
     models, kl = result.get("models") or {}, result.get("kl") or {}
     base, sft, ppo = (models.get(name) or {} for name in ("base", "sft", "ppo"))
+    labels = result.get("labels") or {}
     rm, versus = result.get("rm") or {}, (result.get("comparisons") or {}).get("ppo_vs_sft") or {}
     found = {
         "base: judge": base.get("judge"),
@@ -112,7 +113,10 @@ def quantities(result: dict[str, Any]) -> dict[str, float]:
         "sft: exact": sft.get("exact"),
         "sft: ends by itself": sft.get("ended"),
         "rm: agrees with judge": rm.get("accuracy"),
-        "rm: length baseline": rm.get("length_baseline"),
+        "rm: length baseline there": rm.get("length_baseline"),
+        "rm: accuracy on noisy labels": labels.get("accuracy"),
+        "rm: ceiling of noisy labels": labels.get("ceiling"),
+        "rm: length baseline on labels": labels.get("length_baseline"),
         "ppo: win rate over sft": versus.get("rate"),
         "ppo: exact": ppo.get("exact"),
         "ppo: exact, change": _change(ppo, sft, "exact"),
