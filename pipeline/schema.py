@@ -236,6 +236,11 @@ class PPOConfig(StageConfig):
 
     stage: ClassVar[str] = "ppo"
 
+    log_every: Positive = 1
+    """Iterations between lines of metrics.jsonl; the first and the last always have one."""
+    save_every: Positive = 10
+    """Iterations between saved training states."""
+
     # what is optimised
     prompts: Data | None = None
     """Training prompts, needed unless they come in memory; responses in the file are ignored."""

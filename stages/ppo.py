@@ -49,13 +49,16 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
             while ppo.iteration < config.iterations:
                 watch.samples()
                 metrics = iteration(ppo, stream)
-                stage.tracker.log(ppo.iteration, metrics)
+                over = config.kl_limit is not None and metrics["objective/kl"] > config.kl_limit
+                edge = over or ppo.iteration in (1, config.iterations)
+                if edge or ppo.iteration % config.log_every == 0:
+                    stage.tracker.log(ppo.iteration, metrics)
                 bar.advance(1, **_headline(metrics))
-                if ppo.iteration % config.save_every == 0:
-                    checkpoint.save(stage.work, ppo.iteration, ppo.state_dict())
-                if config.kl_limit and metrics["objective/kl"] > config.kl_limit:
+                if over:
                     say(f"ppo: stopped, KL {metrics['objective/kl']:.2f} is over {config.kl_limit}")
                     break
+                if stage.main and ppo.iteration % config.save_every == 0:
+                    checkpoint.save(stage.work, ppo.iteration, ppo.state_dict())
             watch.samples()
 
         if stage.main:

@@ -99,3 +99,28 @@ def test_a_small_reward_model_trains_its_head_alone(base, tmp_path):
     reward = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     for name, weight in reward.model.state_dict().items():
         assert torch.equal(weight, trunk[name]), name
+
+
+def test_ppo_logs_and_stops_as_told(base, tmp_path):
+    """log_every thins the record; a KL limit ends the run and publishes what was reached."""
+    train_sft(base, tmp_path)
+    shared = {
+        "run": tmp_path, "rewards": [{"function": "test_sft_options:length"}], "batch_size": 4,
+        "minibatches": 2, "max_new_tokens": 4, "learning_rate": 1e-2, "wandb": {"mode": "disabled"},
+    }  # fmt: skip
+    prompts = [{"prompt": row["prompt"]} for row in ROWS]
+
+    def steps() -> list[int]:
+        lines = (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["step"] for line in lines]
+
+    ppo.run(PPOConfig(iterations=7, log_every=3, **shared), prompts)
+    assert steps() == [1, 3, 6, 7]
+    ppo.run(PPOConfig(iterations=7, kl_limit=1e-6, **shared), prompts)
+    assert 1 < len(steps()) < 7
+    assert "rm" not in artifacts.read(tmp_path / "ppo").parents  # no reward names it
+
+
+def length(prompts, responses, rows):
+    """A reward for the test above."""
+    return [float(len(response)) for response in responses]
