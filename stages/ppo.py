@@ -19,8 +19,9 @@ from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.errors import UserError
 from pipeline.models import merged, set_threads
 from pipeline.ppo.build import build_ppo
+from pipeline.ppo.measures import Clock
 from pipeline.ppo.rollout import PromptStream, Query
-from pipeline.ppo.trainer import PPO, Clock
+from pipeline.ppo.trainer import PPO
 from pipeline.ppo.watch import Watch
 from pipeline.progress import say, track
 from pipeline.run import StageRun, given

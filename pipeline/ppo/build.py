@@ -16,6 +16,7 @@ from pipeline.models import (
     load_tokenizer,
     reward_from_policy,
 )
+from pipeline.ppo.ptx import Ptx
 from pipeline.ppo.rewards import (
     Score,
     ensemble,
@@ -28,7 +29,7 @@ from pipeline.ppo.rewards import (
     weighted_sum,
 )
 from pipeline.ppo.rollout import generator
-from pipeline.ppo.trainer import PPO, Ptx
+from pipeline.ppo.trainer import PPO
 from pipeline.schema import PPOConfig, Reward
 
 

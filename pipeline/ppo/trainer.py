@@ -6,10 +6,7 @@ Source of the recipe: arXiv 2203.02155 (InstructGPT) appendix C.4 and openai/lm-
 
 import contextlib
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -21,37 +18,21 @@ from pipeline.data.forms import Prompt
 from pipeline.data.template import encode_prompt
 from pipeline.generation import left_pad, sample, stop_ids
 from pipeline.models import adapter_off, response_logits
-from pipeline.ppo import gates, maths
+from pipeline.ppo import gates, maths, measures
 from pipeline.ppo.ema import Ema
 from pipeline.ppo.networks import PolicyAndValue
+from pipeline.ppo.ptx import Ptx, PtxBatch
 from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore
 from pipeline.ppo.rollout import Query, Rollout, generator, prompt_text
 from pipeline.schema import PPOConfig
-
-Ptx = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(optimizer step, examples) -> right-padded ids and their mask, both (n, L)."""
-
-
-@dataclass
-class PtxBatch:
-    """Pretraining text that goes with the episodes of a minibatch."""
-
-    ids: Tensor  # (n, L)
-    mask: Tensor  # (n, L)
-    tokens: Tensor  # predicted tokens in it, over all processes and micro-batches
-    ratio: int  # examples per episode
-
-    def rows(self, episodes: slice) -> "PtxBatch":
-        """The examples that go with these episodes."""
-        mine = slice(episodes.start * self.ratio, episodes.stop * self.ratio)
-        return replace(self, ids=self.ids[mine], mask=self.mask[mine])
 
 
 class PPO:
     """Proximal policy optimisation of a causal language model against a score.
 
     policy, value: see `PolicyAndValue`; reference: a frozen causal model, or None when the policy
-    has LoRA adapters (it is then its own reference with them off). `ptx` draws pretraining text. Deterministic given torch's seed, thread count and config.
+    has LoRA adapters (it is then its own reference with them off); `ptx` draws pretraining text.
+    Deterministic given torch's seed, thread count and config.
     """
 
     def __init__(
@@ -229,7 +210,10 @@ class PPO:
         advantages, returns = maths.gae(
             rewards, rollout.values, rollout.response_mask, config.gamma, config.lam
         )
-        metrics = self._rollout_metrics(rollout, scores, advantages, returns)
+        metrics: dict[str, float] = measures.of_rollout(
+            rollout, scores, advantages, returns, config, self.kl_coef, self._all_sum
+        )
+        metrics["episode"] = (self.iteration + 1) * config.batch_size
         if config.whiten_advantages:
             advantages = maths.masked_whiten(
                 advantages, rollout.response_mask, all_sum=self._all_sum
@@ -242,7 +226,9 @@ class PPO:
                 totals[name] = totals[name] + value
             if config.kl_stop and step["approxkl"] / step["tokens"] > config.kl_stop:
                 break
-        metrics.update(self._update_metrics(totals))
+        metrics |= measures.of_update({name: total.item() for name, total in totals.items()})
+        metrics["eps"] = self.optimizer_steps / self.total_steps
+        metrics["lr"] = float(self.schedule.get_last_lr()[0])
         self.iteration += 1
         if config.kl_target:
             self.kl_coef = maths.adapted_kl_coef(
@@ -372,76 +358,6 @@ class PPO:
             },
         )
 
-    # --- what is measured -----------------------------------------------------------------------
-
-    def _rollout_metrics(
-        self, rollout: Rollout, scores: Tensor, advantages: Tensor, returns: Tensor
-    ) -> dict[str, float]:
-        """Objective and batch statistics, over all processes, before any step."""
-        mask, all_sum = rollout.response_mask, self._all_sum
-        episodes = all_sum(torch.tensor(float(len(rollout)), device=self.device))
-        lengths = mask.sum(dim=1).float()
-
-        def mean(x: Tensor) -> float:
-            return (all_sum(x.double().sum()) / episodes).item()
-
-        dense = 0.0 if rollout.token_scores is None else rollout.token_scores.sum(dim=1)
-
-        kl = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, self.config.kl_estimator)
-        penalty = maths.kl_estimate(
-            rollout.old_logprobs, rollout.ref_logprobs, self.config.kl_penalty
-        )
-        non_score = -self.kl_coef * torch.where(mask, penalty, 0.0).sum(dim=1)
-        mean_advantage = maths.masked_mean(advantages, mask, all_sum)
-        spread = maths.masked_mean((advantages - mean_advantage).square(), mask, all_sum).sqrt()
-        explained = maths.explained_variance(rollout.values, returns, mask, all_sum)
-        return {
-            "episode": (self.iteration + 1) * self.config.batch_size,
-            "objective/kl": mean(torch.where(mask, kl, 0.0).sum(dim=1)),
-            "objective/scores": mean(rollout.scores + dense),
-            "objective/rlhf_reward": mean(scores + dense + non_score),
-            "objective/non_score_reward": mean(non_score),
-            "objective/entropy": mean(torch.where(mask, -rollout.old_logprobs, 0.0).sum(dim=1)),
-            "objective/kl_coef": self.kl_coef,
-            "objective/score_length_corr": self._correlation(rollout.scores, lengths, episodes),
-            "response/length": mean(lengths),
-            "response/truncated": mean(~rollout.ended),
-            "val/num_eos_tokens": all_sum(rollout.ended.sum()).item(),
-            "val/explained_variance": explained.item(),
-            "val/advantage_mean": mean_advantage.item(),
-            "val/advantage_std": spread.item(),
-        }
-
-    def _correlation(self, x: Tensor, y: Tensor, episodes: Tensor) -> float:
-        """Pearson's r over the global batch; 0 when either does not vary."""
-        x = x - self._all_sum(x.sum()) / episodes
-        y = y - self._all_sum(y.sum()) / episodes
-        xy, xx, yy = self._all_sum(torch.stack([x * y, x * x, y * y]).sum(dim=1)).tolist()
-        return xy / math.sqrt(xx * yy) if xx * yy > 0 else 0.0
-
-    def _update_metrics(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Means over the real tokens of all minibatches; gradient norms are means over steps."""
-        tokens, steps = totals["tokens"].item(), totals["steps"].item()
-        total = {name: value.item() for name, value in totals.items()}
-        ratio = total["ratio"] / tokens
-        metrics = {
-            "loss/policy_avg": total["policy_loss"] / tokens,
-            "loss/value_avg": total["value_loss"] / tokens,
-            "policy/approxkl_avg": total["approxkl"] / tokens,
-            "policy/clipfrac_avg": total["policy_clipped"] / tokens,
-            "policy/entropy_avg": total["entropy"] / tokens,
-            "policy/grad_norm": total["policy/grad_norm"] / steps,
-            "value/grad_norm": total["value/grad_norm"] / steps,
-            "val/clipfrac_avg": total["value_clipped"] / tokens,
-            "val/ratio": ratio,
-            "val/ratio_var": total["ratio_squared"] / tokens - ratio**2,
-            "eps": self.optimizer_steps / self.total_steps,
-            "lr": float(self.schedule.get_last_lr()[0]),
-        }
-        if total["ptx_tokens"]:
-            metrics["loss/ptx_avg"] = -total["ptx_likelihood"] / total["ptx_tokens"]
-        return metrics
-
     # --- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
@@ -496,16 +412,3 @@ class PPO:
         if self.config.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         return 1.0
-
-
-class Clock:
-    """Seconds by phase of one iteration."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[f"time/{phase}"] = time.perf_counter() - start
