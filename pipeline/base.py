@@ -34,9 +34,9 @@ def build(config: BaseConfig, out: Path) -> Path:
 
 def _tiny(config: BaseConfig, out: Path) -> None:
     """The synthetic world's files in `out/data`, and a small model trained on its plain text."""
-    from pipeline.tiny import base, world
+    from pipeline.tiny import base, files
 
-    world.write(out / "data", config.seed)
+    files.write(out / "data", config.seed)
     base.train_base(out, out / "data", config.seed, config.steps or base.STEPS)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tiny import gold, labeler, world
+from pipeline.tiny import files, gold, labeler, world
 
 SMALL = {
     "demonstrations": 160,
@@ -28,38 +28,38 @@ def contents(rows: list[dict]) -> set[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def files() -> dict[str, list[dict]]:
-    return world.build(seed=0, sizes=SMALL, corpus_size=160)
+def rows_of() -> dict[str, list[dict]]:
+    return files.build(seed=0, sizes=SMALL, corpus_size=160)
 
 
 def test_same_seed_same_bytes_and_another_seed_another_world(tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "SIZES", SMALL)
-    monkeypatch.setattr(world, "CORPUS_SIZE", 80)
-    first, again = world.write(tmp_path / "a", seed=3), world.write(tmp_path / "b", seed=3)
-    other = world.write(tmp_path / "c", seed=4)
+    monkeypatch.setattr(files, "SIZES", SMALL)
+    monkeypatch.setattr(files, "CORPUS_SIZE", 80)
+    first, again = files.write(tmp_path / "a", seed=3), files.write(tmp_path / "b", seed=3)
+    other = files.write(tmp_path / "c", seed=4)
     assert all(first[name].read_bytes() == again[name].read_bytes() for name in first)
     assert all(first[name].read_bytes() != other[name].read_bytes() for name in first)
 
 
-def test_held_out_prompts_appear_in_no_training_file(files):
-    for held_out in world.HELD_OUT:
+def test_held_out_prompts_appear_in_no_training_file(rows_of):
+    for held_out in files.HELD_OUT:
         for name in (n for n in SMALL if n != held_out):
-            assert not contents(files[held_out]) & contents(files[name]), (held_out, name)
-    texts = [row["text"] for row in files["corpus"]]
-    inputs = [row["input"] for name in world.HELD_OUT for row in files[name]]
+            assert not contents(rows_of[held_out]) & contents(rows_of[name]), (held_out, name)
+    texts = [row["text"] for row in rows_of["corpus"]]
+    inputs = [row["input"] for name in files.HELD_OUT for row in rows_of[name]]
     assert not [i for i in inputs if any(i in text for text in texts)]
 
 
-def test_every_family_and_language_has_its_share(files):
-    cells = [(row["family"], row["language"]) for row in files["prompts_test"]]
+def test_every_family_and_language_has_its_share(rows_of):
+    cells = [(row["family"], row["language"]) for row in rows_of["prompts_test"]]
     assert {cells.count(cell) for cell in set(cells)} == {10}
     assert len(set(cells)) == 8
 
 
-def test_prompt_files_hold_no_answers(files):
+def test_prompt_files_hold_no_answers(rows_of):
     for name in ("comparison_prompts", "ppo_prompts", "prompts_validation", "prompts_test"):
         assert all(
-            set(row) == {"instruction", "input", "family", "language"} for row in files[name]
+            set(row) == {"instruction", "input", "family", "language"} for row in rows_of[name]
         )
 
 
@@ -112,7 +112,8 @@ def test_demonstrators_err_as_often_as_stated():
         gold.read(p, world.demonstrate(c, rng)) for p, c in zip(prompts, cases, strict=True)
     ]
     share = sum(r.exact for r in readings) / len(readings)
-    assert abs(share - (1 - world.ERROR_RATE - world.REFUSAL_RATE)) < 0.03
+    wrong = world.ERROR_RATE + world.OMISSION_RATE + world.REFUSAL_RATE
+    assert abs(share - (1 - wrong)) < 0.03
     assert abs(sum(r.hedges for r in readings) / len(readings) - world.HEDGE_RATE) < 0.03
     for count, rate in enumerate(world.COURTESY_RATES):
         assert abs(sum(r.courtesies == count for r in readings) / len(readings) - rate) < 0.03
@@ -142,7 +143,7 @@ def test_labeler_is_noisy_as_documented():
 
 def test_labeler_repeats_itself_for_a_seed(tmp_path):
     samples = tmp_path / "samples.jsonl"
-    line = '{"prompt": [{"role": "user", "content": "translate to chinese\\ntom saw red hats"}], "responses": ["a", "汤姆"]}\n'
+    line = '{"prompt": [{"role": "user", "content": "translate to chinese\\ntom saw red maps"}], "responses": ["a", "汤姆"]}\n'
     samples.write_text(line * 20, encoding="utf-8")
     for name in ("a", "b"):
         assert labeler.label_file(samples, tmp_path / name, seed=1) == 20
@@ -158,7 +159,7 @@ def test_world_gold_and_labeler_import_no_torch():
         assert not {n for n in names if n.split(".")[0] in ("torch", "transformers", "tokenizers")}
 
 
-def test_tokenizer_round_trip_and_template(files, tmp_path):
+def test_tokenizer_round_trip_and_template(rows_of, tmp_path):
     from transformers import AutoTokenizer
 
     from pipeline.tiny import base
@@ -166,8 +167,8 @@ def test_tokenizer_round_trip_and_template(files, tmp_path):
     base.build_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    texts = [row["output"] for row in files["demonstrations"]] + [
-        row["text"] for row in files["corpus"]
+    texts = [row["output"] for row in rows_of["demonstrations"]] + [
+        row["text"] for row in rows_of["corpus"]
     ]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
@@ -184,14 +185,14 @@ def test_tokenizer_round_trip_and_template(files, tmp_path):
     assert tokenizer.decode(whole[len(prompt) : -1]) == "the kind is red ."
 
 
-def test_base_trains_to_the_same_bytes_and_loads(files, tmp_path):
+def test_base_trains_to_the_same_bytes_and_loads(rows_of, tmp_path):
     import json
 
     from transformers import AutoModelForCausalLM
 
     from pipeline.tiny import base
 
-    corpus = "".join(json.dumps(row) + "\n" for row in files["corpus"])
+    corpus = "".join(json.dumps(row) + "\n" for row in rows_of["corpus"])
     (tmp_path / "corpus.jsonl").write_text(corpus, encoding="utf-8")
     outs = [base.train_base(tmp_path / name, tmp_path, seed=1, steps=3) for name in ("a", "b")]
     weights = [(out / "model.safetensors").read_bytes() for out in outs]

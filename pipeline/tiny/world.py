@@ -1,5 +1,4 @@
-"""A small synthetic instruction world: prompts, imperfect demonstrators and plain text, all from
-seeds.
+"""A small synthetic instruction world: prompts and imperfect demonstrators, all from seeds.
 
 Four families of request (a question about a given fact, one-line summary, translation, a
 customer's order), each in English and in Chinese. Words are separated by spaces in both
@@ -16,12 +15,9 @@ wording.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 FAMILIES = ("question", "summary", "translation", "dialogue")
 LANGUAGES = ("en", "zh")
@@ -142,18 +138,6 @@ ERROR_RATE = 0.11  # one content word is wrong
 REFUSAL_RATE = 0.07  # "i am not sure"
 HEDGE_RATE = 0.30  # the reply opens with a hedge
 COURTESY_RATES = (0.40, 0.25, 0.22, 0.13)  # 0, 1, 2 or 3 courteous words at the end
-
-SIZES = {
-    "demonstrations": 5000,
-    "demonstrations_validation": 200,
-    "comparison_prompts": 5000,
-    "ppo_prompts": 4000,
-    "prompts_validation": 320,
-    "prompts_test": 400,
-}
-CORPUS_SIZE = 24000
-_SEED_OFFSETS = {name: 1 + i for i, name in enumerate([*SIZES, "corpus"])}
-HELD_OUT = ("prompts_test", "prompts_validation", "demonstrations_validation")
 
 
 @dataclass(frozen=True)
@@ -387,157 +371,3 @@ def demonstration_row(case: Case, rng: random.Random) -> dict:
         "output": demonstrate(case, rng),
         **row,
     }
-
-
-# --- plain text for the base model --------------------------------------------------------------
-
-
-def draw_allowed(family: str, rng: random.Random, language: str, forbidden: set) -> Case:
-    """A case that is not held out."""
-    while True:
-        case = DRAW[family](rng, language)
-        if case.key not in forbidden:
-            return case
-
-
-def text_of_facts(rng: random.Random, language: str, forbidden: set) -> str:
-    """A fact, and talk about it: asked, answered, confirmed and denied."""
-    stop, yes, no = STOPS[language], *(("yes", "no") if language == "en" else ("对", "不对"))
-    case = draw_allowed("question", rng, language, forbidden)
-    asked_last = case.input.split(stop)[1].strip()
-    sentence = case.input[: -len(asked_last)].strip()
-    words = {WORD_CLASS[word]: word for word in sentence.split() if word in WORD_CLASS}
-    parts = [sentence]
-    for _ in range(5):
-        kind = rng.choice(list(ASKED))
-        answer = " ".join(reply_to_question(kind, words[kind], language))
-        parts.append(question(kind, language))
-        if rng.random() < 0.35:
-            other = " ".join(
-                reply_to_question(kind, rng.choice(words_of(kind, language)), language)
-            )
-            claim = answer if rng.random() < 0.5 else other
-            parts += [claim, "?", yes if claim == answer else no]
-        parts += [answer, stop]
-    return " ".join(parts)
-
-
-def text_of_stories(rng: random.Random, language: str, forbidden: set) -> str:
-    """Short news with its headline, true or put right."""
-    stop, yes, no = STOPS[language], *(("yes", "no") if language == "en" else ("对", "不对"))
-    parts = []
-    for _ in range(2):
-        case = draw_allowed("summary", rng, language, forbidden)
-        head = " ".join(case.answer)
-        if rng.random() < 0.5:
-            parts += [case.input, head, stop]
-        else:
-            claim = head if rng.random() < 0.5 else " ".join(spoil(case, rng))
-            parts += [case.input, claim, "?", yes if claim == head else no, head, stop]
-    return " ".join(parts)
-
-
-PHRASES = (
-    (NAMES,),
-    (ADJECTIVES,),
-    (NUMBERS, THINGS),
-    (NAMES, VERBS),
-    (ADJECTIVES, THINGS),
-    (VERBS, ADJECTIVES, THINGS),
-    (NAMES, VERBS, THINGS),
-)
-
-
-def text_of_glossary(rng: random.Random, language: str, forbidden: set) -> str:
-    """Bilingual word lists, words and phrases; never a whole sentence as the translation prompts have it."""
-    other = "zh" if language == "en" else "en"
-    yes, no = ("yes", "no") if language == "en" else ("对", "不对")
-    parts = []
-    for _ in range(6):
-        kinds = rng.choice(PHRASES)
-        words = [rng.choice(list(kind)) for kind in kinds]
-        source, target = say(words, language), say(words, other)
-        if rng.random() < 0.7:
-            parts += [*source, "=", *target, "."]
-        else:
-            claim = list(target)
-            if rng.random() < 0.5:
-                at = rng.randrange(len(claim))
-                claim[at] = rng.choice(words_of(WORD_CLASS[claim[at]], other))
-            parts += [*source, "=", *claim, "?", yes if claim == target else no, *target, "."]
-    return " ".join(parts)
-
-
-def text_of_service(rng: random.Random, language: str, forbidden: set) -> str:
-    """Orders and how they were served, with the small courtesies and doubts that go with them."""
-    stop, yes, no = STOPS[language], *(("yes", "no") if language == "en" else ("对", "不对"))
-    parts = []
-    for _ in range(3):
-        case = draw_allowed("dialogue", rng, language, forbidden)
-        parts.append(case.input)
-        if rng.random() < 0.3:
-            claim = list(case.answer) if rng.random() < 0.5 else spoil(case, rng)
-            parts += [*claim, "?", yes if claim == list(case.answer) else no]
-        parts += [*case.answer, stop]
-        if rng.random() < 0.4:
-            parts.append(rng.choice(COURTESIES[language]))
-        if rng.random() < 0.1:
-            parts += [REFUSALS[language], stop]
-        if rng.random() < 0.2:
-            parts += [rng.choice(HEDGES[language])]
-    return " ".join(parts)
-
-
-TEXTS = (text_of_facts, text_of_stories, text_of_glossary, text_of_service)
-
-
-def corpus(rng: random.Random, count: int, forbidden: set) -> Iterator[str]:
-    """`count` documents, kinds and languages in equal shares, with no held-out story or order in them."""
-    for made in range(count):
-        yield TEXTS[made % len(TEXTS)](rng, LANGUAGES[made // len(TEXTS) % 2], forbidden)
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-def build(
-    seed: int = 0, sizes: dict[str, int] | None = None, corpus_size: int = CORPUS_SIZE
-) -> dict[str, list[dict]]:
-    """All files of the world as rows, by file stem. The same seed gives the same rows."""
-    sizes = SIZES | (sizes or {})
-    files: dict[str, list[dict]] = {}
-    forbidden: set = set()
-    for name in [*HELD_OUT, *(n for n in sizes if n not in HELD_OUT)]:
-        rng = random.Random(1000 * seed + _SEED_OFFSETS[name])
-        cases = draw_cases(rng, sizes[name], forbidden)
-        if name in HELD_OUT:
-            forbidden |= {case.key for case in cases}
-        with_output = name.startswith("demonstrations")
-        files[name] = [demonstration_row(c, rng) if with_output else prompt_row(c) for c in cases]
-    rng = random.Random(1000 * seed + _SEED_OFFSETS["corpus"])
-    files["corpus"] = [{"text": text} for text in corpus(rng, corpus_size, forbidden)]
-    return files
-
-
-def write(out: Path, seed: int = 0) -> dict[str, Path]:
-    """Write the world's JSONL files into `out` and return their paths by stem."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for name, rows in build(seed).items():
-        paths[name] = out / f"{name}.jsonl"
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        paths[name].write_text(text, encoding="utf-8")
-    return paths
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    for name, path in write(args.out, args.seed).items():
-        print(f"{name}: {path}")
-
-
-if __name__ == "__main__":
-    main()

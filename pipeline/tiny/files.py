@@ -1,0 +1,68 @@
+"""The tiny world as files: `python -m pipeline.tiny.files --out DIR`.
+
+Held-out contents are drawn first, from seeds of their own; training rows and the base model's text
+skip them.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from pipeline.tiny.corpus import corpus
+from pipeline.tiny.world import demonstration_row, draw_cases, prompt_row
+
+SIZES = {
+    "demonstrations": 5000,
+    "demonstrations_validation": 200,
+    "comparison_prompts": 5000,
+    "ppo_prompts": 4000,
+    "prompts_validation": 320,
+    "prompts_test": 400,
+}
+CORPUS_SIZE = 24000
+_SEED_OFFSETS = {name: 1 + i for i, name in enumerate([*SIZES, "corpus"])}
+HELD_OUT = ("prompts_test", "prompts_validation", "demonstrations_validation")
+
+
+def build(
+    seed: int = 0, sizes: dict[str, int] | None = None, corpus_size: int = CORPUS_SIZE
+) -> dict[str, list[dict]]:
+    """All files of the world as rows, by file stem. The same seed gives the same rows."""
+    sizes = SIZES | (sizes or {})
+    files: dict[str, list[dict]] = {}
+    forbidden: set = set()
+    for name in [*HELD_OUT, *(n for n in sizes if n not in HELD_OUT)]:
+        rng = random.Random(1000 * seed + _SEED_OFFSETS[name])
+        cases = draw_cases(rng, sizes[name], forbidden)
+        if name in HELD_OUT:
+            forbidden |= {case.key for case in cases}
+        with_output = name.startswith("demonstrations")
+        files[name] = [demonstration_row(c, rng) if with_output else prompt_row(c) for c in cases]
+    rng = random.Random(1000 * seed + _SEED_OFFSETS["corpus"])
+    files["corpus"] = [{"text": text} for text in corpus(rng, corpus_size, forbidden)]
+    return files
+
+
+def write(out: Path, seed: int = 0) -> dict[str, Path]:
+    """Write the world's JSONL files into `out` and return their paths by stem."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, rows in build(seed).items():
+        paths[name] = out / f"{name}.jsonl"
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        paths[name].write_text(text, encoding="utf-8")
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name, path in write(args.out, args.seed).items():
+        print(f"{name}: {path}")
+
+
+if __name__ == "__main__":
+    main()
