@@ -229,17 +229,22 @@ def response_logits(model: Model, ids: Tensor, attention_mask: Tensor, width: in
 
 
 def score_head(model: Model) -> nn.Linear:
-    """The linear layer of a sequence classifier that turns a hidden state into its score."""
+    """The linear layer of a decoder-only classifier that turns a hidden state into its score."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name in ("score", "classifier"):
-        head = getattr(inner, name, None)
-        head = getattr(head, "modules_to_save", {"default": head})["default"]  # peft's copy, if any
-        if isinstance(head, nn.Linear):
-            return head
+    if _scores_hidden_states(inner):
+        head = inner.score
+        return getattr(head, "modules_to_save", {"default": head})["default"]  # peft's copy, if any
     raise UserError(
         f"{type(inner).__name__}: no linear `score` head on its last hidden state; "
         "use a decoder-only sequence classifier (Llama, Qwen, GPT-2, GPT-NeoX, ...)"
     )
+
+
+def _scores_hidden_states(model: Model) -> bool:
+    """Whether the score is a linear function of one token's last hidden state, as in decoders."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = getattr(inner, "score", None)
+    return isinstance(getattr(head, "modules_to_save", {"default": head})["default"], nn.Linear)
 
 
 def token_scores(model: Model, ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -258,11 +263,12 @@ def _positions(model: Model, attention_mask: Tensor) -> dict[str, Tensor]:
 
 
 def score_sequences(
-    model: nn.Module, sequences: list[list[int]], pad_token_id: int, batch_size: int = 64
+    model: Model, sequences: list[list[int]], pad_token_id: int, batch_size: int = 64
 ) -> list[float]:
     """Score of each sequence (prompt ids + response ids), read at its last token.
 
     The last token is known from the carried length, not from `ids != pad`, so pad == eos is safe.
+    A classifier that pools otherwise (an encoder such as DeBERTa) scores the sequence its own way.
     """
     device = next(model.parameters()).device
     scores: list[float] = []
@@ -272,7 +278,11 @@ def score_sequences(
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         with torch.no_grad():
-            every = token_scores(model, ids.to(device), mask.to(device))
-        last = (lengths - 1).to(device)
-        scores += every[torch.arange(len(rows), device=device), last].tolist()
+            if _scores_hidden_states(model):
+                every = token_scores(model, ids.to(device), mask.to(device))
+                last = (lengths - 1).to(device)
+                scores += every[torch.arange(len(rows), device=device), last].tolist()
+            else:
+                logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+                scores += logits[:, 0].tolist()
     return scores

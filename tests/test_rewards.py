@@ -447,3 +447,35 @@ def test_what_each_kind_may_have():
     assert Reward(url="http://localhost", timeout=2.0, retries=0).retries == 0
     assert Reward(function="a.b:c", per_token=True).per_token
     assert Reward(model="rm", aggregate="mean").members() == ["rm"]  # a default may be written out
+
+
+def test_a_reward_model_from_elsewhere_scores_as_transformers_does(tmp_path):
+    """A decoder without a pad token of its own, and an encoder that pools: both as they ship."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from pipeline.ppo.build import _Terms
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertForSequenceClassification(
+        BertConfig(vocab_size=29, intermediate_size=16, num_labels=1, **sizes)
+    ).eval()
+    for name, model in {"llama": tiny_models.reward(1), "bert": bert}.items():
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        other = tiny_models.tokenizer(pad_is_eos=True)
+        other.add_tokens(["another"])  # so that it is another tokenizer, larger than the embedding
+        other.save_pretrained(folder)
+        terms = _Terms(None, tiny_models.tokenizer(), torch.device("cpu"), 8)
+        episodes = rewards.Episodes(
+            sequences=[[0], [0]],
+            prompts=["w1", "w2 w3"],
+            responses=["w4 w5", "w6"],
+            rows=[{}, {}],
+            messages=[[{"role": "user", "content": text}] for text in ("w1", "w2 w3")],
+        )
+        got = terms.build(Reward(model=str(folder)))(episodes)
+        for text, score in zip(("w1 <bot> w4 w5 <end>", "w2 w3 <bot> w6 <end>"), got, strict=True):
+            ids = other(f"<user> {text}", return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                assert model(input_ids=ids).logits[0, 0].item() == pytest.approx(score, abs=1e-5)

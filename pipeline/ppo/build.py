@@ -11,6 +11,7 @@ from pipeline.data.forms import load_texts
 from pipeline.data.template import tokenizer_hash
 from pipeline.models import (
     add_lora,
+    fit_tokenizer,
     load_policy,
     load_reward,
     load_tokenizer,
@@ -93,6 +94,7 @@ class _Terms:
         assert path is not None, "the stage makes `rm` a parent when a reward names it"
         model = load_reward(path).requires_grad_(False).to(self.device)
         own = load_tokenizer(path)
+        fit_tokenizer(model, own)
         if tokenizer_hash(own) == tokenizer_hash(self.tokenizer):
             return model_reward(model, int(own.pad_token_id), self.batch_size)  # type: ignore[arg-type]
         return text_model_reward(model, own, self.batch_size)
