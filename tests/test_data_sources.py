@@ -70,7 +70,7 @@ def test_a_malformed_line_is_named(tmp_path, line, reason):
     first, *_, last = message.splitlines()
     assert first.startswith(f"{tmp_path}/a.jsonl:3: ")
     assert reason in first
-    assert last.endswith("1 problem in 4 rows")
+    assert "1 problem in 4 rows; mend them" in last and "bad_rows" in last
 
 
 def test_a_line_over_the_limit_is_named_and_the_next_one_read(tmp_path):
@@ -87,7 +87,9 @@ def test_twenty_problems_are_shown_in_order_and_all_are_counted(tmp_path):
         load_demonstrations, write_lines(tmp_path / "a.jsonl", *bad, GOOD)
     ).splitlines()
     assert [int(line.split(":")[1]) for line in message[:20]] == list(range(1, 21))
-    assert message[20:] == ["... and 13 more", f"{tmp_path}/a.jsonl: 33 problems in 34 rows"]
+    assert message[20] == "... and 13 more"
+    assert message[21].startswith(f"{tmp_path}/a.jsonl: 33 problems in 34 rows; mend them")
+    assert len(message) == 22
 
 
 def test_keys_shared_by_many_rows_are_no_strays(tmp_path):
@@ -324,3 +326,12 @@ def test_importing_the_data_room_is_cheap():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_share_of_bad_rows_may_be_allowed_and_is_counted(tmp_path):
+    data = write_lines(tmp_path / "a.jsonl", *[GOOD] * 9, b"{")
+    notes: list[str] = []
+    kept = load_demonstrations(data.model_copy(update={"bad_rows": 0.1}), notes)
+    assert len(kept) == 9 and "1 bad rows dropped" in notes[0]
+    strict = data.model_copy(update={"bad_rows": 0.05})
+    assert "1 problem in 10 rows" in failure(load_demonstrations, strict)
