@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, overload
@@ -102,6 +103,7 @@ class StageRun:
             self._directories,
             main=self.main,
         )
+        self._started = time.monotonic()
         return self
 
     def __exit__(
@@ -129,7 +131,11 @@ class StageRun:
         tokenizer_hash: str = "",
         template_hash: str = "",
     ) -> Path:
-        """Publish `output` as `RUN/STAGE` with the records, and remove the working directory."""
+        """Publish `output` as `RUN/STAGE` with the records, and remove the working directory.
+
+        Adds `minutes` to the headline metrics: what this process took, without its imports; of a
+        stage that went on after an interruption, the last part.
+        """
         if not self.main:
             return self.final
         for name in _RECORDS:
@@ -144,7 +150,7 @@ class StageRun:
             template_hash=template_hash,
             parents=self._links(),
             seed=self.config.seed,
-            metrics=metrics,
+            metrics={**metrics, "minutes": round((time.monotonic() - self._started) / 60, 2)},
         )
         artifacts.publish(self.output, self.final, manifest)
         self.tracker.finish(self.final, artifacts.read_manifest(self.final))

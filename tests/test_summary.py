@@ -160,3 +160,11 @@ def test_null_values_and_a_line_cut_short_are_left_out(tmp_path):
     assert record.values(curve, "a") == [(1, 2.0), (3, 4.0)]
     assert record.ends(curve, "a") == (2.0, 3.0)
     assert record.ends(curve, "b") is None
+
+
+def test_the_summary_says_how_long_each_stage_took(run):
+    path = run / "sft" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["metrics"]["minutes"] = 1.26
+    path.write_text(json.dumps(manifest))
+    assert f"{run / 'sft'} (1.3 min)" in printed(run).replace("\n", "")

@@ -133,7 +133,11 @@ def _graded(record: Record, before: str, after: str) -> list[Line]:
 
 def places(record: Record) -> list[tuple[str, str]]:
     """Where the artifacts, the evaluation and the report lie."""
-    found = [(name, str(stage.path)) for name, stage in record.stages.items() if name != "base"]
+    found = [
+        (name, f"{stage.path}{_took(stage.metrics.get('minutes'))}")
+        for name, stage in record.stages.items()
+        if name != "base"
+    ]
     if record.result:
         judge = record.result["config"].get("judge") or "none"
         text = f"{record.run / 'eval'} ({record.result['split']}, {record.result['prompts']} prompts, judge: {judge})"
@@ -141,6 +145,10 @@ def places(record: Record) -> list[tuple[str, str]]:
     if (record.run / "report.html").is_file():
         found.append(("report", str(record.run / "report.html")))
     return found
+
+
+def _took(minutes: object) -> str:
+    return f" ({minutes:.1f} min)" if isinstance(minutes, int | float) else ""
 
 
 def next_step(record: Record) -> str:
