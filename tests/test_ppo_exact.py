@@ -159,6 +159,24 @@ def test_an_update_equals_the_reference_whatever_the_padding_and_micro_batch(lef
     assert_same(ppo.networks.value, value)
 
 
+def test_entropy_is_over_real_tokens_alone():
+    """Logits on padding are finite, so only a mask keeps them out of the mean and of the bonus."""
+    total, count = 0.0, 0
+    model = tiny_models.policy(0, torch.float64)
+    for query, response in zip(QUERIES, RESPONSES, strict=True):
+        logits = model(torch.tensor([query + response])).logits[0] / 0.7
+        p = torch.softmax(logits[len(query) - 1 : -1], dim=-1)
+        total -= (p * p.log()).sum().item()
+        count += len(response)
+    weights = []
+    for right in (0, 5):
+        ppo = make(entropy_coef=0.3)
+        metrics = ppo.update(recorded(ppo, extra_right=right))
+        assert metrics["policy/entropy_avg"] == pytest.approx(total / count, rel=1e-6)
+        weights.append(ppo.networks.policy)
+    assert_same(*weights)
+
+
 def test_two_epochs_equal_the_reference_with_clipping_at_work():
     ppo = make(ppo_epochs=2)
     metrics = ppo.update(recorded(ppo))
