@@ -62,12 +62,19 @@ class Tracker:
             self._mirror.samples(step, rows)
 
     def truncate(self, step: int) -> None:
-        """Forget what was logged after `step`, and a line cut short: a resumed run logs it again."""
+        """Forget what was recorded after the state of `step` was saved, and a line cut short.
+
+        A resumed run records it again. Samples and validation of `step` itself come after the save.
+        """
         if not self.main:
             return
         for path in (self.metrics_path, self.samples_path):
             if path.exists():
-                kept = [row for row in read_rows(path) if row["step"] <= step]
+                kept = [
+                    row
+                    for row in read_rows(path)
+                    if row["step"] < step or (row["step"] == step and _comes_before_the_save(row))
+                ]
                 write_atomically(path, "".join(_line(row) for row in kept))
 
     def finish(self, artifact: Path | None = None, manifest: Manifest | None = None) -> None:
@@ -86,6 +93,11 @@ class Tracker:
             if plain(value) is None and value is not None and name not in self._warned:
                 self._warned.add(name)
                 say(f"{self.stage}: step {step}: {name} is {value}, written as null")
+
+
+def _comes_before_the_save(row: dict[str, Any]) -> bool:
+    is_sample = "response" in row
+    return not is_sample and not any(name.startswith("validation/") for name in row)
 
 
 def read_rows(path: Path) -> Iterable[dict[str, Any]]:

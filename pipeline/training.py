@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from pipeline import checkpoint, models
 from pipeline.errors import UserError
@@ -98,6 +98,8 @@ class Recorder(TrainerCallback):
             self.bar.advance(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if "train_runtime" in (logs or {}):
+            return  # the summary at the end, which a run that goes on after its last save has not
         if self.bar and logs and "loss" in logs:
             self.bar.advance(0, loss=logs["loss"])
         named = {new: logs[old] for old, new in self.names.items() if old in (logs or {})}
@@ -132,9 +134,14 @@ def train(
         if before:
             recorder.tracker.log(0, before)
         trainer.train()
-    else:
-        recorder.tracker.truncate(checkpoint.step_of(newest))
+        return
+    step = checkpoint.step_of(newest)
+    recorder.tracker.truncate(step)
+    if step < trainer.args.max_steps:
         trainer.train(resume_from_checkpoint=str(newest))
+    else:  # cut off after the last save: transformers would train one step too many
+        trainer._load_from_checkpoint(str(newest))
+        trainer.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
 
 
 def peak_memory_mb() -> float:

@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig as TRLConfig
@@ -143,7 +144,9 @@ def _samples(policy, tokenizer: PreTrainedTokenizerBase, items: list[Demonstrati
     """Responses to a few held-out prompts."""
     contexts = [item.messages[:-1] for item in items[:8]]
     prompts = [encode_prompt(tokenizer, context) for context in contexts]
-    responses = generate(policy, tokenizer, prompts, max_new_tokens=64)
+    with torch.random.fork_rng():  # the same samples, wherever the generator stands
+        torch.manual_seed(0)
+        responses = generate(policy, tokenizer, prompts, max_new_tokens=64)
     return [
         {"prompt": c[-1]["content"], "response": r.text, "score": None, "ended": r.ended}
         for c, r in zip(contexts, responses, strict=True)

@@ -7,6 +7,7 @@ import pytest
 
 import tiny_models
 from pipeline.files import sha256
+from pipeline.run import StageRun
 from pipeline.schema import PPOConfig, RMConfig, SFTConfig
 from pipeline.tracking import Tracker
 from stages import ppo, rm, sft
@@ -84,6 +85,28 @@ def test_a_run_cut_off_in_every_stage_equals_one_that_was_not(tmp_path, monkeypa
         assert weights
         for path in weights:
             assert sha256(broken / path) == sha256(straight / path), path
+
+
+@pytest.mark.slow
+def test_a_run_cut_off_after_its_last_save_does_not_train_on(tmp_path, monkeypatch):
+    model = base(tmp_path / "base")
+    for _, call in stages_of(tmp_path / "straight", model):
+        call()
+    for name, call in stages_of(tmp_path / "broken", model):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                StageRun, "publish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                call()
+        call()
+        straight, broken = tmp_path / "straight" / name, tmp_path / "broken" / name
+        assert records(broken) == records(straight)
+        for record in ("samples.jsonl",):
+            if (straight / record).exists():
+                assert (broken / record).read_text() == (straight / record).read_text()
+        for path in straight.rglob("*.safetensors"):
+            assert sha256(broken / path.relative_to(straight)) == sha256(path), path
 
 
 @pytest.mark.slow
