@@ -1,14 +1,16 @@
-"""Sampling responses with transformers' own `generate`, token in and token out."""
+"""Sampling responses, token in and token out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from pipeline.decoding import decoder, survivors
 from pipeline.errors import UserError
-from pipeline.models import Model
-from pipeline.ppo.maths import response_lengths
+from pipeline.packing import Model
+from pipeline.ppo.maths import logprobs_of, scaled
 
 
 @dataclass
@@ -20,17 +22,52 @@ class Response:
     ended: bool
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, stop_tokens: list[str]) -> list[int]:
-    """EOS and the configured stop tokens as ids; a stop string must be one token."""
-    ids = [tokenizer.eos_token_id]
-    for token in stop_tokens:
-        encoded = tokenizer.encode(token, add_special_tokens=False)
-        if len(encoded) != 1:
-            raise UserError(
-                f"stop_tokens: {token!r} is {len(encoded)} tokens of this tokenizer, not 1"
-            )
-        ids += encoded
-    return list(dict.fromkeys(ids))
+@dataclass
+class Sampled:
+    """B sampled responses of at most T tokens."""
+
+    responses: Tensor  # (B, T) ids, padding after the end
+    lengths: Tensor  # (B,) real tokens, the stop token included
+    ended: Tensor  # (B,) bool, by a stop token or a stop string
+    logprobs: Tensor  # (B, T) log pi of the tokens as they were drawn, 0 on padding
+
+
+@dataclass
+class Stop:
+    """What ends a response: token ids, and strings of several tokens."""
+
+    ids: list[int]
+    strings: list[str]
+    tokenizer: PreTrainedTokenizerBase
+
+    def hits(self, responses: Tensor) -> Tensor:
+        """Which of B responses (B, t) their newest token ends; (B,) bool.
+
+        A string may be spelled by other tokens than its own, so the text of the last tokens is looked
+        at: as many as the string has bytes, since a token has at least one.
+        """
+        newest = responses[:, -1]
+        hit = torch.isin(newest, torch.tensor(self.ids, device=newest.device))
+        for string in self.strings:
+            tails = responses[:, -len(string.encode()) - 1 :].tolist()
+            found = [string in self.tokenizer.decode(tail) for tail in tails]
+            hit = hit | torch.tensor(found, device=newest.device)
+        return hit
+
+
+def stops(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str] = ()) -> Stop:
+    """EOS and the configured stop tokens: one token each, or strings looked for in the text."""
+    ids: list[int] = [tokenizer.eos_token_id]  # type: ignore[list-item]
+    strings = []
+    for string in stop_tokens:
+        encoded = tokenizer.encode(string, add_special_tokens=False)
+        if not encoded or tokenizer.unk_token_id in encoded:
+            raise UserError(f"stop_tokens: this tokenizer cannot spell {string!r}")
+        if len(encoded) == 1:
+            ids += encoded
+        else:
+            strings.append(string)
+    return Stop(list(dict.fromkeys(ids)), strings, tokenizer)
 
 
 def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -49,33 +86,64 @@ def sample(
     *,
     max_new_tokens: int,
     temperature: float,
-    stop: list[int],
+    stop: Stop,
     pad_id: int,
+    uniforms: Tensor | None = None,
     greedy: bool = False,
-) -> Tensor:
-    """Responses (B, T) of ids to left-padded queries (B, Q); after a stop token comes padding.
+    lengths: Tensor | None = None,
+) -> Sampled:
+    """Responses to left-padded queries (B, Q).
 
     Plain sampling from softmax(logits / temperature): no top-k, no top-p, no penalties (trl#6789).
-    Draws from torch's global generator and never seeds it.
+    Token t of row b is drawn at `uniforms[b, t]` (B, T), so that no response depends on which others
+    share its batch; without them they come from torch's global generator, never seeded here.
+    `lengths` (B,) forces how long the responses are, to time equal work: EOS comes then, not before.
     """
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        temperature=None if greedy else temperature,
-        top_k=None if greedy else 0,
-        top_p=None if greedy else 1.0,
-        eos_token_id=stop,
-        pad_token_id=pad_id,
-    )
-    # generate() fills unset fields from the model's own config, so that one must be bare too
-    kept, model.generation_config = model.generation_config, config
-    try:
-        full = model.generate(
-            input_ids=queries, attention_mask=query_mask.long(), generation_config=config
-        )
-    finally:
-        model.generation_config = kept
-    return full[:, queries.shape[1] :]
+    count, width, device = len(queries), max_new_tokens, queries.device
+    uniforms = (torch.rand(count, width) if uniforms is None else uniforms).to(device)
+    responses = queries.new_full((count, width), pad_id)
+    logprobs = torch.zeros(count, width, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    real = torch.zeros(count, dtype=torch.long, device=device)  # tokens of each response
+    rows = torch.arange(count, device=device)  # those that go on
+    decode = decoder(model, queries, query_mask, width)
+    logits = decode.start()
+    for t in range(width):
+        logits = scaled(logits, temperature)
+        tokens = logits.argmax(dim=-1) if greedy else drawn(logits, uniforms[rows, t])
+        if lengths is not None:
+            tokens = _forced(logits, uniforms[rows, t], lengths[rows] == t + 1, stop.ids)
+        responses[rows, t], real[rows] = tokens, t + 1
+        logprobs[rows, t] = logprobs_of(logits, tokens, 1.0).to(logprobs.dtype)
+        hit = stop.hits(responses[rows, : t + 1])
+        ended[rows[hit]] = True
+        if t + 1 == width or bool(hit.all()):
+            break
+        if bool(hit.any()):
+            order = survivors(hit)
+            decode.keep(order)
+            rows, tokens = rows[order], tokens[order]
+        logits = decode.step(tokens)
+    return Sampled(responses[:, : t + 1], real, ended, logprobs[:, : t + 1])
+
+
+def drawn(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids (B,) from softmax(logits) (B, V): the first at which the distribution function exceeds u.
+
+    Several times faster than `torch.multinomial` on large vocabularies, and a function of `uniforms`
+    (B,) in [0, 1) alone. A token of probability 0 is never drawn.
+    """
+    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total
+    target = torch.minimum(uniforms.to(total.dtype)[:, None] * total, below)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def _forced(logits: Tensor, uniforms: Tensor, last: Tensor, stop: list[int]) -> Tensor:
+    """Tokens that end the rows that are `last` (B,) bool, and no other."""
+    going_on = logits.index_fill(1, torch.tensor(stop, device=logits.device), -torch.inf)
+    return torch.where(last, stop[0], drawn(going_on, uniforms))
 
 
 def generate(
@@ -91,12 +159,12 @@ def generate(
 ) -> list[Response]:
     """One response to each tokenised prompt, in the order of the prompts."""
     device = next(model.parameters()).device
-    stop = stop_ids(tokenizer, list(stop_tokens))
+    stop = stops(tokenizer, stop_tokens)
     pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     out: list[Response] = []
     for start in range(0, len(prompts), batch_size):
         queries, mask = left_pad(prompts[start : start + batch_size], pad_id)
-        responses = sample(
+        sampled = sample(
             model,
             queries.to(device),
             mask.to(device),
@@ -105,12 +173,14 @@ def generate(
             stop=stop,
             pad_id=pad_id,
             greedy=greedy,
-        ).cpu()
-        lengths, ended = response_lengths(responses, stop)
-        for row, length, end in zip(
-            responses.tolist(), lengths.tolist(), ended.tolist(), strict=True
-        ):
-            ids = row[:length]
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            out.append(Response(ids, text, end))
+        )
+        rows = zip(
+            sampled.responses.tolist(),
+            sampled.lengths.tolist(),
+            sampled.ended.tolist(),
+            strict=True,
+        )
+        for row, length, ended in rows:
+            text = tokenizer.decode(row[:length], skip_special_tokens=True)
+            out.append(Response(row[:length], text, ended))
     return out

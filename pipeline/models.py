@@ -9,7 +9,6 @@ import contextlib
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from pipeline.adapters import AdapterScorer
 from pipeline.data.template import prepare_tokenizer
 from pipeline.errors import UserError
-from pipeline.ppo.maths import position_ids
-from pipeline.schema import Lora
-
-Model = Any
-"""A transformers model, bare or in peft's wrapper; `nn.Module` declares none of what we call."""
+from pipeline.packing import Model, inner, pack, pack_if_possible, packs, trunk
+from pipeline.ppo.maths import logprobs_and_entropy, position_ids
 
 # --- the process ---------------------------------------------------------------------------------
 
@@ -100,7 +98,7 @@ def load_policy(
     )
     if tokenizer is not None:
         fit_tokenizer(model, tokenizer)
-    return disable_dropout(model)
+    return _ready(model)
 
 
 def load_reward(path: str | Path) -> PreTrainedModel:
@@ -110,7 +108,7 @@ def load_reward(path: str | Path) -> PreTrainedModel:
         raise UserError(
             f"{path}: a reward model has num_labels 1, this has {model.config.num_labels}"
         )
-    return disable_dropout(model)
+    return _ready(model)
 
 
 def reward_from_policy(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -123,7 +121,13 @@ def reward_from_policy(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
     head = score_head(model)
     nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     model.config.reward_bias = 0.0
-    return disable_dropout(model)
+    return _ready(model)
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    disable_dropout(model)
+    pack_if_possible(model)
+    return model
 
 
 def AutoConfig_of(path: str | Path):
@@ -171,95 +175,127 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-# --- adapters -----------------------------------------------------------------------------------
-
-
-def add_lora(model: PreTrainedModel, lora: Lora | None, task: str) -> Model:
-    """Wrap in a peft LoRA model (`task` CAUSAL_LM or SEQ_CLS), or return the model as it is.
-
-    A sequence classifier's head trains in full beside its adapters.
-    """
-    if lora is None:
-        return model
-    from peft import LoraConfig, get_peft_model  # slow to import, and only LoRA runs need it
-
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        exclude_modules=["score"] if task == "SEQ_CLS" else None,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
-        task_type=task,
-    )
-    return get_peft_model(model, config)
-
-
-def merged(model: Model) -> Model:
-    """A plain transformers model: adapters folded into the weights they adapt."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-
-
-@contextlib.contextmanager
-def adapter_off(model: Model) -> Iterator[None]:
-    """Within, a LoRA policy is its own reference."""
-    with model.disable_adapter():
-        yield
-
-
 # --- forward passes -----------------------------------------------------------------------------
+#
+# Batches come padded, (B, W) ids and their mask, with real tokens of a row side by side. Models that
+# can be packed (see `pipeline.packing`) see the real tokens alone.
 
 
 def accepts(model: Model, argument: str) -> bool:
     """Whether the model's forward takes an argument (peft wrappers are looked through)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(inner.forward).parameters
+    return argument in inspect.signature(inner(model).forward).parameters
 
 
-def response_logits(model: Model, ids: Tensor, attention_mask: Tensor, width: int) -> Tensor:
-    """Logits that *predict* the last `width` tokens: ids (B, L) -> (B, width, V).
+def predicting(mask: Tensor, width: int) -> Tensor:
+    """Where the real ones of the last `width` tokens are predicted: (B, W) -> (B, W) bool.
 
-    The logits at position t predict token t + 1, so they are read at [-width-1 : -1].
+    The output at position t predicts token t + 1.
     """
-    kwargs: dict[str, Any] = _positions(model, attention_mask)
+    where = torch.zeros_like(mask, dtype=torch.bool)
+    where[:, -width - 1 : -1] = mask[:, -width:].bool()
+    return where
+
+
+def logits_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
+    """Logits (n, V) at the n positions of `where` (B, W), row by row."""
+    return _output_at(model, ids, mask, where)[0]
+
+
+def logits_and_hidden_at(
+    model: Model, ids: Tensor, mask: Tensor, where: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) and the last hidden states (n, d) they come from."""
+    logits, out = _output_at(model, ids, mask, where, output_hidden_states=True)
+    hidden = out.hidden_states[-1]
+    return logits, hidden[0, where[mask.bool()]] if packs(model) else hidden[where]
+
+
+def _output_at(
+    model: Model, ids: Tensor, mask: Tensor, where: Tensor, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """Logits (n, V) at the positions of `where` (B, W), and the model's whole output."""
+    if packs(model):
+        packed = pack(ids, mask)
+        out = model(**packed.inputs(), logits_to_keep=packed.index[where], **kwargs)
+        return out.logits[0], out
+    first = int(where.any(dim=0).int().argmax())  # before it no logits are needed
     if accepts(model, "logits_to_keep"):
-        kwargs["logits_to_keep"] = width + 1
-    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **kwargs).logits
-    return logits[:, -width - 1 : -1]
+        kwargs["logits_to_keep"] = where.shape[1] - first
+    kwargs |= _positions(model, mask)
+    out = model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
+    return out.logits[:, first - where.shape[1] :][where[:, first:]], out
+
+
+def hidden_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
+    """Last hidden states (n, d) at the n positions of `where` (B, W), row by row."""
+    body = trunk(model)
+    if packs(model):
+        packed = pack(ids, mask)
+        return body(**packed.inputs()).last_hidden_state[0, packed.index[where]]
+    out = body(input_ids=ids, attention_mask=mask, use_cache=False, **_positions(body, mask))
+    return out.last_hidden_state[where]
+
+
+def response_logprobs(
+    model: Model, ids: Tensor, mask: Tensor, width: int, temperature: float
+) -> Tensor:
+    """log pi of the last `width` tokens at a temperature; (B, W) -> (B, width), 0 on padding."""
+    logits = logits_at(model, ids, mask, predicting(mask, width))
+    real = mask[:, -width:].bool()
+    tokens = ids[:, -width:][real]
+    return spread(logprobs_and_entropy(logits, tokens, temperature, False)[0], real)
+
+
+def spread(flat: Tensor, real: Tensor) -> Tensor:
+    """(n,) numbers onto the n true places of `real` (B, T), row by row; 0 elsewhere."""
+    return flat.new_zeros(real.shape).masked_scatter(real, flat)
 
 
 def score_head(model: Model) -> nn.Linear:
     """The linear layer of a decoder-only classifier that turns a hidden state into its score."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if _scores_hidden_states(inner):
-        head = inner.score
+    bare = _scorer(model)
+    if _scores_hidden_states(model):
+        head = bare.score
         return getattr(head, "modules_to_save", {"default": head})["default"]  # peft's copy, if any
     raise UserError(
-        f"{type(inner).__name__}: no linear `score` head on its last hidden state; "
+        f"{type(bare).__name__}: no linear `score` head on its last hidden state; "
         "use a decoder-only sequence classifier (Llama, Qwen, GPT-2, GPT-NeoX, ...)"
     )
 
 
+def _scorer(model: Model) -> Model:
+    return model if isinstance(model, AdapterScorer) else inner(model)
+
+
 def _scores_hidden_states(model: Model) -> bool:
     """Whether the score is a linear function of one token's last hidden state, as in decoders."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = getattr(inner, "score", None)
+    head = getattr(_scorer(model), "score", None)
     return isinstance(getattr(head, "modules_to_save", {"default": head})["default"], nn.Linear)
 
 
-def token_scores(model: Model, ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """A sequence classifier's head at *every* token, less its stored bias; (B, L) -> (B, L)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trunk = getattr(inner, inner.base_model_prefix)
-    kwargs = _positions(trunk, attention_mask)
-    hidden = trunk(input_ids=ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-    scores = score_head(model)(hidden.last_hidden_state).squeeze(-1)
+def scores_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
+    """A sequence classifier's head, less its stored bias, at the n positions of `where`; (n,)."""
+    shared = isinstance(model, AdapterScorer)
+    with model.active() if shared else contextlib.nullcontext():
+        hidden = hidden_at(model, ids, mask, where)
+    scores = score_head(model)(hidden).squeeze(-1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return scores - getattr(inner.config, "reward_bias", 0.0)
+    return scores - (model.reward_bias if shared else reward_bias(inner(model).config))
 
 
-def _positions(model: Model, attention_mask: Tensor) -> dict[str, Tensor]:
-    return {"position_ids": position_ids(attention_mask)} if accepts(model, "position_ids") else {}
+def reward_bias(config: PreTrainedConfig) -> float:
+    """What is taken off a reward model's scores, so that demonstrations average 0."""
+    return getattr(config, "reward_bias", 0.0)
+
+
+def last_real(mask: Tensor) -> Tensor:
+    """(B, W) -> (B, W) bool, True on the last real token of each row."""
+    after = nn.functional.pad(mask[:, 1:].bool(), (0, 1))
+    return mask.bool() & ~after
+
+
+def _positions(model: Model, mask: Tensor) -> dict[str, Tensor]:
+    return {"position_ids": position_ids(mask)} if accepts(model, "position_ids") else {}
 
 
 def score_sequences(
@@ -279,9 +315,8 @@ def score_sequences(
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         with torch.no_grad():
             if _scores_hidden_states(model):
-                every = token_scores(model, ids.to(device), mask.to(device))
-                last = (lengths - 1).to(device)
-                scores += every[torch.arange(len(rows), device=device), last].tolist()
+                ids, mask = ids.to(device), mask.to(device)
+                scores += scores_at(model, ids, mask, last_real(mask)).tolist()
             else:
                 logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
                 scores += logits[:, 0].tolist()

@@ -51,6 +51,9 @@ class Wandb(Section):
     """auto = online when a key is configured, else offline."""
     project: str = "rlhf-pipeline"
     entity: str | None = None
+    upload: bool = False
+    """Also send what is published: weights, and the rows a stage keeps beside them. Else numbers, config,
+    the responses to a few fixed prompts, and hashes alone leave this machine."""
 
 
 class StageConfig(Section):
@@ -136,6 +139,9 @@ class SFTConfig(StageConfig, Optimisation):
     """Longest prompt + response in tokens; longer examples are dropped and counted."""
     packing: bool = False
     """Several examples per row without padding; needs an attention that keeps them apart."""
+    sample_tokens: Positive = 64
+    """Longest response to the held-out prompts that are answered at the end; `eos_share` and `format`
+    say how many ended within so many tokens. Take PPO's max_new_tokens."""
 
 
 class Sampling(Section):
@@ -231,10 +237,52 @@ class Reward(Section):
         return self.models or ([] if self.model is None else [self.model])
 
 
+class GateBars(Section):
+    """What the SFT and the reward model must have reached before PPO begins (`pipeline.ppo.preflight`).
+
+    All are compared with the headline metrics in the manifests of these stages.
+    """
+
+    eos_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least share of the SFT model's responses that end by EOS within `sft.sample_tokens`."""
+    format: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least share that end so, are not empty and hold no token or role marker of the template."""
+    rm_margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The reward model's held-out accuracy must exceed "the longer one wins" by more than this."""
+    rm_pairs: Positive = 200
+    """The same for each K that has at least so many held-out pairs; fewer say nothing."""
+    padding_gap: Annotated[float, Field(gt=0)] = 1e-2
+    """Most that a score may change with the padding beside it."""
+    demonstration_mean: Annotated[float, Field(gt=0)] = 0.1
+    """Most that the demonstrations' mean score may be away from 0."""
+    best_of_n: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The response it likes best of several must beat more of the others than any one does, by more than this."""
+
+
+class AlarmLimits(Section):
+    """Beyond these PPO raises an alarm (`pipeline.ppo.alarms`); none of them stops a run."""
+
+    kl: Annotated[float, Field(gt=0)] = 40.0
+    """`objective/kl` above so many nats per response; `kl_limit` is what stops a run."""
+    entropy: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """`policy/entropy_avg` below this share of the first iteration's."""
+    length: Annotated[float, Field(gt=1)] = 2.0
+    """`response/length` so many times the first iteration's, or that many times shorter."""
+    score_length_corr: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """`objective/score_length_corr` beyond this, either way (arXiv 2310.03716)."""
+    repeated_ngrams: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """`response/repeated_ngrams` above this."""
+    explained_variance: Annotated[float, Field(lt=1)] = 0.0
+    """`val/explained_variance` below this: worse than a constant."""
+    value_warmup: Annotated[int, Field(ge=0)] = 5
+    """First iterations in which the value network, fresh from the reward model, may be so."""
+
+
 class PPOConfig(StageConfig):
     """Stage 3: PPO against the reward. Names and values follow arXiv 2203.02155, appendix C.4."""
 
     stage: ClassVar[str] = "ppo"
+    cosmetic: ClassVar[set[str]] = StageConfig.cosmetic | {"gates", "gate_bars", "alarms"}
 
     log_every: Positive = 1
     """Iterations between lines of metrics.jsonl; the first and the last always have one."""
@@ -301,7 +349,12 @@ class PPOConfig(StageConfig):
     missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
     """Subtracted from the score, or its negative put in the score's place."""
     stop_tokens: list[str] = []
-    """Strings, each one token of the tokenizer, that end a response besides EOS."""
+    """What ends a response besides EOS: tokens, or strings of several that are looked for in its text."""
+    old_logprobs: Literal["sampler", "recompute"] | None = None
+    """Where the ratio's denominator comes from: kept while sampling, or a forward pass like the
+    update's; none = sampler in fp32, where they agree, recompute in bf16, where they do not quite."""
+    sampler_correction: Annotated[float, Field(ge=1)] | None = None
+    """Weigh tokens by old policy / sampler, at most this (truncated importance sampling); with recompute."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
     """Subtracted from the score per response token."""
 
@@ -334,10 +387,20 @@ class PPOConfig(StageConfig):
     """Adapters on the policy; the reference is the policy with adapters off."""
     value_lora: Lora | None = None
     """Adapters on the separate value network."""
+    shared_base: bool = False
+    """One base in memory: policy, reward model and value network are adapters on it, the reference has
+    none. Needs `lora`, and a reward model that was trained with lora from the same SFT model; the value
+    adapter starts as the reward model's."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Also publish an exponential moving average of the policy (InstructGPT: 0.992), in `RUN/ppo/ema`."""
 
     # what is watched
+    gates: Literal["refuse", "warn", "off"] = "refuse"
+    """What happens when the SFT or the reward model is below a bar: PPO refuses, or says so and begins."""
+    gate_bars: GateBars = GateBars()
+    """The bars: eos_share, format, rm_margin, rm_pairs, padding_gap, demonstration_mean, best_of_n."""
+    alarms: AlarmLimits = AlarmLimits()
+    """Beyond these an iteration is marked `alarm/NAME` 1 in the record, and the first time it is said."""
     sample_prompts: Data | None = None
     """Fixed prompts whose responses are shown side by side; none = the first of `prompts`."""
     sample_every: Positive = 10
@@ -352,8 +415,19 @@ class PPOConfig(StageConfig):
             )
         if (self.ptx_coef > 0) != (self.ptx_data is not None):
             problems.append("ptx_coef > 0 and ptx_data go together")
+        recompute = self.old_logprobs or ("sampler" if self.precision == "fp32" else "recompute")
+        if self.sampler_correction is not None and recompute != "recompute":
+            problems.append("sampler_correction needs old_logprobs: recompute")
         if self.value == "shared" and self.value_lora is not None:
             problems.append("value_lora needs value: separate")
+        if self.shared_base:
+            wrong = {
+                "lora": self.lora is None,
+                "value: separate": self.value != "separate",
+                "no value_lora": self.value_lora is not None,
+                "no gradient_checkpointing": self.gradient_checkpointing,
+            }
+            problems += [f"shared_base needs {need}" for need, lacking in wrong.items() if lacking]
         if any(lora is not None and lora.dropout for lora in (self.lora, self.value_lora)):
             problems.append("lora.dropout must be 0: PPO's logprobs need dropout off")
         if problems:

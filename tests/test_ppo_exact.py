@@ -34,6 +34,7 @@ CONFIG = {
     "lam": 0.9,
     "max_new_tokens": 5,
     "max_grad_norm": 0.5,
+    "old_logprobs": "recompute",
 }
 
 
@@ -64,6 +65,7 @@ def recorded(ppo: PPO, extra_left: int = 0, extra_right: int = 0, pad: int = 0) 
         response_mask=torch.arange(t)[None] < lengths[:, None],
         ended=torch.tensor([x[-1] == EOS for x in RESPONSES]),
         scores=torch.tensor(SCORES),
+        sampler_logprobs=torch.zeros(4, t, dtype=torch.float64),
         old_logprobs=torch.zeros(4, t),
         ref_logprobs=torch.zeros(4, t),
         values=torch.zeros(4, t),

@@ -33,19 +33,6 @@ seeds = st.integers(0, 10_000)
 # --- lengths and masks ---------------------------------------------------------------------------
 
 
-def test_the_first_stop_token_ends_a_response_even_when_pad_is_eos():
-    eos = 9
-    responses = torch.tensor([[1, 9, 9, 9], [9, 9, 9, 9], [1, 2, 3, 4], [1, 2, 3, 9]])
-    lengths, ended = maths.response_lengths(responses, [eos])
-    assert lengths.tolist() == [2, 1, 4, 4]
-    assert ended.tolist() == [T, T, F, T]
-
-
-def test_any_configured_stop_token_ends_a_response():
-    lengths, ended = maths.response_lengths(torch.tensor([[5, 7, 9], [5, 5, 5]]), [9, 7])
-    assert lengths.tolist() == [2, 3] and ended.tolist() == [T, F]
-
-
 def test_mask_is_true_on_real_tokens_only():
     assert maths.mask_from_lengths(torch.tensor([0, 1, 3]), 3).tolist() == [
         [F, F, F],
@@ -126,6 +113,27 @@ def test_entropy_of_a_fair_and_of_a_loaded_coin():
     fair, loaded = maths.entropy_of(logits, 1.0)[0].tolist()
     assert fair == pytest.approx(math.log(2), abs=1e-6)
     assert loaded == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1), abs=1e-6)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 3, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_walk_over_the_logits_gives_logprobs_gradient_and_entropy(
+    rows_at_a_time, dtype, monkeypatch
+):
+    monkeypatch.setattr(maths._TokenLogprobs, "FLOATS", 11 * rows_at_a_time)
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(7, 11)).to(dtype)
+    ids, weights = torch.randint(11, (7,)), torch.randn(7)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    got = []
+    for entropy_grad in (False, True):  # True = the two plain formulas
+        x = logits.clone().requires_grad_()
+        logprobs, entropies = maths.logprobs_and_entropy(x, ids, 0.7, entropy_grad)
+        assert entropies.requires_grad == entropy_grad
+        (logprobs * weights).sum().backward()
+        got.append((logprobs.detach(), entropies.detach(), x.grad))
+    for ours, plain in zip(*got, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
 
 
 def test_kl_estimators_average_to_the_true_kl_and_k3_has_the_right_sign():

@@ -164,9 +164,17 @@ def _sampled(ppo):
     return ppo.rollout([Query(ids) for ids in QUERIES]).response_ids()
 
 
-def test_a_stop_string_of_two_tokens_is_refused():
-    with pytest.raises(UserError, match="2 tokens"):
-        make(stop_tokens=["w3 w4"])
+def test_stop_strings_of_several_tokens_end_responses_too():
+    ppo = make(stop_tokens=["w3 w4"], max_new_tokens=16, temperature=5.0)
+    ppo.iteration = 1  # the reference differs from the policy on purpose
+    texts, ended = [], []
+    for _ in range(60):
+        rollout = ppo.rollout([Query(ids) for ids in QUERIES])
+        texts += [ppo.tokenizer.decode(ids) for ids in rollout.response_ids()]
+        ended += rollout.ended.tolist()
+    stopped = [text for text, end in zip(texts, ended, strict=True) if end]
+    assert any(text.endswith("w3 w4") for text in stopped)
+    assert all("w3 w4" not in text.removesuffix("w3 w4") for text in texts)
 
 
 def test_ema_follows_the_policy_at_its_rate():
@@ -253,7 +261,7 @@ def test_a_shared_trunk_learns_with_a_value_head_of_its_own():
 
 
 def test_a_lora_policy_is_its_own_reference():
-    from pipeline.models import add_lora
+    from pipeline.adapters import add_lora
     from pipeline.schema import Lora
 
     base = tiny_models.policy(0)
@@ -326,15 +334,18 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step():
 
 
 def test_a_mask_that_hides_the_eos_is_caught():
-    responses = torch.tensor([[5, EOS, 0]])
-    with pytest.raises(gates.InvariantError, match="mask"):
-        gates.mask_is_prefix(
-            torch.tensor([[True, False, False]]), responses, torch.tensor([True]), [EOS]
-        )
-    with pytest.raises(gates.InvariantError, match="mask"):
-        gates.mask_is_prefix(
-            torch.tensor([[False, True, False]]), responses, torch.tensor([True]), [EOS]
-        )
+    responses, ended = torch.tensor([[5, EOS, 0]]), torch.tensor([True])
+    right = torch.tensor([[True, True, False]])
+    gates.mask_is_prefix(right, responses, ended, [EOS])
+    for mask, says in (([True, False, False], "ended"), ([False, True, False], "mask")):
+        with pytest.raises(gates.InvariantError, match=says):
+            gates.mask_is_prefix(torch.tensor([mask]), responses, ended, [EOS])
+    with pytest.raises(gates.InvariantError, match="mask"):  # goes on after its EOS
+        gates.mask_is_prefix(torch.ones(1, 3, dtype=torch.bool), responses, ended, [EOS])
+    with pytest.raises(gates.InvariantError, match="ended"):
+        gates.mask_is_prefix(right, responses, ~ended, [EOS], strings=True)
+    going_on = torch.tensor([[True, False, False]])  # ended by a string, without a stop token
+    gates.mask_is_prefix(going_on, responses, ended, [EOS], strings=True)
 
 
 # --- prompts and state ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Random models of a few thousand parameters and a word-level tokenizer, for tests in seconds."""
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -8,8 +9,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from pipeline.adapters import add_lora
+from pipeline.schema import Lora
 
 WORDS = [f"w{i}" for i in range(24)]
 TEMPLATE = (
@@ -68,3 +73,51 @@ def gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     sizes = {"vocab_size": 29, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
     return GPT2LMHeadModel(GPT2Config(**{**sizes, "eos_token_id": 4, "bos_token_id": 4, **changes}))
+
+
+CAUSAL = ["llama", "llama-gqa", "qwen2", "qwen3", "gpt2", "gpt-neox", "opt", "phi", "llama-lora"]
+"""Kinds of causal models whose batches can be packed."""
+
+PADDED = ["mistral-window", "gemma2", "bloom"]
+"""Kinds whose cannot."""
+
+
+def causal(kind: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of a kind, with dropout off."""
+    sizes = {
+        "vocab_size": 29,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.5,
+        "pad_token_id": 0,
+        "eos_token_id": 4,
+    }
+    wide = {"intermediate_size": 32, "num_key_value_heads": 1}
+    makes: dict[str, tuple[str, dict]] = {
+        "llama": ("Llama", {"intermediate_size": 32}),
+        "llama-gqa": ("Llama", wide),
+        "llama-lora": ("Llama", wide),
+        "qwen2": ("Qwen2", wide),
+        "qwen3": ("Qwen3", {**wide, "head_dim": 8}),
+        "gpt-neox": ("GPTNeoX", {"intermediate_size": 32}),
+        "opt": ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.0}),
+        "phi": ("Phi", {"intermediate_size": 32}),
+        "mistral-window": ("Mistral", {**wide, "sliding_window": 3}),
+        "gemma2": ("Gemma2", {**wide, "head_dim": 8}),
+        "bloom": ("Bloom", {"n_head": 2, "n_layer": 2}),
+    }
+    if kind == "gpt2":
+        quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        return gpt2(seed, initializer_range=0.5, **quiet).eval()
+    name, changes = makes[kind]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    if kind == "llama-lora":
+        model = add_lora(model, Lora(r=2), "CAUSAL_LM")
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.3)  # zero at first, which would hide it
+    return model

@@ -7,16 +7,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.adapters import add_lora, scorers_on
 from pipeline.data.forms import load_texts
 from pipeline.data.template import tokenizer_hash
 from pipeline.models import (
-    add_lora,
+    AutoConfig_of,
     fit_tokenizer,
     load_policy,
     load_reward,
     load_tokenizer,
+    reward_bias,
     reward_from_policy,
 )
+from pipeline.packing import Model
 from pipeline.ppo.ptx import Ptx
 from pipeline.ppo.rewards import (
     Score,
@@ -47,15 +50,19 @@ def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
         policy.gradient_checkpointing_enable()
         policy.enable_input_require_grads()
         policy.train()
+    terms = _Terms(rm, tokenizer, accelerator.device, config.rollout_batch_size or 64)
+    if config.shared_base:
+        value: Model = _on_shared_base(policy, config, rm, terms)
+    else:
+        value = _value(config, sft, rm, tokenizer)
     sequence_terms = [r for r in config.rewards if not r.per_token]
     token_terms = [r for r in config.rewards if r.per_token]
-    terms = _Terms(rm, tokenizer, accelerator.device, config.rollout_batch_size or 64)
     return PPO(
         config,
         tokenizer,
         policy=policy,
         reference=None if config.lora else load_policy(sft, tokenizer),
-        value=_value(config, sft, rm, tokenizer),
+        value=value,
         score=weighted_sum([(r.weight, terms.build(r)) for r in sequence_terms]),
         token_score=token_sum([(r.weight, token_function(r.function or "")) for r in token_terms]),
         ptx=_ptx(config, tokenizer, accelerator),
@@ -76,6 +83,10 @@ class _Terms:
         self.rm, self.tokenizer, self.device, self.batch_size = rm, tokenizer, device, batch_size
         self._models: dict[str, Score] = {}
 
+    def add(self, name: str, model: nn.Module) -> None:
+        """A reward model that is there already, with the policy's tokenizer."""
+        self._models[name] = self._score(model, self.tokenizer)
+
     def build(self, reward: Reward) -> Score:
         if reward.function is not None:
             return function_reward(reward.function, reward.timeout)
@@ -92,12 +103,25 @@ class _Terms:
     def _model(self, name: str) -> Score:
         path = self.rm if name == "rm" else name
         assert path is not None, "the stage makes `rm` a parent when a reward names it"
-        model = load_reward(path).requires_grad_(False).to(self.device)
-        own = load_tokenizer(path)
+        model, own = load_reward(path), load_tokenizer(path)
         fit_tokenizer(model, own)
+        return self._score(model.requires_grad_(False), own)
+
+    def _score(self, model: nn.Module, own: PreTrainedTokenizerBase) -> Score:
+        model.to(self.device)
         if tokenizer_hash(own) == tokenizer_hash(self.tokenizer):
             return model_reward(model, int(own.pad_token_id), self.batch_size)  # type: ignore[arg-type]
         return text_model_reward(model, own, self.batch_size)
+
+
+def _on_shared_base(policy: Model, config: PPOConfig, rm: Path | None, terms: _Terms) -> nn.Module:
+    """The value network, and the reward model if there is one, as adapters on the policy's base."""
+    assert config.lora is not None, "checked by the schema"
+    bias = 0.0 if rm is None else reward_bias(AutoConfig_of(rm))
+    reward, value = scorers_on(policy, rm, config.lora, bias)
+    if reward is not None:
+        terms.add("rm", reward)
+    return value
 
 
 def _value(

@@ -55,17 +55,19 @@ def starts_at_reference(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, to
 
 
 def mask_is_prefix(
-    response_mask: Tensor, responses: Tensor, ended: Tensor, stop: list[int]
+    response_mask: Tensor, responses: Tensor, ended: Tensor, stop: list[int], strings: bool = False
 ) -> None:
-    """Response masks are prefixes; a stop token stands last in a response that ended, else nowhere."""
+    """Response masks are prefixes; a stop token stands last in a response that ended, else nowhere.
+
+    With stop `strings` a response may end without one.
+    """
     lengths = response_mask.sum(dim=1)
     prefix = torch.arange(response_mask.shape[1], device=lengths.device)[None, :] < lengths[:, None]
-    stops = torch.isin(responses, torch.tensor(stop, device=responses.device)) & response_mask
-    last = responses.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
-    ends_right = torch.isin(last, torch.tensor(stop, device=last.device)) == ended
-    if not (bool((prefix == response_mask).all()) and bool((stops.sum(1) == ended).all())):
+    is_stop = torch.isin(responses, torch.tensor(stop, device=responses.device)) & response_mask
+    last = is_stop.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+    if not (bool((prefix == response_mask).all()) and bool((is_stop.sum(dim=1) == last).all())):
         raise InvariantError(
             "ppo: a response mask is not the prefix that ends at the first stop token"
         )
-    if not bool(ends_right.all()):
+    if bool((last & ~ended).any()) or (not strings and bool((ended & ~last).any())):
         raise InvariantError("ppo: `ended` disagrees with the last real token of a response")

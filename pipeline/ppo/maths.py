@@ -24,18 +24,6 @@ def one_process(x: Tensor) -> Tensor:
 # --- masks and lengths --------------------------------------------------------------------------
 
 
-def response_lengths(responses: Tensor, stop_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Real tokens of each response, its first stop token included, and whether it has one.
-
-    responses (B, T) of ids -> lengths (B,), ended (B,) bool. Looks for the *first* stop token, so a
-    tokenizer whose pad is its EOS loses nothing (trl#5303).
-    """
-    stops = torch.isin(responses, torch.tensor(stop_ids, device=responses.device))
-    ended = stops.any(dim=1)
-    lengths = torch.where(ended, stops.int().argmax(dim=1) + 1, responses.shape[1])
-    return lengths, ended
-
-
 def mask_from_lengths(lengths: Tensor, width: int) -> Tensor:
     """lengths (B,) -> (B, width) bool, True on the first lengths[b] positions of row b."""
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
@@ -78,17 +66,73 @@ def masked_whiten(
 
 
 def logprobs_of(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """log pi(ids) at a temperature, in float32 at least; logits (B, T, V), ids (B, T) -> (B, T)."""
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    chosen = scaled.gather(-1, ids[..., None]).squeeze(-1)
-    return chosen - scaled.logsumexp(dim=-1)
+    """log pi(ids) at a temperature, in float32 at least; logits (..., V), ids (...) -> (...)."""
+    flat = scaled(logits, temperature).flatten(end_dim=-2)
+    losses = torch.nn.functional.cross_entropy(flat, ids.flatten(), reduction="none")
+    return -losses.view(ids.shape)
+
+
+def logprobs_and_entropy(
+    logits: Tensor, ids: Tensor, temperature: float, entropy_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """log pi(ids) and the entropy of their distributions; logits (n, V), ids (n,) -> (n,) and (n,).
+
+    Without a gradient of the entropy both come from one walk over the logits, a few rows at a time,
+    and no other tensor of their size is kept: on large vocabularies that is what memory goes to.
+    """
+    if entropy_grad:
+        return logprobs_of(logits, ids, temperature), entropy_of(logits, temperature)
+    return _TokenLogprobs.apply(logits, ids, temperature)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities, with their gradient, and entropies, without."""
+
+    FLOATS = 2**19  # of logits at a time: what a core's cache holds
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        logprobs, entropies = torch.empty(2, len(logits), dtype=precise, device=logits.device)
+        for rows in _TokenLogprobs.slices(logits):
+            every = torch.log_softmax(scaled(logits[rows], temperature), dim=-1)
+            logprobs[rows] = every.gather(1, ids[rows, None]).squeeze(1)
+            entropies[rows] = -every.exp().mul_(every).sum(dim=-1)
+        chosen = scaled(logits.gather(1, ids[:, None]).squeeze(1), temperature)
+        ctx.save_for_backward(logits, ids, chosen - logprobs)  # the last: log of the partition sum
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
+        logits, ids, log_z = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        out = torch.empty_like(logits)
+        for rows in _TokenLogprobs.slices(logits):
+            part = scaled(logits[rows], ctx.temperature) - log_z[rows, None]
+            out[rows] = part.exp_().mul_(-grad[rows, None])
+        out.scatter_add_(1, ids[:, None], grad[:, None].to(out.dtype))
+        return out, None, None
+
+    @staticmethod
+    def slices(logits: Tensor) -> list[slice]:
+        """Rows to work on at a time."""
+        size = max(1, _TokenLogprobs.FLOATS // logits.shape[1])
+        return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def entropy_of(logits: Tensor, temperature: float) -> Tensor:
-    """Entropy in nats of each next-token distribution; (B, T, V) -> (B, T)."""
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    log_z = scaled.logsumexp(dim=-1)
-    return log_z - (torch.softmax(scaled, dim=-1) * scaled).sum(dim=-1)
+    """Entropy in nats of each next-token distribution; (..., V) -> (...)."""
+    logits = scaled(logits, temperature)
+    log_z = logits.logsumexp(dim=-1)
+    return log_z - (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits divided by a temperature, in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
@@ -165,15 +209,30 @@ def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) 
     return torch.where(response_mask, logprobs - old_logprobs, 0.0).exp()
 
 
+def importance_weights(
+    old_logprobs: Tensor, sampler_logprobs: Tensor, response_mask: Tensor, cap: float
+) -> Tensor:
+    """min(pi_old / pi_sampler, cap) per token, 1 on padding: truncated importance sampling (Ionides,
+    2008) of tokens that another precision, or another engine, has drawn; (B, T)."""
+    return policy_ratio(old_logprobs, sampler_logprobs, response_mask).clamp(max=cap)
+
+
 def clipped_policy_loss(
-    ratio: Tensor, advantages: Tensor, response_mask: Tensor, clip_range: float
+    ratio: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    clip_range: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pessimistic surrogate (arXiv 1707.06347 eq. 7) and the number of clipped tokens, both summed."""
+    """Pessimistic surrogate (arXiv 1707.06347 eq. 7) and the number of clipped tokens, both summed.
+
+    `weights` (B, T) multiply the tokens' losses."""
     advantages = torch.where(response_mask, advantages, 0.0)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    worse = torch.maximum(unclipped, clipped)
     return (
-        masked_sum(torch.maximum(unclipped, clipped), response_mask),
+        masked_sum(worse if weights is None else worse * weights, response_mask),
         masked_sum((clipped > unclipped).to(ratio.dtype), response_mask),
     )
 

@@ -48,6 +48,9 @@ def of_rollout(
         "objective/score_length_corr": correlation(rollout.scores, lengths, episodes, all_sum),
         "response/length": mean(lengths),
         "response/truncated": mean(~rollout.ended),
+        "response/repeated_ngrams": _share(
+            repeated_ngrams(rollout.response_ids()), mask.device, all_sum
+        ),
         "val/num_eos_tokens": all_sum(rollout.ended.sum()).item(),
         "val/explained_variance": maths.explained_variance(
             rollout.values, returns, mask, all_sum
@@ -55,6 +58,22 @@ def of_rollout(
         "val/advantage_mean": mean_advantage.item(),
         "val/advantage_std": spread.item(),
     }
+
+
+def repeated_ngrams(responses: list[list[int]], n: int = 4) -> tuple[int, int]:
+    """(n-grams that occurred before in the same response, all n-grams) of responses' real tokens."""
+    repeated = total = 0
+    for ids in responses:
+        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        repeated += len(grams) - len(set(grams))
+        total += len(grams)
+    return repeated, total
+
+
+def _share(counts: tuple[int, int], device: torch.device, all_sum: AllSum) -> float:
+    """(part, whole) as a share over all processes; 0 of nothing."""
+    part, whole = all_sum(torch.tensor(counts, device=device)).tolist()
+    return part / max(whole, 1)
 
 
 def correlation(x: Tensor, y: Tensor, episodes: Tensor, all_sum: AllSum) -> float:
@@ -80,6 +99,7 @@ def of_update(total: dict[str, float]) -> dict[str, float]:
         "val/clipfrac_avg": total["value_clipped"] / tokens,
         "val/ratio": ratio,
         "val/ratio_var": total["ratio_squared"] / tokens - ratio**2,
+        "val/sampler_mismatch": total["mismatch"] / total["mismatch_tokens"],
     }
     if total["ptx_tokens"]:
         metrics["loss/ptx_avg"] = -total["ptx_likelihood"] / total["ptx_tokens"]

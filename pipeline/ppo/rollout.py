@@ -31,6 +31,7 @@ class Rollout:
     response_mask: Tensor  # (B, T) bool
     ended: Tensor  # (B,) bool, a stop token was sampled
     scores: Tensor  # (B,) from the reward, before any rule
+    sampler_logprobs: Tensor  # (B, T) as the tokens were drawn, at the sampler's precision
     old_logprobs: Tensor  # (B, T) under the policy that sampled
     ref_logprobs: Tensor  # (B, T) under the frozen SFT model
     values: Tensor  # (B, T) at the positions that predict the tokens

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.adapters import adapter_off
 from pipeline.data.forms import Prompt
 from pipeline.data.template import encode_prompt
-from pipeline.generation import left_pad, sample, stop_ids
-from pipeline.models import adapter_off, response_logits
+from pipeline.generation import left_pad, sample, stops
+from pipeline.models import response_logprobs
+from pipeline.packing import pack_if_possible
 from pipeline.ppo import gates, maths, measures
 from pipeline.ppo.ema import Ema
 from pipeline.ppo.networks import PolicyAndValue
@@ -53,17 +55,22 @@ class PPO:
             mixed_precision="bf16" if config.precision == "bf16" else "no"
         )
         self.device = self.accelerator.device
-        self.stop = stop_ids(tokenizer, config.stop_tokens)
+        self.stop = stops(tokenizer, config.stop_tokens)
         self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
         self.reference = (
             None if reference is None else reference.requires_grad_(False).to(self.device)
         )
+        for model in (policy, reference, value):
+            if model is not None:
+                pack_if_possible(model)
         networks = PolicyAndValue(policy, value)
         groups = [
             {"params": networks.policy_parameters(), "lr": config.learning_rate},
             {"params": networks.value_parameters(), "lr": self._value_lr()},
         ]
-        optimizer = torch.optim.AdamW(groups, eps=config.adam_eps, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
+        )
         self.model, self.optimizer = self.accelerator.prepare(networks, optimizer)
         self.networks: PolicyAndValue = self.accelerator.unwrap_model(self.model)
         self.total_steps = config.iterations * config.ppo_epochs * config.minibatches
@@ -71,6 +78,8 @@ class PPO:
         self.ema = Ema(self.networks.policy_parameters(), config.ema_decay)
         self.iteration, self.optimizer_steps = 0, 0
         self.kl_coef, self.scale = config.kl_coef, RunningScale()
+        self.forced_lengths: Tensor | None = None
+        """(B,) lengths that all responses get, to time equal work."""
 
     def queries(self, prompts: list[Prompt] | list[str]) -> list[Query]:
         """Prompts, or plain user texts, tokenised as in every stage."""
@@ -92,29 +101,28 @@ class PPO:
 
     def rollout(self, queries: list[Query]) -> Rollout:
         """Sample one response to each query and record all that the update needs."""
-        ids, mask, responses = self._generate(queries)
-        lengths, ended = maths.response_lengths(responses, self.stop)
-        response_mask = maths.mask_from_lengths(lengths, responses.shape[1])
-        # after a stop token generate() pads; carried lengths decide, whatever the pad id is
-        responses = torch.where(response_mask, responses, self.pad_id)
-        gates.mask_is_prefix(response_mask, responses, ended, self.stop)
-        blank = torch.zeros(response_mask.shape, device=self.device)
-        rollout = Rollout(
-            ids, mask, responses, response_mask, ended, blank[:, 0], blank, blank, blank
+        rollout = self._generate(queries)
+        gates.mask_is_prefix(
+            rollout.response_mask,
+            rollout.responses,
+            rollout.ended,
+            self.stop.ids,
+            strings=bool(self.stop.strings),
         )
         self._score(rollout, queries)
         self._evaluate(rollout)
         if self.iteration == 0:
             gates.starts_at_reference(
-                rollout.old_logprobs, rollout.ref_logprobs, response_mask, self._tolerance
+                rollout.old_logprobs, rollout.ref_logprobs, rollout.response_mask, self._tolerance
             )
         return rollout
 
     @torch.no_grad()
-    def _generate(self, queries: list[Query]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, Q), their mask, and sampled responses (B, T), in rollout batches."""
+    def _generate(self, queries: list[Query]) -> Rollout:
+        """Sampled responses with the sampler's logprobs, in rollout batches; the rest is blank."""
         ids, mask = left_pad([query.ids for query in queries], self.pad_id)
         ids, mask = ids.to(self.device), mask.to(self.device)
+        uniforms = self._uniforms(len(queries))
         parts = []
         for rows in self._slices(len(ids), self.config.rollout_batch_size):
             with self.accelerator.autocast():
@@ -127,13 +135,41 @@ class PPO:
                         temperature=self.config.temperature,
                         stop=self.stop,
                         pad_id=self.pad_id,
+                        uniforms=uniforms[rows],
+                        lengths=None if self.forced_lengths is None else self.forced_lengths[rows],
                     )
                 )
-        width = max(part.shape[1] for part in parts)
-        padded = [
-            nn.functional.pad(part, (0, width - part.shape[1]), value=self.pad_id) for part in parts
-        ]
-        return ids, mask, torch.cat(padded)
+        width = max(part.responses.shape[1] for part in parts)
+
+        def joined(name: str, value: float) -> Tensor:
+            tensors = [getattr(part, name) for part in parts]
+            padded = [nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in tensors]
+            return torch.cat(padded)
+
+        lengths = torch.cat([part.lengths for part in parts])
+        blank = torch.zeros(len(ids), width, device=self.device)
+        return Rollout(
+            queries=ids,
+            query_mask=mask,
+            responses=joined("responses", self.pad_id),
+            response_mask=maths.mask_from_lengths(lengths, width),
+            ended=torch.cat([part.ended for part in parts]),
+            scores=blank[:, 0],
+            sampler_logprobs=joined("logprobs", 0.0),
+            old_logprobs=blank,
+            ref_logprobs=blank,
+            values=blank,
+        )
+
+    def _uniforms(self, episodes: int) -> Tensor:
+        """Random numbers (B, T) for this process's episodes.
+
+        Every process draws those of all and takes its share, so that neither their number nor the
+        rollout batches change a response.
+        """
+        processes, mine = self.accelerator.num_processes, self.accelerator.process_index
+        drawn = torch.rand(episodes * processes, self.config.max_new_tokens)
+        return drawn[mine * episodes : (mine + 1) * episodes]
 
     def _score(self, rollout: Rollout, queries: list[Query]) -> None:
         """Fill in scores, one per response, and token scores where a reward gives them."""
@@ -169,29 +205,34 @@ class PPO:
 
     @torch.no_grad()
     def _evaluate(self, rollout: Rollout) -> None:
-        """Fill in old and reference logprobs and values, by the forward pass the update uses."""
+        """Fill in reference logprobs, values, and old logprobs by the forward pass of the update,
+        or as the sampler gave them."""
         parts = defaultdict(list)
         ids, mask = rollout.inputs()
-        width = rollout.responses.shape[1]
-        for rows in self._slices(len(rollout), self.config.micro_batch_size):
+        width, temperature = rollout.responses.shape[1], self.config.temperature
+        for rows in self._slices(len(rollout), self._at_once(len(rollout))):
+            batch = ids[rows], mask[rows], width
             with self.accelerator.autocast():
-                logits, values, _ = self.networks(ids[rows], mask[rows], width)
-                ref_logits = self._reference_logits(ids[rows], mask[rows], width)
-            parts["old"].append(self._logprobs(logits, rollout.responses[rows]))
-            parts["ref"].append(self._logprobs(ref_logits, rollout.responses[rows]))
+                if self.recompute:
+                    old, _, values, _ = self.networks(*batch, temperature)
+                    parts["old"].append(old)
+                else:
+                    values = self.networks.values(*batch)
+                parts["ref"].append(self._reference_logprobs(*batch))
             parts["values"].append(values)
-        rollout.old_logprobs = torch.cat(parts["old"])
+        rollout.old_logprobs = (
+            torch.cat(parts["old"]) if self.recompute else rollout.sampler_logprobs
+        )
         rollout.ref_logprobs = torch.cat(parts["ref"])
         rollout.values = torch.cat(parts["values"])
 
-    def _reference_logits(self, ids: Tensor, mask: Tensor, width: int) -> Tensor:
+    def _reference_logprobs(self, ids: Tensor, mask: Tensor, width: int) -> Tensor:
         if self.reference is not None:
-            return response_logits(self.reference, ids, mask, width)
+            return response_logprobs(self.reference, ids, mask, width, self.config.temperature)
         with adapter_off(self.networks.policy):
-            return response_logits(self.networks.policy, ids, mask, width)
-
-    def _logprobs(self, logits: Tensor, responses: Tensor) -> Tensor:
-        return maths.logprobs_of(logits, responses, self.config.temperature)
+            return response_logprobs(
+                self.networks.policy, ids, mask, width, self.config.temperature
+            )
 
     # --- update: token rewards → advantages → minibatches → losses → step ----------------------
 
@@ -219,9 +260,9 @@ class PPO:
                 advantages, rollout.response_mask, all_sum=self._all_sum
             )
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for indices in self._minibatches(len(rollout)):
+        for number, indices in enumerate(self._minibatches(len(rollout))):
             minibatch = rollout.rows(indices)
-            step = self._step(minibatch, advantages[indices], returns[indices])
+            step = self._step(minibatch, advantages[indices], returns[indices], number == 0)
             for name, value in step.items():
                 totals[name] = totals[name] + value
             if config.kl_stop and step["approxkl"] / step["tokens"] > config.kl_stop:
@@ -262,8 +303,12 @@ class PPO:
             order = torch.randperm(episodes, generator=generator(*key)).to(self.device)
             yield from order[: size * self.config.minibatches].split(size)
 
-    def _step(self, minibatch: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
-        """One optimizer step over a minibatch in micro-batches; returns summed statistics."""
+    def _step(
+        self, minibatch: Rollout, advantages: Tensor, returns: Tensor, first: bool
+    ) -> dict[str, Tensor]:
+        """One optimizer step over a minibatch in micro-batches; returns summed statistics.
+
+        `first`: of this rollout, when the policy is still the one that sampled."""
         tokens = self._all_sum(minibatch.response_mask.sum()).clamp(min=1)
         ptx = self._ptx_batch(len(minibatch))
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
@@ -278,6 +323,7 @@ class PPO:
                     returns[rows],
                     tokens,
                     ptx and ptx.rows(rows),
+                    first,
                 )
                 # engines average gradients over processes; the loss is a share of the global mean
                 self.accelerator.backward(loss * self.accelerator.num_processes)
@@ -316,31 +362,36 @@ class PPO:
         returns: Tensor,
         tokens: Tensor,
         ptx: PtxBatch | None,
+        first: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the loss of a minibatch that has `tokens` real tokens."""
         config, mask = self.config, batch.response_mask
-        ids, attention_mask = batch.inputs()
-        text = None if ptx is None else (ptx.ids, ptx.mask)
         with self.accelerator.autocast():
-            logits, values, likelihood = self.model(ids, attention_mask, mask.shape[1], text)
-        logprobs = self._logprobs(logits, batch.responses)
-        if self.optimizer_steps % (config.ppo_epochs * config.minibatches) == 0:
+            logprobs, entropies, values, likelihood = self.model(
+                *batch.inputs(),
+                mask.shape[1],
+                config.temperature,
+                entropy_grad=config.entropy_coef > 0,
+                ptx=None if ptx is None else (ptx.ids, ptx.mask),
+            )
+        if first:
             gates.ratio_is_one(
                 logprobs.detach(), batch.old_logprobs, mask, self._tolerance, self.iteration
             )
         ratio = maths.policy_ratio(logprobs, batch.old_logprobs, mask)
         policy_loss, policy_clipped = maths.clipped_policy_loss(
-            ratio, advantages, mask, config.clip_range
+            ratio, advantages, mask, config.clip_range, self._sampler_weights(batch)
         )
         value_loss, value_clipped = maths.clipped_value_loss(
             values, batch.values, returns, mask, config.clip_range_value
         )
-        entropy = maths.masked_sum(maths.entropy_of(logits, config.temperature), mask)
+        entropy = maths.masked_sum(entropies, mask)
         loss = policy_loss + config.vf_coef * value_loss - config.entropy_coef * entropy
         loss = loss / tokens
         if ptx is not None:
             loss = loss - config.ptx_coef * likelihood / ptx.tokens
         log_ratio = torch.where(mask, logprobs - batch.old_logprobs, 0.0)
+        mismatch = torch.where(mask, logprobs.detach() - batch.sampler_logprobs, 0.0)
         return (
             loss,
             {
@@ -353,9 +404,22 @@ class PPO:
                 "value_clipped": value_clipped,
                 "ratio": maths.masked_sum(ratio, mask),
                 "ratio_squared": maths.masked_sum(ratio.square(), mask),
+                "mismatch": mismatch.abs().sum() * first,
+                "mismatch_tokens": mask.sum() * first,
                 "ptx_likelihood": likelihood,
                 "ptx_tokens": likelihood.new_zeros(()) if ptx is None else ptx.mask[:, 1:].sum(),
             },
+        )
+
+    def _sampler_weights(self, batch: Rollout) -> Tensor | None:
+        """Truncated importance weights of the tokens, old policy over sampler, if configured."""
+        if self.config.sampler_correction is None:
+            return None
+        return maths.importance_weights(
+            batch.old_logprobs,
+            batch.sampler_logprobs,
+            batch.response_mask,
+            self.config.sampler_correction,
         )
 
     # --- state ----------------------------------------------------------------------------------
@@ -363,7 +427,7 @@ class PPO:
     def state_dict(self) -> dict:
         """All that the next iteration depends on, beside the random generators."""
         return {
-            "networks": self.networks.state_dict(),
+            "networks": self.networks.trained(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ema": self.ema.shadow,
@@ -375,7 +439,7 @@ class PPO:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue exactly where `state_dict` was taken."""
-        self.networks.load_state_dict(state["networks"])
+        self.networks.load_state_dict(state["networks"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.ema.shadow = state["ema"]
@@ -393,6 +457,17 @@ class PPO:
     def _slices(count: int, size: int | None) -> list[slice]:
         size = size or count
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _at_once(self, episodes: int) -> int:
+        """Episodes per forward pass where no gradient is kept: no more than in the update."""
+        return self.config.micro_batch_size or max(1, episodes // self.config.minibatches)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether old logprobs come from a forward pass like the update's, not from the sampler."""
+        if self.config.old_logprobs is None:
+            return self.config.precision != "fp32"
+        return self.config.old_logprobs == "recompute"
 
     @property
     def _tolerance(self) -> float:

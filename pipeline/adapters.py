@@ -1,0 +1,171 @@
+"""Low-rank adapters (peft): one on a model of its own, or several on one shared base.
+
+On a shared base the policy, the reward model and the value network are adapters, and the reference is
+the base with none: four models for the memory of one. Which adapter works is a flag on its layers.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.packing import Model
+from pipeline.schema import Lora
+
+ADAPTER = "adapter"
+"""Folder of a reward model that was trained with LoRA: its adapter and head, not merged."""
+
+
+def add_lora(model: Model, lora: Lora | None, task: str) -> Model:
+    """Wrap in a peft LoRA model (`task` CAUSAL_LM or SEQ_CLS), or return the model as it is.
+
+    A sequence classifier's head trains in full beside its adapters.
+    """
+    if lora is None:
+        return model
+    from peft import get_peft_model  # slow to import, and only LoRA runs need it
+
+    return get_peft_model(model, _config(lora, task))
+
+
+def _config(lora: Lora, task: str):
+    """peft's config of an adapter."""
+    from peft import LoraConfig
+
+    head = ["score"] if task == "SEQ_CLS" else None
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        exclude_modules=head,
+        modules_to_save=head,
+        task_type=task,
+    )
+
+
+def merged(model: Model) -> Model:
+    """A plain transformers model: the policy's adapter folded into the weights it adapts."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+@contextlib.contextmanager
+def adapter_off(model: Model) -> Iterator[None]:
+    """Within, a model with adapters computes as its base does."""
+    # peft's own context would also freeze the adapters that are not active
+    with _flag(model, "_disable_adapters", True):
+        yield
+
+
+@contextlib.contextmanager
+def _using(model: Model, name: str) -> Iterator[None]:
+    """Within, the adapter `name` is the one that works."""
+    with _flag(model, "_active_adapter", [name]):
+        yield
+
+
+@contextlib.contextmanager
+def _flag(model: Model, name: str, value: object) -> Iterator[None]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [getattr(layer, name) for layer in layers]
+    for layer in layers:
+        setattr(layer, name, value)
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            setattr(layer, name, old)
+
+
+# --- a shared base --------------------------------------------------------------------------------
+
+
+class AdapterScorer(nn.Module):
+    """A scalar head on a base that others use too, through an adapter of its own.
+
+    `score` is the head, `reward_bias` what is taken off its output; `weights` are the adapter's.
+    """
+
+    def __init__(self, base: Model, adapter: str, score: nn.Linear, reward_bias: float):
+        super().__init__()
+        self.score, self.reward_bias, self.adapter = score, reward_bias, adapter
+        own = [p for name, p in base.named_parameters() if f".{adapter}." in name]
+        self.weights = nn.ParameterList(own)
+        self._base = (base,)  # in a tuple, so that the base counts as the policy's
+
+    def get_base_model(self) -> Model:
+        """The transformers model under the adapters."""
+        return self._base[0].get_base_model()
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the base computes with this scorer's adapter."""
+        return _using(self._base[0], self.adapter)
+
+
+def save_adapter(model: Model, folder: Path) -> None:
+    """Write the adapter and head of a reward model beside its merged weights."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form for a hub page
+
+
+def scorers_on(
+    policy: Model, rm: Path | None, value_lora: Lora, bias: float = 0.0
+) -> tuple[AdapterScorer | None, AdapterScorer]:
+    """The reward model, frozen, and the value network, trainable, as adapters on a LoRA policy.
+
+    The value network starts as a copy of the reward model; without one it starts at the base.
+    """
+    if rm is None:
+        _add(policy, "value", _config(value_lora, "CAUSAL_LM"))
+        width = policy.get_base_model().config.hidden_size
+        head = nn.Linear(width, 1, bias=False, dtype=policy.dtype)
+        nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1))
+        return None, AdapterScorer(policy, "value", head, 0.0)
+    config, weights, head_weight = _read_adapter(rm)
+    out = []
+    for name in ("reward", "value"):
+        _add(policy, name, config, weights)
+        head = nn.Linear(head_weight.shape[1], 1, bias=False)
+        head.weight.data = head_weight.clone()
+        out.append(AdapterScorer(policy, name, head, bias))
+    reward, value = out
+    reward.requires_grad_(False)
+    return reward, value
+
+
+def _add(policy: Model, name: str, config, weights: dict[str, Tensor] | None = None) -> None:
+    """Another trainable adapter; the others stay as trainable as they were."""
+    from peft import set_peft_model_state_dict
+
+    trainable = {key for key, p in policy.named_parameters() if p.requires_grad}
+    policy.add_adapter(name, config)
+    if weights is not None:
+        told = set_peft_model_state_dict(policy, weights, adapter_name=name)
+        if told.unexpected_keys:
+            raise UserError(f"the reward model's adapter does not fit: {told.unexpected_keys[:3]}")
+    for key, p in policy.named_parameters():
+        p.requires_grad_(key in trainable or f".{name}." in key)
+
+
+def _read_adapter(rm: Path):
+    """peft config, adapter weights, and head (1, d) that a reward stage with LoRA has published."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    folder = rm / ADAPTER
+    if not folder.is_dir():
+        raise UserError(
+            f"{rm}: shared_base needs a reward model trained with lora (it has no {ADAPTER}/); "
+            "set lora in rm.yaml and make rm again, or shared_base: false"
+        )
+    config = LoraConfig.from_pretrained(folder)
+    config.modules_to_save, config.exclude_modules, config.task_type = None, None, "CAUSAL_LM"
+    config.inference_mode = False
+    weights = load_file(folder / "adapter_model.safetensors")
+    heads = [key for key in weights if key.endswith("score.weight")]
+    return config, {k: v for k, v in weights.items() if k not in heads}, weights[heads[0]]

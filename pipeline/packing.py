@@ -1,0 +1,238 @@
+"""Forward passes without padding: the sequences of a batch lie end to end in one row.
+
+A batch of prompts and responses of different lengths is mostly padding, and every matrix product
+pays for it. Here the products see real tokens alone; only attention itself looks at sequences side
+by side. Stock transformers models run this way through their attention interface: the layout of the
+row travels in the place of the attention mask, which models hand to every layer as it is.
+
+`pack_if_possible` tries a model both ways and turns packing on when they agree; what cannot be packed
+(sliding windows, soft-capped logits, attention that bypasses the interface) keeps padded batches.
+"""
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pipeline.ppo.maths import position_ids
+from pipeline.progress import say
+
+Model = Any
+"""A transformers model, bare or in peft's wrapper; `nn.Module` declares none of what we call."""
+
+IMPLEMENTATION = "packed_sdpa"
+"""Name of our attention in transformers' registry; ordinary masks go to its own `sdpa`."""
+
+
+@dataclass
+class Packed:
+    """B sequences of N real tokens in all, of at most L tokens each, as one row."""
+
+    ids: Tensor  # (1, N)
+    positions: Tensor  # (1, N), from 0 in every sequence
+    layout: Tensor  # (1, 1, B, L) int64: a sequence's tokens as places in the row; N = padding
+    index: Tensor  # (B, width) of the padded batch -> place in the row (of real tokens)
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of a model's forward."""
+        return {
+            "input_ids": self.ids,
+            "position_ids": self.positions,
+            "attention_mask": self.layout,
+            "use_cache": False,
+        }
+
+
+def pack(ids: Tensor, mask: Tensor) -> Packed:
+    """Lay a padded batch end to end; ids (B, W), mask (B, W), real tokens of a row without a gap."""
+    real = mask.bool()
+    lengths = real.sum(dim=1)
+    count = int(lengths.sum())
+    steps = torch.arange(int(lengths.max()), device=ids.device)
+    starts = lengths.cumsum(0) - lengths
+    layout = torch.where(steps < lengths[:, None], starts[:, None] + steps, count)
+    return Packed(
+        ids=ids[real][None],
+        positions=position_ids(real)[real][None],
+        layout=layout[None, None],
+        index=real.flatten().long().cumsum(0).sub(1).view(real.shape),
+    )
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+class _ToRows(torch.autograd.Function):
+    """(N, H, D) tokens -> (B * L, H, D), sequence by sequence; padding repeats the last token."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, places: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return tokens.index_select(0, places.clamp(max=len(tokens) - 1))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """(B * L, H, D) -> (N, H, D); the gradient of padding is 0."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, places: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return rows.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        rows = grad.index_select(0, places.clamp(max=len(grad) - 1))
+        return rows.masked_fill_((places == len(grad))[:, None, None], 0.0), None, None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of a row; query (1, H, N, D) -> (1, N, H, D).
+
+    Sequences stand side by side, padded on the right, so that causality alone keeps padding out.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    layout = attention_mask[0, 0]
+    places, count = layout.flatten(), query.shape[2]
+    slots = torch.arange(len(places), device=places.device)
+    back = slots.new_empty(count + 1).scatter_(0, places, slots)[:count]
+
+    def side_by_side(x: Tensor) -> Tensor:
+        rows = _ToRows.apply(x[0].transpose(0, 1), places, back)
+        return rows.view(*layout.shape, *rows.shape[1:]).transpose(1, 2)  # (B, H, L, D)
+
+    q, k, v = side_by_side(query), side_by_side(key), side_by_side(value)
+    out = nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    rows = out.transpose(1, 2).reshape(len(places), *out.shape[1::2])
+    return _ToTokens.apply(rows, places, back)[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, packed_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+# --- which models can -----------------------------------------------------------------------------
+
+
+def packs(model: Model) -> bool:
+    """Whether the model's forward passes are packed."""
+    return inner(model).config._attn_implementation == IMPLEMENTATION
+
+
+def pack_if_possible(model: Model) -> None:
+    """`enable_packing`, with one line for a kind of model that cannot."""
+    reason = enable_packing(model)
+    if reason is not None:
+        _say_once(f"{type(inner(model)).__name__}: batches stay padded: {reason}")
+
+
+_say_once = functools.cache(say)
+
+
+def enable_packing(model: Model) -> str | None:
+    """Turn packing on, or say in a few words why this model keeps padded batches.
+
+    Compares last hidden states of two short sequences, packed against padded, so that a model whose
+    attention does something else is found out and not trained wrongly.
+    """
+    if packs(model):
+        return None
+    reason = _unpackable(inner(model))
+    if reason is not None:
+        return reason
+    before, training = inner(model).config._attn_implementation, model.training
+    model.eval()
+    padded = _probe(model, packed=False)
+    try:
+        inner(model).set_attn_implementation(IMPLEMENTATION)
+        gap = (_probe(model, packed=True) - padded).abs().max() / padded.abs().max()
+    except (
+        Exception
+    ) as error:  # whatever a model's own code may raise on a layout it does not expect
+        reason = f"its attention refused: {type(error).__name__}"
+    else:
+        tolerance = 1e-4 if padded.dtype in (torch.float32, torch.float64) else 0.05
+        if not gap <= tolerance:
+            reason = f"packed and padded hidden states differ by {gap.item():.0e}"
+    if reason is not None:
+        inner(model).set_attn_implementation(before)
+    model.train(training)
+    return reason
+
+
+def inner(model: Model) -> Model:
+    """The transformers model in peft's wrapper, if it is in one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trunk(model: Model) -> Model:
+    """The model without its head."""
+    bare = inner(model)
+    return getattr(bare, bare.base_model_prefix)
+
+
+def _unpackable(model: Model) -> str | None:
+    config = model.config
+    if config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):
+        return "its attention is its own"
+    if "position_ids" not in inspect.signature(trunk(model).forward).parameters:
+        return "it takes no position ids"
+    windows = getattr(config, "sliding_window", None) and getattr(
+        config, "use_sliding_window", True
+    )
+    if windows or any(
+        kind != "full_attention" for kind in getattr(config, "layer_types", None) or []
+    ):
+        return "sliding windows or another attention than full"
+    if any("softcap" in key and value for key, value in config.to_dict().items()):
+        return "soft-capped logits"
+    return None
+
+
+@torch.no_grad()
+def _probe(model: Model, packed: bool) -> Tensor:
+    """Last hidden states (N, d) of two short sequences."""
+    device = next(model.parameters()).device
+    size = inner(model).get_input_embeddings().num_embeddings
+    ids = torch.arange(10, device=device).view(2, 5) * 7919 % size
+    mask = torch.tensor([[False, True, True, True, False], [True] * 5], device=device)
+    if packed:
+        return trunk(model)(**pack(ids, mask).inputs()).last_hidden_state[0]
+    out = trunk(model)(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=False,
+    )
+    return out.last_hidden_state[mask]
