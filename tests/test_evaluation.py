@@ -10,9 +10,11 @@ import transformers
 import small_run
 import tiny_models
 from pipeline.errors import UserError
+from pipeline.evaluation import report
 from pipeline.evaluation.__main__ import main, run_evaluation
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.evaluate import references, sequence_logprobs
+from pipeline.evaluation.record import load_record
 from pipeline.schema import Data
 
 
@@ -91,6 +93,27 @@ def test_sft_alone_without_a_judge(tmp_path):
     assert "judge" not in sft
     assert 0 <= sft["token_f1"] <= 1
     assert sft["perplexity"] > 1
+
+
+def test_perplexity_of_pretraining_text_is_that_of_every_token_but_the_first(tmp_path):
+    run = small_run.make_run(tmp_path, ("base", "sft", "ppo"))
+    texts = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9", "w1", "w2 w3"]  # the last is beyond the limit
+    small_run.write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    changes = {"pretraining_limit": 3, "pretraining_max_length": 4, "judge": None}
+    data = Data(path=str(tmp_path / "texts.jsonl"))
+    result = run_evaluation(run, config(tmp_path, pretraining=data, **changes))
+    tokenizer = tiny_models.tokenizer()
+    rows = [tokenizer.encode(text) for text in ("w1 w2 w3 <end>", "w4 w5 w6 w7", "w1 <end>")]
+    for name, seed in (("base", 0), ("sft", 1), ("ppo", 2)):
+        model, total = tiny_models.policy(seed), 0.0
+        for ids in rows:
+            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            total += sum(logp[t, ids[t + 1]].item() for t in range(len(ids) - 1))
+        found = result["models"][name]["text_perplexity"]
+        assert found == pytest.approx(math.exp(-total / 7), rel=1e-4)
+    assert str(tmp_path / "texts.jsonl") in result["inputs"]
+    rows_of_report = dict(report.summary_rows(load_record(run)))
+    assert len(rows_of_report["Perplexity of pretraining text"]) == 3
 
 
 def test_nothing_to_evaluate_names_the_command(tmp_path):

@@ -320,6 +320,13 @@ def test_seeds_are_handed_over_and_further_arguments_with_them():
     assert study("overopt", "ARGS=--points 3").points == 3
 
 
+def test_a_study_over_seeds_takes_another_ppo_config_and_another_studys_models():
+    plain, other = study("seeds"), study("seeds", "RUN=b", "FROM=a", "PPO=my own.yaml")
+    assert (plain.ppo, plain.borrow) == (None, None)
+    assert (other.run, other.borrow) == (Path("checkpoints/b"), Path("checkpoints/a"))
+    assert other.ppo == Path("my own.yaml")
+
+
 def test_evaluation_alone_takes_what_there_is(tmp_path):
     Path("configs/tiny/eval.yaml").write_text("prompts: {path: rankings.jsonl}\n")
     assert modules(dry("eval")) == [*CHAIN[:2], "pipeline.evaluation"]

@@ -74,7 +74,7 @@ def test_lora_in_every_stage_publishes_plain_merged_models(base, tmp_path):
     ppo.run(
         PPOConfig(
             run=tmp_path, batch_size=4, minibatches=2, iterations=2, max_new_tokens=4,
-            value_lora={"r": 4}, ema_decay=0.5, **QUIET, **lora,
+            value_lora={"r": 4}, ema_decay=0.5, gates="off", **QUIET, **lora,
         ),
         [{"prompt": row["prompt"]} for row in ROWS],
     )  # fmt: skip
@@ -107,6 +107,7 @@ def test_ppo_logs_and_stops_as_told(base, tmp_path):
     shared = {
         "run": tmp_path, "rewards": [{"function": "test_sft_options:length"}], "batch_size": 4,
         "minibatches": 2, "max_new_tokens": 4, "learning_rate": 1e-2, "wandb": {"mode": "disabled"},
+        "gates": "off",
     }  # fmt: skip
     prompts = [{"prompt": row["prompt"]} for row in ROWS]
 

@@ -23,7 +23,9 @@ from pipeline.data.template import encode_prompt, encode_response
 from pipeline.errors import UserError
 from pipeline.generation import generate
 from pipeline.models import load_policy, load_reward, load_tokenizer, score_sequences
-from pipeline.schema import Data, PPOConfig, RMConfig, SFTConfig
+from pipeline.ppo import preflight
+from pipeline.ppo.alarms import meanings
+from pipeline.schema import AlarmLimits, Data, GateBars, PPOConfig, RMConfig, SFTConfig
 from stages import ppo, rm, sft
 
 ROWS = {
@@ -92,7 +94,7 @@ def run(gpt2, tmp_path_factory) -> Path:
     ppo.run(
         PPOConfig(
             batch_size=4, minibatches=2, iterations=2, max_new_tokens=6, learning_rate=1e-4,
-            ema_decay=0.9, sample_every=1, **shared,
+            ema_decay=0.9, sample_every=1, gates="warn", **shared,
         ),
         dataset=[{"prompt": row["prompt"]} for row in RANKED],
     )  # fmt: skip
@@ -163,6 +165,18 @@ def test_demonstrations_score_zero_on_average(run):
     assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-4)
 
 
+def test_the_first_two_stages_publish_every_number_that_a_gate_looks_at(run):
+    metrics = {stage: artifacts.read_manifest(run / stage).metrics for stage in ("sft", "rm")}
+    for stage, found in metrics.items():
+        assert None not in {f.passed for f in preflight.look(stage, found, GateBars())}
+    trained, reward = metrics.values()
+    assert 0 <= trained["format"] <= trained["eos_share"] <= 1
+    assert reward["demonstration_mean"] == pytest.approx(0, abs=1e-4)
+    assert reward["padding_gap"] < 1e-3
+    assert reward["best_of_1"] == pytest.approx(0.5)
+    assert sum(v for name, v in reward.items() if name.startswith("pairs_k")) == reward["pairs"]
+
+
 def test_training_went_the_right_way(run):
     for stage, factor in (("sft", 0.5), ("rm", 0.9)):
         lines = [
@@ -174,11 +188,15 @@ def test_training_went_the_right_way(run):
 
 def test_ppo_records_the_usual_names_and_starts_at_the_reference(run):
     lines = [json.loads(line) for line in (run / "ppo" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2] and lines[0]["objective/kl"] == 0
+    assert [line["step"] for line in lines] == [1, 2] and abs(lines[0]["objective/kl"]) < 1e-5
     wanted = """objective/kl objective/scores objective/rlhf_reward objective/non_score_reward
         objective/entropy policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg loss/policy_avg
         loss/value_avg val/clipfrac_avg val/ratio val/ratio_var val/num_eos_tokens eps lr episode"""
     assert set(wanted.split()) <= lines[0].keys()
+    assert "response/repeated_ngrams" in lines[0]
+    alarms = {f"alarm/{name}" for name in meanings(AlarmLimits())}
+    for line in lines:
+        assert {line[name] for name in alarms} <= {0.0, 1.0}
     samples = [
         json.loads(line) for line in (run / "ppo" / "samples.jsonl").read_text().splitlines()
     ]

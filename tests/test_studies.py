@@ -1,8 +1,12 @@
 """Studies over seeds and over-optimisation: what they collect, without running a stage."""
 
+from pathlib import Path
+
 import pytest
 
+import fake_stages
 import small_run
+from pipeline import artifacts, cli
 from pipeline.errors import UserError
 from pipeline.evaluation import overopt, seeds, steps
 from pipeline.evaluation.judges import load_judge
@@ -46,7 +50,7 @@ def test_a_quantity_that_one_seed_lacks_has_a_dash():
 def test_a_failed_seed_does_not_end_the_study(tmp_path, monkeypatch, capsys):
     calls, evaluated = [], []
 
-    def stage(name, recipe, run, *settings, borrow=None):
+    def stage(name, recipe, run, *settings, borrow=None, config=None):
         calls.append((name, run.name, settings))
         if run.name == "r-seed2" and name == "rm":
             raise steps.StepFailed("python -m stages.rm")
@@ -66,6 +70,57 @@ def test_a_failed_seed_does_not_end_the_study(tmp_path, monkeypatch, capsys):
     assert calls[-1] == ("ppo", "r-seed3", ("eval.seed=9", "ppo.lam=1", "seed=3"))
     assert evaluated == [("test", "seed=9")] * 2  # its own settings alone, without their prefix
     assert "Failed: seed 2" in (tmp_path / "r-seeds.md").read_text()
+
+
+def test_a_variant_takes_another_ppo_config_and_the_models_of_another_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    fake_stages.write_recipe(tmp_path)
+    for seed in (1, 2):
+        fake_stages.make_all(tmp_path, f"a-seed{seed}")
+    Path("other.yaml").write_text(fake_stages.CONFIGS["ppo"] + "kl_coef: 0.5\n")
+    evaluated = []
+
+    def call(module: str, *words: str) -> None:
+        """What the command line would do, with a stage that publishes a few bytes."""
+        if module == "pipeline.evaluation":
+            evaluated.append(words[words.index("--run") + 1])
+            return
+        stage = module.removeprefix("stages.")
+        fake_stages.train(cli.configured(stage, cli.parser(stage).parse_args(words)))
+
+    monkeypatch.setattr(steps, "call", call)
+    words = "--run checkpoints/b --from checkpoints/a --ppo other.yaml --seeds 1 2".split()
+    with pytest.raises(SystemExit) as ended:
+        seeds.main([*words, "--set", "ppo.lam=0.5"])
+    assert ended.value.code == 0
+    assert evaluated == ["checkpoints/b-seed1", "checkpoints/b-seed2"]
+    for seed in (1, 2):
+        run = Path(f"checkpoints/b-seed{seed}")
+        assert [p.name for p in run.iterdir() if p.name[0] != "."] == ["ppo"]
+        manifest = artifacts.read(run / "ppo")
+        assert manifest.parents["sft"].path == f"checkpoints/a-seed{seed}/sft"
+        assert manifest.parents["rm"].path == f"checkpoints/a-seed{seed}/rm"
+        keys = ("kl_coef", "lam", "seed")
+        assert [manifest.config[key] for key in keys] == [0.5, 0.5, seed]
+
+
+def test_a_ppo_config_that_is_not_there_ends_a_study_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fake_stages.write_recipe(tmp_path)
+    with pytest.raises(UserError, match=r"none\.yaml: no such file"):
+        seeds.main(["--ppo", "none.yaml"])
+
+
+def test_perplexity_of_pretraining_text_is_compared_with_sft():
+    result = evaluation(0.5, 0.5)
+    result["models"]["sft"]["text_perplexity"] = 4.0
+    result["models"]["ppo"]["text_perplexity"] = 5.0
+    found = seeds.quantities(result)
+    assert found["sft: perplexity of pretraining text"] == 4.0
+    assert found["ppo: perplexity of pretraining text"] == 5.0
+    assert found["ppo: perplexity of pretraining text, ratio to sft"] == 1.25
+    assert "base: perplexity of pretraining text" not in found
 
 
 def test_the_seed_cannot_be_set_twice(tmp_path):

@@ -50,6 +50,21 @@ def test_held_out_prompts_appear_in_no_training_file(rows_of):
     assert not [i for i in inputs if any(i in text for text in texts)]
 
 
+def test_held_out_text_is_none_of_the_training_text(rows_of):
+    held_out = [row["text"] for row in rows_of["corpus_validation"]]
+    assert len(held_out) == files.HELD_OUT_TEXTS == len(set(held_out))
+    assert not set(held_out) & {row["text"] for row in rows_of["corpus"]}
+    inputs = [row["input"] for name in files.HELD_OUT for row in rows_of[name]]
+    assert not [i for i in inputs if any(i in text for text in held_out)]
+
+
+def test_a_document_that_was_trained_on_is_not_held_out(monkeypatch):
+    monkeypatch.setattr(
+        files, "corpus", lambda rng, count, forbidden: ["a b"] * min(count, 9) + ["c"] * (count > 9)
+    )
+    assert files.build(sizes=SMALL, corpus_size=9)["corpus_validation"] == [{"text": "c"}]
+
+
 def test_every_family_and_language_has_its_share(rows_of):
     cells = [(row["family"], row["language"]) for row in rows_of["prompts_test"]]
     assert {cells.count(cell) for cell in set(cells)} == {10}

@@ -73,6 +73,31 @@ def encode_response(tokenizer: Any, messages: Sequence[Message], response: str) 
     return [*(ids[: ids.index(eos)] if eos in ids else ids), eos]
 
 
+def well_formed(tokenizer: Any, response: Sequence[int], markers: Sequence[str]) -> bool:
+    """Whether a response's ids, its EOS included, are words and then EOS, and nothing else.
+
+    Empty ones are not, nor those that hold another special token or one of the `role_markers`: a
+    model that goes on with the user's next turn has not learnt where its own ends.
+    """
+    *inner, last = response
+    text = tokenizer.decode(inner, skip_special_tokens=False)
+    return (
+        last == tokenizer.eos_token_id
+        and bool(text.strip())
+        and not set(inner) & set(tokenizer.all_special_ids)
+        and not any(marker in text for marker in markers)
+    )
+
+
+def role_markers(tokenizer: Any) -> list[str]:
+    """What the template writes before a user's and before the assistant's words, as text."""
+    user = [message("user", _PROBE)]
+    said = _render(tokenizer, user, False)
+    markers = [said.partition(_PROBE)[0], _render(tokenizer, user, True).removeprefix(said)]
+    plain = [marker.replace(tokenizer.bos_token or "", "").strip() for marker in markers]
+    return [marker for marker in plain if marker]
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """SHA-256 of what turns text into ids: vocabulary, rules, special tokens; not the template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

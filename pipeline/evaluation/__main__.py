@@ -85,6 +85,7 @@ def _inputs(config: EvalConfig, split: str) -> dict[str, str]:
     sources = [
         config.prompts if split == "test" else config.validation_prompts,
         config.demonstrations,
+        config.pretraining,
     ]
     inputs: dict[str, str] = {}
     for source in sources:

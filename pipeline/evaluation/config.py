@@ -19,6 +19,13 @@ class EvalConfig(Section):
     demonstrations: Data | None = None
     """Held-out demonstrations; perplexity of their responses under each model."""
     demonstrations_limit: Positive = 500
+    pretraining: Data | None = None
+    """Held-out pretraining text (key `text`, as PPO-ptx's); its perplexity under each model shows what
+    fine-tuning unlearns (arXiv 2203.02155)."""
+    pretraining_limit: Positive = 500
+    """Texts read for that."""
+    pretraining_max_length: Positive = 256
+    """Their first so many tokens."""
     judge: str | None = None
     """Module with `score(prompts, responses, rows, ended=None)` and maybe `exact(prompts, responses,
     rows)`; none = measure only what needs no judge."""
@@ -34,7 +41,7 @@ class EvalConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 64
     stop_tokens: list[str] = []
-    """Strings, each one token of the tokenizer, that end a response besides EOS."""
+    """What ends a response besides EOS: tokens, or strings of several that are looked for in its text."""
     batch_size: Positive = 256
     threads: Positive | None = None
     """CPU threads; none = as many as torch picks."""

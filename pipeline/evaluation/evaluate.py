@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.forms import Prompt, load_demonstrations, load_prompts
+from pipeline.data.forms import Prompt, load_demonstrations, load_prompts, load_texts
 from pipeline.data.template import encode_prompt, encode_response
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics, tallies
@@ -24,11 +24,11 @@ from pipeline.models import (
     load_reward,
     load_tokenizer,
     quiet,
-    response_logits,
+    response_logprobs,
     score_sequences,
     set_threads,
 )
-from pipeline.ppo.maths import logprobs_of, mask_from_lengths
+from pipeline.ppo.maths import mask_from_lengths
 from pipeline.ppo.rollout import prompt_text
 from pipeline.progress import say
 
@@ -81,6 +81,8 @@ def evaluate(
     }
     for name, value in _perplexities(config, models, tokenizer).items():
         result["models"][name]["perplexity"] = value
+    for name, value in _text_perplexities(config, models, tokenizer).items():
+        result["models"][name]["text_perplexity"] = value
     if "ppo" in models:
         result["kl"] = _kl(config, models, tokenizer, asked, generated["ppo"])
     if reward is not None and judge is not None and config.candidates > 1:
@@ -224,11 +226,43 @@ def _perplexities(
         context, last = item.messages[:-1], item.messages[-1]["content"]
         prompts.append(encode_prompt(tokenizer, context))
         responses.append(encode_response(tokenizer, context, last))
+    return _perplexity_of(models, prompts, responses, _pad(tokenizer))
+
+
+def _text_perplexities(
+    config: EvalConfig, models: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """Perplexity of held-out pretraining text and its EOS under each policy, at temperature 1.
+
+    Tokenised as PPO-ptx does it: without BOS, so the first token is given and not predicted.
+    """
+    if config.pretraining is None:
+        return {}
+    texts = load_texts(config.pretraining)[: config.pretraining_limit]
+    encoded = [
+        [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id][
+            : config.pretraining_max_length
+        ]
+        for text in texts
+    ]
+    rows = [ids for ids in encoded if len(ids) > 1]
+    if not rows:
+        raise UserError("eval: pretraining: no text has two tokens")
+    return _perplexity_of(
+        models, [ids[:1] for ids in rows], [ids[1:] for ids in rows], _pad(tokenizer)
+    )
+
+
+def _perplexity_of(
+    models: dict[str, nn.Module],
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    pad_id: int,
+) -> dict[str, float]:
+    """exp of the mean nats per response token, by model."""
     count = sum(len(ids) for ids in responses)
     return {
-        name: metrics.perplexity(
-            -sum(sequence_logprobs(model, prompts, responses, _pad(tokenizer))), count
-        )
+        name: metrics.perplexity(-sum(sequence_logprobs(model, prompts, responses, pad_id)), count)
         for name, model in models.items()
     }
 
@@ -254,9 +288,7 @@ def sequence_logprobs(
         mask = mask_from_lengths(torch.tensor([len(ids) for ids in batch]), width)
         ids = torch.cat([queries, padded], dim=1).to(device)
         attention_mask = torch.cat([query_mask, mask], dim=1).long().to(device)
-        logits = response_logits(model, ids, attention_mask, width)
-        logprobs = logprobs_of(logits, padded.to(device), temperature)
-        out += torch.where(mask.to(device), logprobs, 0.0).sum(dim=1).tolist()
+        out += response_logprobs(model, ids, attention_mask, width, temperature).sum(dim=1).tolist()
     return out
 
 

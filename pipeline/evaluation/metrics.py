@@ -268,13 +268,17 @@ def best_of_n(proxy: Sequence[float], gold: Sequence[float], n: int) -> float:
     """Unbiased estimate of the gold of the best of n responses by proxy, from N >= n of one prompt.
 
     Mean over all C(N, n) subsets: in ascending order of proxy the i-th (from 0) is the best of
-    C(i, n-1) of them (arXiv 2112.09332, appendix I). Give proxy as gold for the proxy's own value.
+    C(i, n-1) of them (arXiv 2112.09332, appendix I); among equal proxies any may be picked. Give
+    proxy as gold for the proxy's own value.
     """
     if not 1 <= n <= len(proxy):
         raise ValueError(f"best of {n} from {len(proxy)} responses")
-    order = sorted(range(len(proxy)), key=lambda i: proxy[i])
+    by_proxy: dict[float, list[float]] = {}
+    for p, g in zip(proxy, gold, strict=True):
+        by_proxy.setdefault(p, []).append(g)
+    ascending = [sum(by_proxy[p]) / len(by_proxy[p]) for p in sorted(proxy)]
     subsets = math.comb(len(proxy), n)
-    return sum(math.comb(i, n - 1) / subsets * gold[r] for i, r in enumerate(order))
+    return sum(math.comb(i, n - 1) / subsets * g for i, g in enumerate(ascending))
 
 
 def kl_of_best_of_n(n: int) -> float:

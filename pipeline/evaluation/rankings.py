@@ -26,7 +26,7 @@ def measure(items: Sequence[Scored]) -> dict[str, float]:
     """Accuracy on untied pairs, overall and by K, beside the baseline "the longer one wins".
 
     Also the K-wise loss (mean over prompts of the mean over their pairs), the calibration error of
-    the Bradley-Terry probabilities, and the correlation of scores with length.
+    the Bradley-Terry probabilities, the correlation of scores with length, and `best_of_n`.
     """
     scores, ranks = [i.scores for i in items], [i.ranks for i in items]
     lengths = [[float(n) for n in i.lengths] for i in items]
@@ -43,11 +43,42 @@ def measure(items: Sequence[Scored]) -> dict[str, float]:
         "score_length_correlation": metrics.pearson(
             [s for row in scores for s in row], [n for row in lengths for n in row]
         ),
-        **{
-            f"accuracy_k{k}": share.share
-            for k, share in metrics.pair_accuracy_by_k(scores, ranks).items()
-        },
+        **_by_k("accuracy", scores, ranks),
+        **_by_k("length_baseline", lengths, ranks),
+        **{f"pairs_k{k}": s.pairs for k, s in metrics.pair_accuracy_by_k(scores, ranks).items()},
+        **{f"best_of_{n}": quality for n, quality in best_of_n(items).items()},
     }
+
+
+def _by_k(name: str, scores: list[list[float]], ranks: list[list[int]]) -> dict[str, float]:
+    by_k = metrics.pair_accuracy_by_k(scores, ranks)
+    return {f"{name}_k{k}": share.share for k, share in by_k.items()}
+
+
+def best_of_n(items: Sequence[Scored]) -> dict[int, float]:
+    """n -> expected quality of the response scored highest among n random ones of its prompt's K.
+
+    Quality is a person's word, not the model's: the share of the other responses that a response
+    beats in the ranking, ties half. For n = 1 it is 0.5 whatever the model. n goes up to the
+    commonest K, over the prompts that have so many, so that every n is asked of the same prompts.
+    """
+    sizes = [len(item.ranks) for item in items]
+    largest = max(sorted(set(sizes)), key=sizes.count)
+    chosen = [item for item in items if len(item.ranks) >= largest]
+    return {
+        n: sum(metrics.best_of_n(i.scores, quality(i.ranks), n) for i in chosen) / len(chosen)
+        for n in range(1, largest + 1)
+    }
+
+
+def quality(ranks: Sequence[float]) -> list[float]:
+    """Share of the other responses that each response beats; ties count half."""
+    others = len(ranks) - 1
+    return [
+        (sum(r < other for other in ranks) + 0.5 * (sum(r == other for other in ranks) - 1))
+        / others
+        for r in ranks
+    ]
 
 
 def _log_loss(margin: float) -> float:

@@ -43,6 +43,7 @@ CURVES: dict[str, list[tuple[str, dict[str, str], float | None]]] = {
         ("Explained variance of the value network", {"explained": "val/explained_variance"}, 0.0),
         ("Response length, tokens", {"length": "response/length"}, None),
         ("Share cut off at the limit", {"truncated": "response/truncated"}, None),
+        ("Repeated 4-grams", {"repeated": "response/repeated_ngrams"}, None),
         ("Policy loss", {"policy": "loss/policy_avg"}, None),
         ("Value loss", {"value": "loss/value_avg"}, None),
         ("Clipped tokens", {"policy": "policy/clipfrac_avg", "value": "val/clipfrac_avg"}, None),
@@ -60,6 +61,7 @@ ROWS = (
     ("length", "Length, tokens", "{:.1f}"),
     ("rm_score", "Reward model's score", "{:.3f}"),
     ("perplexity", "Held-out perplexity", "{:.3f}"),
+    ("text_perplexity", "Perplexity of pretraining text", "{:.3f}"),
 )
 """Evaluated quantity, its name, its format."""
 

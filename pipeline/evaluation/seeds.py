@@ -2,12 +2,16 @@
 
 Each seed gets its own run RUN-seedN (the base model is shared). What is up to date is not made
 again, so an interrupted study goes on where it was. Writes RUN-seeds.json and RUN-seeds.md.
+
+A variant of PPO on the same SFT and reward models: `--run checkpoints/other --from checkpoints/tiny
+--ppo other.yaml` makes PPO alone, seed by seed, from what tiny-seedN has.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     run = args.run or steps.default_run(recipe)
     settings = [*split_settings(args.set), *args.settings]
     _refuse_seed(settings)
+    if args.ppo is not None and not args.ppo.is_file():
+        raise UserError(f"{args.ppo}: no such file")
     steps.ensure_base(recipe)
-    failed = [seed for seed in args.seeds if not _run_seed(recipe, run, seed, args.split, settings)]
+    study = Study(recipe, run, args.split, settings, args.ppo, args.borrow)
+    failed = [seed for seed in args.seeds if not study.make(seed)]
     made = [seed for seed in args.seeds if seed not in failed]
     if made:
         say(f"seeds: {write(run, made, failed, args.split)}")
@@ -45,6 +52,14 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--run", type=Path, help="default: checkpoints/RECIPE")
     out.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     out.add_argument("--split", choices=["test", "validation"], default="test")
+    out.add_argument("--ppo", type=Path, help="another config file for PPO")
+    out.add_argument(
+        "--from",
+        type=Path,
+        dest="borrow",
+        metavar="OTHER",
+        help="RUN-seedN borrows the sft and rm of OTHER-seedN",
+    )
     out.add_argument("--set", default="", help='the words of SET, e.g. "ppo.kl_coef=0.02"')
     out.add_argument("settings", nargs="*", help="key=value")
     return out
@@ -58,18 +73,35 @@ def _refuse_seed(settings: list[str]) -> None:
     stage_overrides("sft", settings)  # a key that no stage has ends it before the first stage
 
 
-def _run_seed(recipe: Path, run: Path, seed: int, split: str, settings: list[str]) -> bool:
-    """All stages and the evaluation with one seed; False when one of them failed."""
-    own = steps.sibling(run, f"seed{seed}")
-    say(f"\nseeds: seed {seed} in {own}")
-    try:
-        for name in ("sft", "rm", "ppo"):
-            steps.stage(name, recipe, own, *settings, f"seed={seed}")
-        steps.evaluation(recipe, own, split, *stage_overrides("eval", settings))
-    except steps.StepFailed as error:
-        say(f"seeds: seed {seed} failed: {error}")
-        return False
-    return True
+@dataclass
+class Study:
+    """What is the same for every seed."""
+
+    recipe: Path
+    run: Path
+    split: str
+    settings: list[str]
+    ppo: Path | None = None
+    """A config file in the place of the recipe's."""
+    borrow: Path | None = None
+    """Another study's run, whose seeds' sft and rm are used."""
+
+    def make(self, seed: int) -> bool:
+        """All stages that this study makes and the evaluation with one seed; False if one failed."""
+        own = steps.sibling(self.run, f"seed{seed}")
+        say(f"\nseeds: seed {seed} in {own}")
+        other = None if self.borrow is None else steps.sibling(self.borrow, f"seed{seed}")
+        words = (*self.settings, f"seed={seed}")
+        try:
+            for name in ("sft", "rm") if other is None else ():
+                steps.stage(name, self.recipe, own, *words)
+            steps.stage("ppo", self.recipe, own, *words, borrow=other, config=self.ppo)
+            settings = stage_overrides("eval", self.settings)
+            steps.evaluation(self.recipe, own, self.split, *settings)
+        except steps.StepFailed as error:
+            say(f"seeds: seed {seed} failed: {error}")
+            return False
+        return True
 
 
 def write(run: Path, seeds: list[int], failed: list[int], split: str) -> Path:
@@ -109,9 +141,11 @@ def quantities(result: dict[str, Any]) -> dict[str, float]:
     rm, versus = result.get("rm") or {}, (result.get("comparisons") or {}).get("ppo_vs_sft") or {}
     found = {
         "base: judge": base.get("judge"),
+        "base: perplexity of pretraining text": base.get("text_perplexity"),
         "sft: judge": sft.get("judge"),
         "sft: exact": sft.get("exact"),
         "sft: ends by itself": sft.get("ended"),
+        "sft: perplexity of pretraining text": sft.get("text_perplexity"),
         "rm: agrees with judge": rm.get("accuracy"),
         "rm: length baseline there": rm.get("length_baseline"),
         "rm: accuracy on noisy labels": labels.get("accuracy"),
@@ -125,6 +159,8 @@ def quantities(result: dict[str, Any]) -> dict[str, float]:
         "ppo: KL to sft": kl.get("ppo_vs_sft"),
         "ppo: ends by itself": ppo.get("ended"),
         "ppo: length, change": _change(ppo, sft, "length"),
+        "ppo: perplexity of pretraining text": ppo.get("text_perplexity"),
+        "ppo: perplexity of pretraining text, ratio to sft": _ratio(ppo, sft, "text_perplexity"),
     }
     for key, members in (ppo.get("groups") or {}).items():
         for value, part in members.items():
@@ -140,6 +176,12 @@ def _change(after: dict[str, Any], before: dict[str, Any], key: str) -> float | 
     if key not in after or key not in before:
         return None
     return after[key] - before[key]
+
+
+def _ratio(after: dict[str, Any], before: dict[str, Any], key: str) -> float | None:
+    if key not in after or not before.get(key):
+        return None
+    return after[key] / before[key]
 
 
 def markdown(values: Values, seeds: list[int]) -> str:

@@ -47,9 +47,19 @@ def ensure_base(recipe: Path) -> None:
         call("pipeline.base", "--config", str(config), "--out", str(out))
 
 
-def stage(name: str, recipe: Path, run: Path, *settings: str, borrow: Path | None = None) -> None:
-    """Make a stage of a run; one that is up to date says so and is left."""
-    words = ["--config", str(recipe / f"{name}.yaml"), "--run", str(run)]
+def stage(
+    name: str,
+    recipe: Path,
+    run: Path,
+    *settings: str,
+    borrow: Path | None = None,
+    config: Path | None = None,
+) -> None:
+    """Make a stage of a run; one that is up to date says so and is left.
+
+    `borrow`: another run whose earlier stages are used; `config`: a file instead of the recipe's.
+    """
+    words = ["--config", str(config or recipe / f"{name}.yaml"), "--run", str(run)]
     words += ["--from", str(borrow)] if borrow is not None else []
     call(f"stages.{name}", *words, *settings)
 

@@ -7,7 +7,9 @@ The thresholds are rules of thumb. Human comparisons let reward models reach .63
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.evaluation.record import Record, ends, rankings
+from pipeline.evaluation.record import Record, ends, rankings, values
+from pipeline.ppo import alarms
+from pipeline.schema import AlarmLimits
 
 Level = Literal["good", "watch", "bad"]
 RANK: dict[str, int] = {"good": 0, "watch": 1, "bad": 2}
@@ -183,6 +185,7 @@ def _ppo(record: Record, verdict: Verdict) -> None:
         text = f"KL to SFT is {kl:.2f} nats per response (watch above {KL_WATCH:.0f}, bad above {KL_BAD:.0f})."
         verdict.add("bad" if kl > KL_BAD else "watch" if kl > KL_WATCH else "good", text)
     _answers(record, verdict)
+    _alarms(record, verdict)
     _optimisation(curve, verdict)
 
 
@@ -208,6 +211,17 @@ def _answers(record: Record, verdict: Verdict) -> None:
             f"Responses are {ratio:.2f} times as long as SFT's (watch beyond {LONGER_WATCH}, either way).",
             "watch",
         )
+
+
+def _alarms(record: Record, verdict: Verdict) -> None:
+    """What rang while it ran, and when that began."""
+    curve, ppo = record.curves.get("ppo", []), record.stages["ppo"]
+    limits = AlarmLimits.model_validate(ppo.config.get("alarms") or {})
+    for name, meaning in alarms.meanings(limits).items():
+        rang = [step for step, value in values(curve, f"alarm/{name}") if value]
+        if rang:
+            until = "on" if rang[-1] == curve[-1]["step"] else f"to {rang[-1]:.0f}"
+            verdict.add("watch", f"Alarm from iteration {rang[0]:.0f} {until}: {meaning}.")
 
 
 def _optimisation(curve: list[dict], verdict: Verdict) -> None:

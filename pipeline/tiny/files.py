@@ -21,7 +21,9 @@ SIZES = {
     "prompts_test": 400,
 }
 CORPUS_SIZE = 24000
-_SEED_OFFSETS = {name: 1 + i for i, name in enumerate([*SIZES, "corpus"])}
+HELD_OUT_TEXTS = 400
+"""Documents of `corpus_validation`: of the corpus' kinds, none of them in it."""
+_SEED_OFFSETS = {name: 1 + i for i, name in enumerate([*SIZES, "corpus", "corpus_validation"])}
 HELD_OUT = ("prompts_test", "prompts_validation", "demonstrations_validation")
 
 
@@ -41,6 +43,10 @@ def build(
         files[name] = [demonstration_row(c, rng) if with_output else prompt_row(c) for c in cases]
     rng = random.Random(1000 * seed + _SEED_OFFSETS["corpus"])
     files["corpus"] = [{"text": text} for text in corpus(rng, corpus_size, forbidden)]
+    read = {row["text"] for row in files["corpus"]}
+    rng = random.Random(1000 * seed + _SEED_OFFSETS["corpus_validation"])
+    texts = corpus(rng, HELD_OUT_TEXTS, forbidden)
+    files["corpus_validation"] = [{"text": text} for text in texts if text not in read]
     return files
 
 

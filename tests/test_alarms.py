@@ -1,0 +1,132 @@
+"""Alarms while PPO runs: when each rings, that it is said once, and that a resumed run is the same."""
+
+import json
+
+import pytest
+
+import small_run
+from pipeline.evaluation.record import load_record
+from pipeline.evaluation.verdicts import verdicts
+from pipeline.ppo.alarms import Alarms, meanings, ringing
+from pipeline.ppo.measures import repeated_ngrams
+from pipeline.schema import AlarmLimits, PPOConfig
+from test_ppo_exact import RESPONSES, make, recorded
+
+CALM = {
+    "objective/kl": 3.0,
+    "policy/entropy_avg": 1.0,
+    "response/length": 10.0,
+    "objective/score_length_corr": 0.1,
+    "response/repeated_ngrams": 0.01,
+    "val/explained_variance": 0.5,
+}
+LOUD = {
+    "kl": ("objective/kl", 41.0),
+    "entropy": ("policy/entropy_avg", 0.19),
+    "length": ("response/length", 20.1),
+    "score_length_corr": ("objective/score_length_corr", -0.71),
+    "repeated_ngrams": ("response/repeated_ngrams", 0.21),
+    "explained_variance": ("val/explained_variance", -0.01),
+}
+LIMITS = AlarmLimits()
+
+
+def rung(metrics: dict, iteration: int = 9, **limits) -> set[str]:
+    rings = ringing(iteration, metrics, CALM, AlarmLimits(**limits))
+    assert rings.keys() == meanings(LIMITS).keys() == LOUD.keys()
+    return {name for name, rang in rings.items() if rang}
+
+
+def test_a_calm_iteration_rings_nothing():
+    assert rung(CALM) == set()
+
+
+@pytest.mark.parametrize("name", LOUD)
+def test_each_alarm_rings_alone_and_at_its_limit(name):
+    metric, value = LOUD[name]
+    assert rung({**CALM, metric: value}) == {name}
+    wider = {"kl": 42, "entropy": 0.1, "length": 3, "score_length_corr": 0.8,
+             "repeated_ngrams": 0.3, "explained_variance": -1}  # fmt: skip
+    assert rung({**CALM, metric: value}, **{name: wider[name]}) == set()
+
+
+def test_responses_that_shrink_ring_too():
+    assert rung({**CALM, "response/length": 4.9}) == {"length"}
+
+
+def test_a_fresh_value_network_may_be_bad_at_first():
+    bad = {**CALM, "val/explained_variance": -2.0}
+    assert rung(bad, iteration=5) == set()
+    assert (
+        rung(bad, iteration=6) == rung(bad, iteration=1, value_warmup=0) == {"explained_variance"}
+    )
+
+
+def test_a_number_that_is_not_there_rings_nothing():
+    assert rung(dict.fromkeys(CALM)) == rung({}) == set()
+    assert rung({name: float("nan") for name in CALM}) == set()
+
+
+def test_an_alarm_is_said_when_it_begins_and_not_again(capsys):
+    alarms = Alarms(LIMITS)
+    loud = {**CALM, "objective/kl": 50.0}
+    marks = [alarms(i, m)["alarm/kl"] for i, m in enumerate([CALM, loud, loud, CALM, loud], 1)]
+    assert marks == [0.0, 1.0, 1.0, 0.0, 1.0]
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("ppo: alarm: iteration 2: KL to SFT is over 40 nats per response")
+
+
+def test_a_run_that_goes_on_compares_with_its_first_iteration_and_says_nothing_again(capsys):
+    run = [CALM, {**CALM, "policy/entropy_avg": 0.5}, {**CALM, "policy/entropy_avg": 0.15}] * 2
+    straight = Alarms(LIMITS)
+    rows = [m | straight(i, m) for i, m in enumerate(run, 1)]
+    capsys.readouterr()
+    resumed = Alarms(LIMITS, json.loads(json.dumps(rows[:3])))
+    assert [m | resumed(i, m) for i, m in enumerate(run[3:], 4)] == rows[3:]
+    assert rows[5]["alarm/entropy"] == 1.0  # 0.15 of 1, though 0.3 of the iteration before
+    assert capsys.readouterr().out == ""
+
+
+def test_limits_and_gates_change_no_weight():
+    assert {"gates", "gate_bars", "alarms"} <= PPOConfig.cosmetic
+
+
+# --- repeated n-grams -----------------------------------------------------------------------------
+
+
+def test_ngrams_that_occurred_before_in_the_same_response_are_counted():
+    assert repeated_ngrams([[1, 2, 3, 4, 1, 2, 3, 4]]) == (1, 5)
+    assert repeated_ngrams([[7] * 10]) == (6, 7)
+    assert repeated_ngrams([[1, 2, 3, 4], [1, 2, 3, 4]]) == (0, 2)  # another response's
+    assert repeated_ngrams([[1, 1, 1], []]) == (0, 0)
+
+
+def test_padding_has_no_ngrams():
+    """Only the third response, of five tokens, has more than one 4-gram."""
+    assert RESPONSES[2] == [14, 15, 16, 17, 18]
+    for pad in (0, 8):
+        ppo = make()
+        assert ppo.update(recorded(ppo, extra_right=pad))["response/repeated_ngrams"] == 0.0
+    ppo = make()
+    rollout = recorded(ppo)
+    rollout.responses[2] = 14
+    ppo._evaluate(rollout)
+    assert ppo.update(rollout)["response/repeated_ngrams"] == pytest.approx(1 / 3)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_the_verdict_says_when_an_alarm_began(tmp_path):
+    run = small_run.make_run(tmp_path)
+    record = load_record(run)
+    record.curves["ppo"] = [
+        {"step": s, "alarm/kl": float(s >= 4), "alarm/length": float(s in (2, 3)), "alarm/entropy": 0.0}
+        for s in range(1, 7)
+    ]  # fmt: skip
+    record.stages["ppo"].manifest["config"] = {"alarms": {"kl": 30.0}}
+    verdict = verdicts(record)[-1]
+    told = [finding for finding in verdict.findings if finding.text.startswith("Alarm")]
+    assert [finding.level for finding in told] == ["watch", "watch"]
+    assert told[0].text.startswith("Alarm from iteration 4 on: KL to SFT is over 30 nats")
+    assert told[1].text.startswith("Alarm from iteration 2 to 3: responses are over 2 times")
