@@ -104,7 +104,7 @@ def test_a_full_disk_is_told_with_the_bytes_it_needs(monkeypatch, capsys):
     write = raising(OSError(errno.EFBIG, "File too large"))
     told = disk.message(cli.configured("sft", cli.parser("sft").parse_args(CALL)))
     size = sum(p.stat().st_size for p in Path("checkpoints/base/tiny").glob("*.safetensors"))
-    assert f"up to {7 * size} bytes" in told
+    assert f"up to {10 * size} bytes" in told
     Path("checkpoints/base/tiny/more.safetensors").unlink()
     install(monkeypatch, write)
     assert call() == 1

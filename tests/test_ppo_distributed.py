@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import test_ppo_exact as exact
-from pipeline.ppo.rollout import Rollout
+from pipeline.ppo.rollout import Query, Rollout
 
 CHANGES = {"whiten_rewards": True, "scale_scores": True, "ppo_epochs": 2, "micro_batch_size": 1}
 
@@ -23,6 +23,19 @@ def updated_share(rank: int, processes: int) -> tuple[list[torch.Tensor], dict[s
     mine: Rollout = whole.rows(slice(rank * share, (rank + 1) * share))
     metrics = ppo.update(mine)
     return [p.detach() for p in ppo.networks.parameters()], metrics
+
+
+def sampled_share(rank: int, processes: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Responses that this process samples to its share of the queries, and weights after it."""
+    ppo = exact.make(old_logprobs="sampler")
+    ppo.iteration = 1  # the reference differs from the policy on purpose
+    ppo.score = lambda episodes: [float(len(ids)) for ids in episodes.sequences]
+    queries = [Query(ids) for ids in exact.QUERIES]
+    share = len(queries) // processes
+    torch.manual_seed(3)
+    rollout = ppo.rollout(queries[rank * share : (rank + 1) * share])
+    ppo.update(rollout)
+    return rollout.response_ids(), [p.detach() for p in ppo.networks.parameters()]
 
 
 @pytest.mark.slow
@@ -46,8 +59,16 @@ def test_two_processes_equal_one(tmp_path):
         for mine, other in zip(weights, theirs["weights"], strict=True):
             torch.testing.assert_close(other, mine, rtol=1e-9, atol=1e-12)
         assert theirs["metrics"] == pytest.approx(metrics, rel=1e-6, abs=1e-9)
+    responses, weights = sampled_share(0, 1)
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert both[0]["responses"] + both[1]["responses"] == responses
+    for theirs in both:
+        for mine, other in zip(weights, theirs["sampled_weights"], strict=True):
+            torch.testing.assert_close(other, mine, rtol=1e-9, atol=1e-12)
 
 
 if __name__ == "__main__":
     weights, metrics = updated_share(int(sys.argv[1]), 2)
-    torch.save({"weights": weights, "metrics": metrics}, sys.argv[2])
+    responses, sampled = sampled_share(int(sys.argv[1]), 2)
+    found = {"responses": responses, "sampled_weights": sampled}
+    torch.save({"weights": weights, "metrics": metrics, **found}, sys.argv[2])

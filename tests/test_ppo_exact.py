@@ -6,6 +6,7 @@ the formulas are written out with Python floats. Weights after the step must agr
 
 import copy
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -186,6 +187,28 @@ def test_two_epochs_equal_the_reference_with_clipping_at_work():
     assert_same(ppo.networks.policy, policy)
     assert_same(ppo.networks.value, value)
     assert metrics["policy/clipfrac_avg"] > 0 and metrics["val/clipfrac_avg"] > 0
+
+
+def test_an_empty_response_changes_nothing():
+    """Nothing is read at index -1 and nothing divided by its length."""
+    weights = []
+    for empty in (False, True):
+        ppo = make()
+        rollout = recorded(ppo, 1, 1)
+        if empty:
+            row = rollout.rows(slice(1, 2))
+            row.response_mask = torch.zeros_like(row.response_mask)
+            row.scores, row.ended = torch.tensor([9.9]), torch.tensor([False])
+            names = [f.name for f in fields(Rollout) if isinstance(getattr(row, f.name), torch.Tensor)]
+            both = {n: torch.cat([getattr(rollout, n), getattr(row, n)]) for n in names}
+            rollout = replace(rollout, **both)
+            ppo._evaluate(rollout)
+            assert rollout.old_logprobs[4].eq(0).all() and rollout.values[4].eq(0).all()
+        metrics = ppo.update(rollout)
+        assert all(math.isfinite(value) for value in metrics.values())
+        weights.append((ppo.networks.policy, ppo.networks.value))
+    for one, other in zip(*weights, strict=True):
+        assert_same(one, other)
 
 
 def test_pad_equal_to_eos_changes_nothing():

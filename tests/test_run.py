@@ -194,19 +194,36 @@ def test_rankings_that_people_wait_for_survive_a_restart(tmp_path):
         assert (stage.work / "to_rank.jsonl").exists()
 
 
-def test_killed_between_publishing_and_cleaning_up(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", [2, 3, 5])
+def test_cut_off_while_publishing_the_artifact_is_whole_and_nothing_is_left(
+    tmp_path, monkeypatch, moment
+):
     config = config_of(tmp_path, "sft")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("pipeline.run.shutil.rmtree", _interrupt_on_work)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="planned"):
+        patch.setenv("PIPELINE_FAULT", f"sft:publish:{moment}:enospc")
         train(config)
     assert up_to_date(config)
+    assert os.listdir("checkpoints/tiny") == ["sft"]
     with StageRun(config_of(tmp_path, "sft", "tiny", "seed=3")) as stage:  # not refused
         assert not (stage.work / "metrics.jsonl").exists()
 
 
-def _interrupt_on_work(path, ignore_errors=False):
-    if Path(path).name == "sft":
-        raise KeyboardInterrupt
+def test_states_without_the_config_they_belong_to_are_not_used(tmp_path):
+    config = config_of(tmp_path, "sft")
+    (interrupted(config) / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json: missing or unreadable.*FORCE=sft"):
+        StageRun(config).__enter__()
+
+
+def test_a_parent_made_again_meanwhile_keeps_a_stage_from_being_published(tmp_path):
+    train(config_of(tmp_path, "sft"))
+    with (
+        pytest.raises(UserError, match="sft was made again"),
+        StageRun(config_of(tmp_path, "rm")) as rm,
+    ):
+        train(config_of(tmp_path, "sft"), b"other")
+        rm.publish({})
+    assert not rm.final.exists()
 
 
 def test_processes_beside_the_first_neither_lock_nor_publish(tmp_path, monkeypatch):

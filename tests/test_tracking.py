@@ -24,11 +24,11 @@ def no_wandb_settings_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
 
 
-def tracker(root: Path, mode: str = "disabled", **options) -> Tracker:
+def tracker(root: Path, mode: str = "disabled", upload: bool = False, **options) -> Tracker:
     run = root / "tiny"
     work = run / ".work" / "ppo"
     work.mkdir(parents=True, exist_ok=True)
-    settings = schema.Wandb(mode=mode)  # type: ignore[arg-type]
+    settings = schema.Wandb(mode=mode, upload=upload)  # type: ignore[arg-type]
     return Tracker(work, "ppo", run, {"seed": 1}, settings, **options)
 
 
@@ -97,6 +97,8 @@ def test_truncate_forgets_later_rows_and_a_torn_line(tmp_path):
     before = made.metrics_path.read_bytes()
     with made.metrics_path.open("a") as file:
         file.write('{"step": 2, "lo')
+    with made.samples_path.open("ab") as file:
+        file.write('{"step": 1, "response": "回'.encode()[:-1])  # half a character
     made.log(2, {"validation/loss": 0.5})  # measured after the state of step 2 was saved
     made.truncate(2)
     assert made.metrics_path.read_bytes() == b"".join(before.splitlines(keepends=True)[:2])
@@ -322,7 +324,7 @@ def test_real_wandb_with_a_key_and_no_server_goes_offline(tmp_path):
     begin = time.monotonic()
     done = run_real(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
     check_real(done, tmp_path)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 45  # imports included
     assert done.stdout.count("writing offline") == 1
 
 
@@ -370,7 +372,8 @@ def test_plain_keeps_text_and_flags():
     assert [tracking.plain(v) for v in values] == ["a", True, 3, None, 0.5, None]
 
 
-def test_an_artifact_is_logged_by_reference_with_its_inputs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("upload", [False, True])
+def test_an_artifact_has_its_lineage_and_its_files_only_when_asked(tmp_path, monkeypatch, upload):
     added: list[tuple] = []
 
     class Artifact:
@@ -379,6 +382,8 @@ def test_an_artifact_is_logged_by_reference_with_its_inputs(tmp_path, monkeypatc
 
         def add_dir(self, path, policy):
             added.append((path, policy))
+
+        add_file = add_dir
 
     run = FakeRun()
     run.used, run.made = [], []  # type: ignore[attr-defined]
@@ -396,10 +401,10 @@ def test_an_artifact_is_logged_by_reference_with_its_inputs(tmp_path, monkeypatc
     sft = make("sft", Manifest(stage="sft"))
     manifest = Manifest(stage="ppo", inputs={"prompts.jsonl": "hash"})
     ppo = make("ppo", manifest)
-    made = tracker(tmp_path, "online", parents={"sft": sft})
+    made = tracker(tmp_path, "online", upload, parents={"sft": sft})
     made.log(1, {"loss": 1.0})
     made.finish(ppo, manifest)
-    assert added == [(str(ppo), "immutable")]
+    assert added == [(str(ppo if upload else ppo / "manifest.json"), "immutable")]
     assert str(run.used[0]).startswith("tiny-sft:sha-")  # type: ignore[attr-defined]
     assert run.used[1].metadata == {"prompts.jsonl": "hash"}  # type: ignore[attr-defined]
     [(artifact, aliases)] = run.made  # type: ignore[attr-defined]

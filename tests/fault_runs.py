@@ -1,0 +1,197 @@
+"""Whole stages on a tiny model, in processes that start in no time: see `fault_server.py`."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import sha256
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("sft", "rm", "ppo")
+STEPS, SAVED = 7, (3, 6, 7)
+"""Optimizer steps or iterations, and those after which a state is saved (save_every: 3, and the last)."""
+SHARED = "log_every: 2\nsave_every: 3\nthreads: 1\nwandb: {mode: disabled}\n"
+CONFIGS = {
+    "sft": SHARED
+    + "max_steps: 7\nbatch_size: 4\nmicro_batch_size: 2\nlearning_rate: 1.0e-2\n"
+    + "validation_fraction: 0.2\nsample_tokens: 6\n",
+    "rm": SHARED + "max_steps: 7\nbatch_size: 4\nlearning_rate: 1.0e-2\nvalidation_fraction: 0.2\n",
+    "ppo": SHARED
+    + "iterations: 7\nbatch_size: 8\nminibatches: 2\nmicro_batch_size: 2\nmax_new_tokens: 6\n"
+    + "learning_rate: 1.0e-3\nema_decay: 0.9\nkl_target: 1.0\nscale_scores: true\nsample_every: 2\n"
+    + "gates: 'off'\nalarms: {entropy: 0.99, length: 1.01, value_warmup: 0}\n",
+}
+_CLOCKS = ("time", "memory/")
+
+
+@dataclass
+class Outcome:
+    """How a process ended: its exit code, or minus the signal that ended it, and what it said."""
+
+    code: int
+    told: str
+
+
+class Server:
+    """A process that has imported everything slow and computed nothing, and forks a child a stage."""
+
+    def __init__(self, base: Path):
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "fault_server.py"), str(base)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+
+    def ask(self, **request: Any) -> Any:
+        """A request as a line of JSON, and the answer."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the server has died; see what it printed"
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._process.communicate(timeout=10)
+
+
+class Child:
+    """A process that runs a stage."""
+
+    def __init__(self, server: Server, request: dict[str, Any]):
+        self._server, self._output = server, Path(request["output"])
+        self._code: int | None = None
+        self.pid: int = server.ask(**request)
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            self._code = self._server.ask(poll=self.pid)
+        return self._code
+
+    def wait(self, seconds: float = 120.0) -> Outcome:
+        """Until it ends; it is killed, which fails any test, when that takes longer."""
+        end = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                self.signal(signal.SIGKILL)
+            time.sleep(0.01)
+        return Outcome(code, self._output.read_text(errors="replace"))
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+class Project:
+    """Configs, data and a base model in `root`; runs lie in `root/checkpoints`."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        demonstrations = [
+            {"prompt": f"w{i} w{i + 3}", "completion": f"w{i + 1} w{i}"} for i in range(18)
+        ]
+        _write_rows(root / "demonstrations.jsonl", demonstrations)
+        _write_rows(root / "prompts.jsonl", [{"prompt": row["prompt"]} for row in demonstrations])
+        reads = {
+            "sft": f"model: {root / 'base'}\ndata: {{path: {root / 'demonstrations.jsonl'}}}\n",
+            "rm": f"sampling: {{prompts: {{path: {root / 'prompts.jsonl'}}}, labeler: fault_labeler, "
+            "k: {3: 0.5, 4: 0.5}, max_new_tokens: 6}\n",
+            "ppo": f"prompts: {{path: {root / 'prompts.jsonl'}}}\n",
+        }
+        for stage, text in CONFIGS.items():
+            self.config(stage).write_text(text + reads[stage])
+        self.server = Server(root / "base")
+
+    def config(self, stage: str) -> Path:
+        return self.root / f"{stage}.yaml"
+
+    def run(self, run: str) -> Path:
+        return self.root / "checkpoints" / run
+
+    def work(self, run: str, stage: str) -> Path:
+        return self.run(run) / ".work" / stage
+
+    def arguments(self, stage: str, run: str, *words: str) -> list[str]:
+        """Command line of a stage; the stages before it are those of the straight run."""
+        told = ["--config", str(self.config(stage)), "--run", str(self.run(run))]
+        return [*told, "--from", str(self.run("straight")), *words]
+
+    def start(
+        self,
+        stage: str,
+        run: str,
+        *words: str,
+        fault: str = "",
+        file_bytes: int | None = None,
+        **environment: str,
+    ) -> Child:
+        """Begin a stage; `file_bytes`: no file may grow further."""
+        request = {
+            "stage": stage,
+            "argv": self.arguments(stage, run, *words),
+            "environment": {"PIPELINE_FAULT": fault, **environment},
+            "output": str(self.root / f"{run}-{stage}.{time.monotonic_ns()}.log"),
+            "file_bytes": file_bytes,
+        }
+        return Child(self.server, request)
+
+    def make(self, stage: str, run: str, *words: str, **how: Any) -> Outcome:
+        """A stage from its start to its end, whichever that is; see `start`."""
+        return self.start(stage, run, *words, **how).wait()
+
+    def straight(self) -> "Project":
+        """Make the run that nothing happens to."""
+        for stage in STAGES:
+            outcome = self.make(stage, "straight")
+            assert outcome.code == 0, outcome.told
+        return self
+
+    def differences(self, run: str, stage: str, other: str = "straight") -> list:
+        """Where a stage of two runs differs: weights by hash, lines of the records."""
+        made, expected = result(self.run(run) / stage), result(self.run(other) / stage)
+        return sorted({*made.items()} ^ {*expected.items()})
+
+
+def result(directory: Path) -> dict[str, str]:
+    """What has to be equal: weights by hash, and the records without their clocks."""
+    assert (directory / "manifest.json").is_file(), directory
+    weights = {str(p.relative_to(directory)): sha256(p) for p in directory.rglob("*.safetensors")}
+    assert weights
+    return weights | {
+        f"{name}:{line}": json.dumps(_without_clocks(row), sort_keys=True)
+        for name in ("metrics.jsonl", "samples.jsonl")
+        for line, row in enumerate(rows_of(directory / name), 1)
+    }
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def leftovers(run: Path) -> list[str]:
+    """Files of a run beside those published; a lock whose holder is dead holds nothing."""
+    found = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
+    return sorted(str(p) for p in found if p.parts[0] not in STAGES and p.suffix != ".lock")
+
+
+def _without_clocks(row: dict) -> dict:
+    return {name: value for name, value in row.items() if not name.startswith(_CLOCKS)}
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

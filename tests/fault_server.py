@@ -1,0 +1,77 @@
+"""Forks a process a stage: `python fault_server.py BASE`, then requests as lines of JSON.
+
+The server has imported everything slow and differentiated nothing, so that a child finds torch as
+fresh as a process of its own would, seconds earlier. Children are real: they can be killed, they
+hold locks, and they end with the exit code of the command line. BASE: a tiny model is made there.
+"""
+
+import gc
+import json
+import os
+import resource
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tiny_models
+from pipeline import cli, models
+from stages import ppo, rm, sft
+
+LOADED = (sft, rm, ppo)
+
+
+def main(base: Path) -> None:
+    """Answer requests until there are no more."""
+    torch.set_num_threads(1)
+    tiny_models.policy(0).save_pretrained(base)
+    tiny_models.tokenizer().save_pretrained(base)
+    models.load_policy(base)  # fills caches that each child would fill again
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = ended(request["poll"]) if "poll" in request else fork(request)
+        print(json.dumps(answer), flush=True)
+
+
+def ended(pid: int) -> int | None:
+    """Exit code of a child, or minus the signal that ended it; None while it runs."""
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def fork(request: dict[str, Any]) -> int:
+    """The pid of a child that runs a stage."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(run(request))
+    return pid
+
+
+def run(request: dict[str, Any]) -> int:
+    """The command line of a stage, its output in a file; returns its exit code."""
+    os.setpgid(0, 0)
+    os.environ.update(request["environment"])
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if limit := request.get("file_bytes"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    code = 1
+    try:
+        cli.main(request["stage"], request["argv"])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
