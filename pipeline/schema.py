@@ -415,8 +415,7 @@ class PPOConfig(StageConfig):
             )
         if (self.ptx_coef > 0) != (self.ptx_data is not None):
             problems.append("ptx_coef > 0 and ptx_data go together")
-        recompute = self.old_logprobs or ("sampler" if self.precision == "fp32" else "recompute")
-        if self.sampler_correction is not None and recompute != "recompute":
+        if self.sampler_correction is not None and not self.recompute():
             problems.append("sampler_correction needs old_logprobs: recompute")
         if self.value == "shared" and self.value_lora is not None:
             problems.append("value_lora needs value: separate")
@@ -433,6 +432,12 @@ class PPOConfig(StageConfig):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def recompute(self) -> bool:
+        """Whether old logprobs come from a forward pass like the update's, not from the sampler."""
+        if self.old_logprobs is None:
+            return self.precision != "fp32"
+        return self.old_logprobs == "recompute"
 
 
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}

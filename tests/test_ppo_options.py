@@ -290,6 +290,58 @@ def test_a_lora_policy_is_its_own_reference():
     assert any("score" in n for n, p in value.named_parameters() if p.requires_grad)
 
 
+# --- the sampler's logprobs ----------------------------------------------------------------------
+
+
+def test_old_logprobs_are_the_samplers_in_fp32_and_recomputed_where_asked_or_in_bf16():
+    assert not PPOConfig(prompts={"path": "none"}).recompute()
+    assert PPOConfig(prompts={"path": "none"}, precision="bf16").recompute()
+    for kind in ("sampler", "recompute"):
+        ppo = make(old_logprobs=kind)
+        ppo.iteration = 1  # the reference differs from the policy on purpose
+        rollout = ppo.rollout([Query(ids) for ids in QUERIES])
+        assert (rollout.old_logprobs is rollout.sampler_logprobs) == (kind == "sampler")
+        mask = rollout.response_mask
+        torch.testing.assert_close(
+            rollout.old_logprobs[mask].float(),
+            rollout.sampler_logprobs[mask].float(),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_the_mismatch_of_sampler_and_training_is_measured():
+    for gap in (0.0, 0.25):
+        ppo = make(ppo_epochs=2)
+        rollout = recorded(ppo)
+        rollout.sampler_logprobs = rollout.old_logprobs + gap
+        assert ppo.update(rollout)["val/sampler_mismatch"] == pytest.approx(gap, abs=1e-9)
+
+
+def test_the_samplers_error_is_weighed_out_up_to_the_cap():
+    """Tokens drawn too rarely count for more: the loss is that with weights written out."""
+    gap = torch.tensor(0.4)
+    losses = {}
+    for cap in (None, 1.2, 9.0):
+        ppo = make(sampler_correction=cap, whiten_advantages=False, learning_rate=0.0)
+        rollout = recorded(ppo)
+        rollout.sampler_logprobs = rollout.old_logprobs - gap
+        losses[cap] = ppo.update(rollout)["loss/policy_avg"]
+    assert losses[1.2] == pytest.approx(1.2 * losses[None], rel=1e-6)
+    assert losses[9.0] == pytest.approx(math.exp(0.4) * losses[None], rel=1e-6)
+    with pytest.raises(ValueError, match="sampler_correction needs old_logprobs: recompute"):
+        make(sampler_correction=2.0, old_logprobs="sampler")
+
+
+def test_an_update_stopped_early_by_its_kl_does_not_confuse_the_next():
+    ppo = make(kl_stop=1e-9, ppo_epochs=3, learning_rate=1e-2)
+    ppo.iteration = 1
+    for _ in range(4):
+        before = ppo.optimizer_steps
+        ppo.update(ppo.rollout([Query(ids) for ids in QUERIES]))
+        assert ppo.optimizer_steps - before in (1, 2)  # 1 is before any drift
+
+
 # --- invariants at run time ----------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """Over-optimisation on purpose: `python -m pipeline.evaluation.overopt --recipe tiny` (make overopt).
 
-PPO without a KL penalty, against the run's reward model and against a deliberately small one (its
-head alone is trained). Responses to fixed validation prompts, kept along the way, are judged
+PPO without a KL penalty, against the run's reward model, against a deliberately small one (its head
+alone is trained), and with --ensemble N against N reward models trained on the same rankings, less
+the variance of their scores (arXiv 2310.02743). Responses to fixed validation prompts, kept along the way, are judged
 afterwards, and best-of-n stands beside them: gold and proxy against the square root of KL, as in
 Gao et al. (arXiv 2210.10760). Writes RUN/overopt/overopt.{json,png}; the report shows them.
 """
@@ -21,7 +22,7 @@ from pipeline.evaluation.found import find_stages, fresh_stages, read_jsonl
 from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.files import write_atomically
 from pipeline.progress import say
-from pipeline.schema import PPOConfig
+from pipeline.schema import PPOConfig, RMConfig
 
 Point = dict[str, float]
 """kl in nats per response, judge = mean gold, rm_score = mean proxy; and step or n."""
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = steps.recipe_folder(args.recipe)
     settings = [*split_settings(args.set), *args.settings]
     run = args.run or steps.default_run(recipe)
-    study = Study(recipe, run, args.prompts, args.n, settings)
+    study = Study(recipe, run, args.prompts, args.n, args.ensemble, settings)
     try:
         curves = study.curves(args.iterations, args.points)
     except steps.StepFailed as error:
@@ -54,16 +55,22 @@ def parser() -> argparse.ArgumentParser:
         "--prompts", type=int, default=200, help="validation prompts judged at each point"
     )
     out.add_argument("--n", type=int, default=16, help="largest n of best-of-n")
+    out.add_argument(
+        "--ensemble", type=int, default=0, help="reward models in an ensemble; 0 = no ensemble"
+    )
     out.add_argument("--set", default="", help='the words of SET, e.g. "ppo.learning_rate=1e-4"')
     out.add_argument("settings", nargs="*", help="key=value")
     return out
 
 
 class Study:
-    """Two PPO runs without KL penalty beside a run, and best-of-n by their reward models."""
+    """PPO runs without KL penalty beside a run, and best-of-n by their reward models."""
 
-    def __init__(self, recipe: Path, run: Path, prompts: int, n: int, settings: list[str]):
+    def __init__(
+        self, recipe: Path, run: Path, prompts: int, n: int, ensemble: int, settings: list[str]
+    ):
         self.recipe, self.run, self.n, self.settings = recipe, run, n, settings
+        self.ensemble = ensemble
         self.config = load_config(
             EvalConfig, recipe / "eval.yaml", stage_overrides("eval", settings)
         )
@@ -97,18 +104,39 @@ class Study:
         for name, run in (("PPO", full), ("PPO, small reward model", small)):
             self._ppo(run, iterations, points)
             out[name] = trajectory(run / "ppo", self.rows, self.judge)
+        if self.ensemble > 1:
+            run = steps.sibling(self.run, "overopt-ensemble")
+            self._ppo(run, iterations, points, f"rewards={json.dumps([self._members()])}")
+            out[f"PPO, {self.ensemble} reward models"] = trajectory(
+                run / "ppo", self.rows, self.judge
+            )
         rewards = {"best of n": self.run / "rm", "best of n, small reward model": small / "rm"}
         return out | best_of_n(self, rewards)
 
     def _small_reward_model(self, run: Path) -> None:
         """The same rankings, but the SFT trunk stays as it is and only the head learns."""
-        words = ["head_only=true", "lora=null", *self.settings]
+        self._reward_model(run, "head_only=true", "lora=null")
+
+    def _members(self) -> dict[str, Any]:
+        """The ensemble as a reward: the run's reward model and others that differ in their seed."""
+        config = load_config(
+            RMConfig, self.recipe / "rm.yaml", stage_overrides("rm", self.settings)
+        )
+        others = [steps.sibling(self.run, f"overopt-rm{i}") for i in range(2, self.ensemble + 1)]
+        for i, run in enumerate(others, start=1):
+            self._reward_model(run, f"seed={config.seed + 1000 * i}")
+        models = ["rm", *(str(run / "rm") for run in others)]
+        return {"models": models, "aggregate": "uncertainty", "uncertainty_coef": 1.0}
+
+    def _reward_model(self, run: Path, *changes: str) -> None:
+        """Another reward model from the run's rankings."""
+        words = [*self.settings, *changes]
         ranked = self.run / "rm" / "rankings.jsonl"
         if ranked.is_file():
             words += ["sampling=null", f"data={json.dumps({'path': str(ranked)})}"]
         steps.stage("rm", self.recipe, run, *words, borrow=self.run)
 
-    def _ppo(self, run: Path, iterations: int | None, points: int) -> None:
+    def _ppo(self, run: Path, iterations: int | None, points: int, *changes: str) -> None:
         config = load_config(
             PPOConfig, self.recipe / "ppo.yaml", stage_overrides("ppo", self.settings)
         )
@@ -121,6 +149,7 @@ class Study:
             f"iterations={iterations}",
             f"sample_every={max(1, iterations // points)}",
             f"sample_prompts={json.dumps({'path': str(self.prompts)})}",
+            *changes,
         ]
         steps.stage("ppo", self.recipe, run, *words, *self.settings, borrow=self.run)
 

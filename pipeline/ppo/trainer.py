@@ -210,19 +210,18 @@ class PPO:
         parts = defaultdict(list)
         ids, mask = rollout.inputs()
         width, temperature = rollout.responses.shape[1], self.config.temperature
+        recompute = self.config.recompute()
         for rows in self._slices(len(rollout), self._at_once(len(rollout))):
             batch = ids[rows], mask[rows], width
             with self.accelerator.autocast():
-                if self.recompute:
+                if recompute:
                     old, _, values, _ = self.networks(*batch, temperature)
                     parts["old"].append(old)
                 else:
                     values = self.networks.values(*batch)
                 parts["ref"].append(self._reference_logprobs(*batch))
             parts["values"].append(values)
-        rollout.old_logprobs = (
-            torch.cat(parts["old"]) if self.recompute else rollout.sampler_logprobs
-        )
+        rollout.old_logprobs = torch.cat(parts["old"]) if recompute else rollout.sampler_logprobs
         rollout.ref_logprobs = torch.cat(parts["ref"])
         rollout.values = torch.cat(parts["values"])
 
@@ -461,13 +460,6 @@ class PPO:
     def _at_once(self, episodes: int) -> int:
         """Episodes per forward pass where no gradient is kept: no more than in the update."""
         return self.config.micro_batch_size or max(1, episodes // self.config.minibatches)
-
-    @property
-    def recompute(self) -> bool:
-        """Whether old logprobs come from a forward pass like the update's, not from the sampler."""
-        if self.config.old_logprobs is None:
-            return self.config.precision != "fp32"
-        return self.config.old_logprobs == "recompute"
 
     @property
     def _tolerance(self) -> float:
