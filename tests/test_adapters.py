@@ -187,7 +187,9 @@ def length(prompts, responses, rows):
 
 def test_a_reward_model_without_an_adapter_is_refused_with_the_remedy(run, tmp_path):
     tiny_models.reward(1).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"shared_base needs a reward model trained with lora.*rm\.yaml"):
+    with pytest.raises(
+        UserError, match=r"shared_base needs a reward model trained with lora.*rm\.yaml"
+    ):
         build_ppo(PPOConfig(**CONFIG), run / "sft", tmp_path)
 
 

@@ -199,7 +199,9 @@ def test_an_empty_response_changes_nothing():
             row = rollout.rows(slice(1, 2))
             row.response_mask = torch.zeros_like(row.response_mask)
             row.scores, row.ended = torch.tensor([9.9]), torch.tensor([False])
-            names = [f.name for f in fields(Rollout) if isinstance(getattr(row, f.name), torch.Tensor)]
+            names = [
+                f.name for f in fields(Rollout) if isinstance(getattr(row, f.name), torch.Tensor)
+            ]
             both = {n: torch.cat([getattr(rollout, n), getattr(row, n)]) for n in names}
             rollout = replace(rollout, **both)
             ppo._evaluate(rollout)
