@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/*.py")])
 TORCHLESS = (
     "artifacts cli config disk errors files lineage mirror progress run schema status strict_yaml "
-    "tracking ppo.alarms ppo.preflight"
+    "tracking faults memory sealed stopping ppo.alarms ppo.preflight"
 ).split()
 
 

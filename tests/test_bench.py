@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.bench import floor, machine, ours, overlay, startup, table, theirs
-from pipeline.bench.__main__ import OVERLAY, parser
+from pipeline.bench.__main__ import OVERLAY, parser, refuse_unequal
 from pipeline.bench.shapes import CASES, EOS, PAD, SIZES, Size, Work, demonstrations, draw, ranked
 from pipeline.bench.turns import Phases, Worker, WorkerFailed
 from pipeline.errors import UserError
@@ -45,6 +45,7 @@ def test_lengths_are_geometric_and_truncated():
 
 def test_full_length_leaves_no_padding_among_responses():
     assert set(draw(XS, full=True).lengths) == {XS.response}
+    assert [case.name for case in CASES.values() if case.full] == ["full"]
 
 
 def test_all_pairs_of_a_ranking_the_better_first():
@@ -155,13 +156,14 @@ def test_a_worker_that_fails_says_why(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not overlay.is_filled(OVERLAY), reason="no TRL with PPO; `make bench` gets it")
-@pytest.mark.parametrize("case", ["fp32", "lora"])
+@pytest.mark.parametrize("case", ["fp32", "full", "lora"])
 def test_an_iteration_of_their_worker(tmp_path, case):
     environment = {"PYTHONPATH": str(OVERLAY.resolve()), "CUDA_VISIBLE_DEVICES": ""}
     with Worker("pipeline.bench.theirs", ["XS", case], environment, tmp_path / "log") as worker:
         worker.ready()
         answer = worker.turn()
     assert set(answer["phases"]) == set(table.PHASES)
+    assert answer["tokens"] == draw(XS, CASES[case].full).response_tokens
     assert f"'val/num_eos_tokens': {XS.episodes}" in (tmp_path / "log").read_text()
 
 
@@ -275,6 +277,15 @@ def test_the_picture_needs_one_side_at_least(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     table.picture({**whole(), "results": []}, tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_a_side_with_other_lengths_is_refused():
+    drawn = draw(XS).response_tokens
+    answers = {"ours": [{"tokens": drawn}] * 2, "theirs": [{"tokens": drawn}, {"tokens": 1}]}
+    failed: dict[str, str] = {}
+    for side in answers:
+        refuse_unequal(CASES["fp32"], "XS", side, answers, failed)
+    assert failed == {"theirs": f"sampled [1, {drawn}] tokens an iteration, not {drawn}"}
 
 
 def test_every_case_can_be_asked_for():

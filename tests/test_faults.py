@@ -1,6 +1,7 @@
 """What must survive, one test a fault: real processes on a tiny model, compared with an undisturbed run."""
 
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fault_runs import ROOT, STAGES, Project, leftovers, rows_of
-from pipeline import artifacts
+from fault_runs import ROOT, STAGES, Project, leftovers
+from pipeline import artifacts, sealed
 
 pytestmark = pytest.mark.fault
 
@@ -73,6 +74,46 @@ def test_damaged_states_alone_are_no_reason_to_start_again_silently(project, sta
     argv = [*project.arguments(stage, "all-damaged"), "--force"]
     assert project.make(stage, "all-damaged", "--force").code == 0, argv
     assert project.differences("all-damaged", stage) == []
+
+
+class Evil:
+    """Unpickling it writes a file."""
+
+    def __init__(self, sentinel: Path):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return (Path.touch, (self.sentinel,))
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("sft", "optimizer.pt"),
+        ("rm", "rng_state.pth"),
+        ("sft", "scheduler.pt"),
+        ("ppo", "state.pt"),
+    ],
+)
+def test_a_pickle_in_a_state_is_never_run(project, stage, name):
+    """Neither when its hash is wrong, nor when somebody has mended the seal."""
+    run = name.replace(".", "-")
+    work, sentinel = interrupted(project, stage, run), project.root / "sentinel"
+    for state in work.glob("step-*"):
+        with (state / name).open("wb") as file:
+            pickle.dump(Evil(sentinel), file)
+    outcome = project.make(stage, run)
+    assert outcome.code == 2 and f"{name} is corrupt" in outcome.told
+    for state in work.glob("step-*"):
+        sealed.seal(state)
+    outcome = project.make(stage, run)
+    assert outcome.code == 2 and "refused, it may carry code" in outcome.told, outcome.told
+    assert not sentinel.exists()
+
+
+def test_what_is_published_are_tensors_and_text(project):
+    kinds = {path.suffix for path in project.run("straight").rglob("*") if path.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".jinja"}
 
 
 def test_a_record_cut_short_is_mended(project):
@@ -144,6 +185,36 @@ def test_memory_that_does_not_suffice(project):
     assert outcome.code == 1
     assert "can't allocate memory" in outcome.told and "rollout_batch_size" in outcome.told
     assert "Traceback" not in outcome.told
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_malformed_rows_are_told_by_line_before_a_model_loads(project):
+    good = '{"prompt": "w1", "completion": "w2"}'
+    wrong = [
+        '{"prompt": "w1"',
+        '{"prompt": 3, "completion": "w2"}',
+        '{"prompt": "w1", "prompt": "w2"}',
+    ]
+    wrong += ['{"prompt": "\\ud800", "completion": "w2"}', '{"prompt": "' + "w" * 10_000_001 + '"}']
+    data = project.root / "wrong.jsonl"
+    data.write_text("\n".join([good, *wrong]) + "\n")
+    outcome = project.make(
+        "sft", "rows", f"data.path={data}", f"model={project.root / 'no-model'}/x"
+    )
+    assert outcome.code == 2 and "Traceback" not in outcome.told
+    outcome = project.make("sft", "rows", f"data.path={data}")
+    assert outcome.code == 2 and "Traceback" not in outcome.told
+    for line in range(2, 7):
+        assert f"wrong.jsonl:{line}: " in outcome.told
+    assert not project.work("rows", "sft").exists()
+
+
+def test_typos_are_told_all_at_once(project):
+    outcome = project.make("sft", "typos", "lerning_rate=1e-5", "batch_size=-1", "sede=3")
+    assert outcome.code == 2
+    assert "learning_rate" in outcome.told and "seed" in outcome.told
 
 
 # --- another config, another process --------------------------------------------------------------

@@ -22,6 +22,7 @@ IDS = torch.tensor(
         [0, 0, 0, 2, 9, 3, 4, 0, 0, 0, 0],
         [2, 5, 6, 7, 11, 3, 14, 15, 16, 17, 18],
         [0, 0, 2, 12, 13, 3, 0, 0, 0, 0, 0],  # an empty response
+        [0, 0, 0, 2, 9, 3, 10, 4, 0, 0, 0],
     ]
 )
 MASK = torch.tensor(
@@ -30,6 +31,7 @@ MASK = torch.tensor(
         [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0],
         [1] * 11,
         [0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0],
     ]
 )
 WIDTH = 5
@@ -54,8 +56,8 @@ def test_a_batch_is_laid_end_to_end_and_found_again():
     assert packed.ids.tolist() == [IDS[MASK.bool()].tolist()]
     assert packed.positions[0, :8].tolist() == list(range(8))
     assert packed.positions[0, 8:12].tolist() == [0, 1, 2, 3]
-    assert packed.layout[0, 0, 1].tolist() == [8, 9, 10, 11] + [27] * 7  # 27 = padding
-    for b in range(4):
+    assert packed.layout[0, 0, 1].tolist() == [8, 9, 10, 11] + [32] * 7  # 32 = padding
+    for b in range(len(IDS)):
         for w in torch.nonzero(MASK[b]).flatten().tolist():
             assert packed.ids[0, packed.index[b, w]] == IDS[b, w]
 
@@ -77,13 +79,16 @@ def test_packed_logprobs_and_gradients_equal_padded_ones(kind):
     _close(after, before, 1e-4 if "lora" in kind else 2e-5)
 
 
-def test_packed_values_and_their_gradients_equal_padded_ones_in_float64():
+@pytest.mark.parametrize(
+    "where", [predicting(MASK, WIDTH), last_real(MASK)], ids=["values", "scores"]
+)
+def test_packed_scores_and_their_gradients_equal_padded_ones_in_float64(where):
     model = tiny_models.reward(1, torch.float64, bias=0.25)
     found = []
     for packed in (False, True):
         if packed:
             enable_packing(model)
-        values = scores_at(model, IDS, MASK, predicting(MASK, WIDTH))
+        values = scores_at(model, IDS, MASK, where)
         found.append((values.detach(), _gradients(model, values.square().sum())))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-10, atol=1e-12)
     _close(found[1][1], found[0][1], 1e-9)
@@ -92,11 +97,11 @@ def test_packed_values_and_their_gradients_equal_padded_ones_in_float64():
 def test_scores_are_read_at_the_last_real_token_of_each_sequence():
     model = tiny_models.reward(1)
     enable_packing(model)
-    assert last_real(MASK).long().argmax(1).tolist() == [9, 6, 10, 5]
+    assert last_real(MASK).long().argmax(1).tolist() == [9, 6, 10, 5, 7]
     together = scores_at(model, IDS, MASK, last_real(MASK))
     alone = [
         score_sequences(model, [IDS[b][MASK[b].bool()].tolist()], pad_token_id=0)[0]
-        for b in range(4)
+        for b in range(len(IDS))
     ]
     assert together.tolist() == pytest.approx(alone, abs=1e-5)
 

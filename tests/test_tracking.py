@@ -1,5 +1,6 @@
 """metrics.jsonl is complete whatever W&B does; a bar or plain lines tell where a run is."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -267,7 +268,7 @@ def test_a_mirror_that_hangs_is_given_up(tmp_path, monkeypatch, capsys, where):
 # --- the real wandb -------------------------------------------------------------------------------
 
 REAL = """
-import sys, time
+import shutil, sys, time
 from pathlib import Path
 from pipeline import mirror, schema
 from pipeline.artifacts import Manifest, publish, read
@@ -282,6 +283,7 @@ for step in range(1, 4):
     assert time.monotonic() - begin < 0.5
 tracker.samples(3, [{"prompt": "p", "response": "r", "score": 1.0, "ended": True}])
 (run / ".work/ppo/output/model.safetensors").write_bytes(b"weights")
+shutil.copy(tracker.metrics_path, run / ".work/ppo/output")
 final = publish(run / ".work/ppo/output", run / "ppo", Manifest(stage="ppo", inputs={"d": "h"}))
 tracker.finish(final, read(final))
 """
@@ -302,7 +304,7 @@ def run_real(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
 
 def check_real(done: subprocess.CompletedProcess, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
-    record = tmp_path / "tiny" / ".work" / "ppo" / "metrics.jsonl"
+    record = tmp_path / "tiny" / "ppo" / "metrics.jsonl"
     assert [json.loads(line)["step"] for line in record.read_text().splitlines()] == [1, 2, 3]
     [folder] = (tmp_path / "tiny" / "wandb").glob("offline-run-*")
     [file] = folder.glob("*.wandb")
@@ -326,6 +328,49 @@ def test_real_wandb_with_a_key_and_no_server_goes_offline(tmp_path):
     check_real(done, tmp_path)
     assert time.monotonic() - begin < 45  # imports included
     assert done.stdout.count("writing offline") == 1
+
+
+@contextlib.contextmanager
+def server(tmp_path: Path, how: str):
+    """The address of a server on loopback that behaves like this, and what it is sent."""
+    seen = tmp_path / "sent"
+    stub = Path(__file__).parent / "wandb_stub.py"
+    process = subprocess.Popen(
+        [sys.executable, str(stub), how, str(seen)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}", seen
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.parametrize("how", ["wrong-key", "silent", "dies", "hangs"])
+def test_real_wandb_and_a_server_that_fails(tmp_path, how):
+    with server(tmp_path, how) as (address, _):
+        begin = time.monotonic()
+        done = run_real(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=address)
+        took = time.monotonic() - begin
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("the record in metrics.jsonl is complete") == 1
+    assert took < 45  # the imports of a busy machine, and at most 30 s
+    record = tmp_path / "tiny" / "ppo" / "metrics.jsonl"
+    assert [json.loads(line)["step"] for line in record.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_real_wandb_is_sent_numbers_and_no_weights(tmp_path):
+    with server(tmp_path, "good") as (address, seen):
+        done = run_real(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=address)
+        sent = seen.read_bytes()
+    assert done.returncode == 0, done.stderr
+    assert b"objective/kl" in sent
+    assert b"model.safetensors" not in sent
+    assert f"W&B: {address}" in done.stdout
 
 
 # --- progress -------------------------------------------------------------------------------------
