@@ -11,6 +11,7 @@
 #: SET="k=v ..."    override keys: SET="ppo.kl_coef=0.02 seed=3"
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
 #: SEEDS="1 2 3"    seeds of `make seeds`; ARGS= further arguments of chat, overopt, seeds and test
+#: SIZE=S|M DEVICE= ITERATIONS= THREADS=   of `make bench`; ARGS="--cases fp32 sft" picks cases
 #: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
 
@@ -37,6 +38,10 @@ CKPT ?= checkpoints
 VENV ?= .venv
 TORCH_INDEX ?=
 SEEDS ?=
+SIZE ?= S
+DEVICE ?=
+ITERATIONS ?=
+THREADS ?=
 ARGS ?=
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
@@ -205,7 +210,7 @@ base-%:
 
 # --- around them ------------------------------------------------------------
 
-.PHONY: help venv test test-slow check chat overopt seeds status show-config clean
+.PHONY: help venv test test-slow faults check chat overopt seeds bench status show-config clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 } \
@@ -215,12 +220,17 @@ chat: $(STAMP)  ## talk with the run's policy
 	@exec $(PY) -m pipeline.chat --run $(RUN_DIR) $(ARGS)
 
 STUDY = --recipe $(RECIPE) --run $(RUN_DIR) $(SETTINGS) $(ARGS)
+VARIANT = $(if $(PPO),--ppo $(call quote,$(PPO))) $(BORROW)
 
 overopt: $(STAMP)  ## study over-optimisation: gold against proxy as KL grows
 	exec $(PY) -m pipeline.evaluation.overopt $(STUDY)
 
 seeds: $(STAMP)  ## repeat the recipe over seeds
-	exec $(PY) -m pipeline.evaluation.seeds $(STUDY) $(if $(SEEDS),--seeds $(SEEDS))
+	exec $(PY) -m pipeline.evaluation.seeds $(VARIANT) $(STUDY) $(if $(SEEDS),--seeds $(SEEDS))
+
+bench: $(STAMP)  ## time PPO against TRL's own, and the other stages against its trainers
+	exec $(PY) -m pipeline.bench --size $(SIZE) $(if $(DEVICE),--device $(DEVICE)) \
+	  $(if $(ITERATIONS),--iterations $(ITERATIONS)) $(if $(THREADS),--threads $(THREADS)) $(ARGS)
 
 status: $(STAMP)  ## what the run has, and what would be made again
 	@$(STATUS)
@@ -235,6 +245,9 @@ test: $(STAMP)  ## the fast tests
 
 test-slow: $(STAMP)  ## the slow tests: whole runs, and faults
 	exec $(PY) -m pytest -m "slow or fault" $(ARGS)
+
+faults: $(STAMP)  ## kill, corrupt and starve every stage everywhere; a table of what came of it
+	exec $(PY) -m pytest -m fault tests/test_faults.py tests/test_faults_matrix.py $(ARGS)
 
 check: $(STAMP)  ## lint, format and types
 	$(PY) -m ruff check .

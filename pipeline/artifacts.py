@@ -4,9 +4,10 @@ A published directory is complete or absent, and never modified. Its `manifest.j
 names every file with size and SHA-256 and says what the artifact was made from.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -14,12 +15,26 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline import faults
 from pipeline.config import config_hash
 from pipeline.errors import UserError
-from pipeline.files import Lock, sha256, sync, write_atomically
+from pipeline.files import (
+    Lock,
+    is_inside,
+    move,
+    remove,
+    sha256,
+    sync_all,
+    walk,
+    write_atomically,
+)
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+_MOST_BYTES = 10_000_000
+"""A longer manifest is none."""
+_MOMENTS = 100
+"""Hundredths of a second that a reader waits for a swap of two directories."""
 UNSAFE = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py", ".pyc"}
 """Endings of files that can carry code; an artifact holds none."""
 
@@ -84,11 +99,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
             "created": manifest.created or datetime.now(UTC).isoformat(timespec="seconds"),
         }
     )
-    for path in paths:
-        sync(directory / path)
+    sync_all(directory)
     write_atomically(directory / MANIFEST, complete.model_dump_json(indent=1) + "\n")
-    for folder in {directory, *((directory / path).parent for path in paths)}:
-        sync(folder)
     return complete
 
 
@@ -99,36 +111,45 @@ def publish(staging: Path, final: Path, manifest: Manifest) -> Path:
     one. Hold the stage's lock. Both must lie on one file system.
     """
     write_manifest(staging, manifest)
+    faults.at("publish", 1)
     final.parent.mkdir(parents=True, exist_ok=True)
     recover(final)
-    os.rename(staging, _fresh(final))  # from here on the new artifact is certain
-    sync(final.parent)
+    move(staging, _fresh(final))  # from here on the new artifact is certain
+    faults.at("publish", 2)
     recover(final)
     return final
 
 
 def recover(final: Path) -> None:
-    """Complete an interrupted swap: `.NAME.ready` is whole and takes the place of `NAME`."""
+    """Complete an interrupted swap: `.NAME.ready` is whole and takes the place of `NAME`.
+
+    What the stage kept in case it was killed goes first: nobody would come back for it.
+    """
     fresh, old = _fresh(final), _old(final)
     if (fresh / MANIFEST).is_file():
+        remove(work_path(final))
+        faults.at("publish", 3)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
-        os.rename(fresh, final)
-        sync(final.parent)
+            faults.at("publish", 4)
+        move(fresh, final)
+        faults.at("publish", 5)
     elif old.exists() and not final.exists():
         os.rename(old, final)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def settle(final: Path) -> None:
-    """`recover`, unless a running stage is at it."""
-    if _fresh(final).exists() or _old(final).exists():
-        try:
-            with Lock(lock_path(final)):
-                recover(final)
-        except UserError:
-            pass  # the holder of the lock completes it
+    """`recover`, unless a running stage is at it; then wait for the moment that it takes."""
+    for _ in range(_MOMENTS):
+        if not (_fresh(final).exists() or _old(final).exists()):
+            return
+        with contextlib.suppress(UserError), Lock(lock_path(final)):
+            return recover(final)
+        if final.exists():
+            return  # whole, the old one or the new one
+        time.sleep(0.01)
 
 
 def publish_directory(
@@ -165,10 +186,16 @@ def read(directory: Path | str, stage: str | None = None) -> Manifest:
     UserError names the file that is missing, changed or does not belong, and how to rebuild.
     """
     directory = Path(directory)
-    manifest = read_listing(directory, stage)
-    for name, entry in manifest.files.items():
-        if sha256(directory / name) != entry.sha256:
-            raise _damaged(directory, name, "is corrupt: its SHA-256 is not the manifest's")
+    before = _state(directory)
+    try:
+        manifest = read_listing(directory, stage)
+        for name, entry in manifest.files.items():
+            if sha256(directory / name) != entry.sha256:
+                raise _damaged(directory, name, "is corrupt: its SHA-256 is not the manifest's")
+    except (UserError, OSError):
+        if _state(directory) == before:
+            raise
+        return read(directory, stage)  # another one was published meanwhile
     return manifest
 
 
@@ -177,7 +204,7 @@ def read_listing(directory: Path, stage: str | None = None) -> Manifest:
     manifest = read_manifest(directory, stage)
     present = _files(directory) - {MANIFEST}
     for name, entry in manifest.files.items():
-        if not _is_inside(name):
+        if not is_inside(name):
             raise _damaged(directory, MANIFEST, f"is refused: it lists {name!r}, outside of it")
         if name not in present:
             raise _damaged(directory, name, "is missing")
@@ -198,6 +225,8 @@ def read_manifest(directory: Path, stage: str | None = None) -> Manifest:
     if directory.is_symlink() or path.is_symlink():
         raise UserError(f"{path}: refused: a symbolic link")
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise _damaged(directory, MANIFEST, "is too long for a manifest")
         manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
@@ -269,31 +298,28 @@ def lock_path(final: Path) -> Path:
     return final.parent / ".work" / f"{final.name}.lock"
 
 
+def work_path(final: Path) -> Path:
+    """Where the stage that makes `RUN/STAGE` keeps what must survive a killed process."""
+    return final.parent / ".work" / final.name
+
+
 def _entry(path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=sha256(path))
 
 
 def _files(directory: Path) -> set[str]:
     """Relative paths of all files below; UserError for a link or anything else that is no file."""
-    return set(_walk(directory, directory))
+    return set(walk(directory))
 
 
-def _walk(directory: Path, top: Path) -> Iterator[str]:
-    for entry in os.scandir(directory):
-        if entry.is_symlink():
-            raise UserError(f"{entry.path}: refused: a symbolic link in an artifact")
-        if entry.is_dir():
-            yield from _walk(Path(entry.path), top)
-        elif entry.is_file():
-            yield Path(entry.path).relative_to(top).as_posix()
-        else:
-            raise UserError(f"{entry.path}: refused: not a plain file")
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a manifest's path stays in its directory."""
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+def _state(directory: Path) -> tuple[int, int] | None:
+    """Changes when another artifact takes the place of this one."""
+    settle(directory)
+    try:
+        stat = (directory / MANIFEST).stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _fresh(final: Path) -> Path:

@@ -1,101 +1,50 @@
-"""Training state in numbered directories, each sealed by hashes, so that a torn one is never used."""
+"""Training state and every random generator, as tensors and plain values in numbered directories."""
 
-import hashlib
-import json
-import os
+import contextlib
+import pickle
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from pipeline import sealed
 from pipeline.errors import UserError
-from pipeline.progress import say
+from pipeline.sealed import newest, step_of
 
-SEAL = "seal.json"
-
-
-def seal(directory: Path) -> None:
-    """Write the hashes of every file in `directory`; its presence says that all were written."""
-    sums = {
-        str(p.relative_to(directory)): _sha256(p)
-        for p in sorted(directory.rglob("*"))
-        if p.is_file() and p.name != SEAL
-    }
-    temporary = directory / (SEAL + ".tmp")
-    temporary.write_text(json.dumps(sums, indent=1))
-    _sync(temporary)
-    os.replace(temporary, directory / SEAL)
-
-
-def fault(directory: Path) -> str | None:
-    """Why a sealed directory cannot be used, naming the file; None when it is whole."""
-    try:
-        sums = json.loads((directory / SEAL).read_text())
-    except (OSError, ValueError):
-        return "it was not completely written"
-    for name, digest in sums.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _sha256(path) != digest:
-            return f"{name} is corrupt"
-    return None
-
-
-def newest(work: Path, prefix: str = "step-") -> Path | None:
-    """The newest whole state, or None when nothing was ever saved whole.
-
-    Unfinished states (no seal: killed while saving) are removed. Corrupt ones are named and passed
-    over; when only corrupt ones are left it is an error, never a silent start from the beginning.
-    """
-    corrupt = []
-    for directory in sorted(work.glob(f"{prefix}*"), key=step_of, reverse=True):
-        if not (directory / SEAL).is_file():
-            shutil.rmtree(directory)
-            continue
-        reason = fault(directory)
-        if reason is None:
-            return directory
-        corrupt.append(f"{directory}: {reason}")
-        say(f"{directory}: not used, {reason}")
-    if corrupt:
-        raise UserError(
-            "no saved state is whole:\n  "
-            + "\n  ".join(corrupt)
-            + f"\nRemove {work} to start again."
-        )
-    return None
-
-
-def step_of(directory: Path) -> int:
-    """The number a state directory ends in."""
-    return int(directory.name.rsplit("-", 1)[1])
+__all__ = ["load", "newest", "random_state", "save", "seed_everything", "step_of"]
 
 
 def save(work: Path, step: int, state: dict, keep: int = 2) -> Path:
     """Write `state` as work/step-NNNNNN, whole or not at all, and prune to the last `keep`."""
-    final = work / f"step-{step:06d}"
-    temporary = work / f".tmp-{final.name}"
+    temporary = sealed.temporary(work, step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     torch.save({"state": state, "random": random_state()}, temporary / "state.pt")
-    _sync(temporary / "state.pt")
-    seal(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _sync(work)
-    for old in sorted(work.glob("step-*"), key=step_of)[:-keep]:
-        shutil.rmtree(old)
-    return final
+    return sealed.publish(temporary, work, step, keep)
 
 
 def load(directory: Path) -> dict:
     """State saved by `save`, with every random generator put back; loads tensors, never code."""
-    saved = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
+    with refusing_code(directory):
+        saved = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
     restore_random_state(saved["random"])
     return saved["state"]
+
+
+@contextlib.contextmanager
+def refusing_code(directory: Path) -> Iterator[None]:
+    """Within, a file of a state that is more than tensors and plain values is a UserError.
+
+    Its hashes are right, so this program or somebody who can compute hashes wrote it.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{directory}: refused, it may carry code: {reason}") from None
 
 
 def random_state() -> dict:
@@ -132,16 +81,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import disk, run
+from pipeline import disk, faults, memory, run, stopping
 from pipeline.config import load_config, split_settings, stage_overrides
 from pipeline.errors import UserError
 from pipeline.lineage import inputs_of
@@ -18,10 +18,13 @@ from pipeline.schema import STAGES, StageConfig
 def main(stage: str, argv: list[str] | None = None) -> None:
     """Run `stages.STAGE` unless it is up to date; always ends the process.
 
-    Exit codes: 0 done, 2 a mistake of the user's, 130 interrupted, 1 anything else.
+    Exit codes: 0 done, 2 a mistake of the user's, 130 interrupted, 143 saved and stopped by SIGTERM,
+    1 anything else.
     """
+    stopping.install()
     with reporting_errors():
         args = parser(stage).parse_args(argv)
+        faults.setup(stage)
         config = configured(stage, args)
         if args.force:
             if is_main_process():
@@ -70,10 +73,9 @@ def reporting_errors(config: StageConfig | None = None) -> Iterator[None]:
     except Exception as error:
         if disk.is_full(error):
             _stop(f"error: {disk.message(config)}", 1)
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        if not memory.is_out(error):
             raise
-        first = str(error).splitlines()[0]
-        _stop(f"error: {first}\nTry a smaller micro_batch_size: less memory, the same numbers.", 1)
+        _stop(f"error: {memory.message(error)}", 1)
 
 
 def _stop(message: str, code: int) -> None:

@@ -7,13 +7,19 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.lineage import parents_of
-from pipeline.schema import StageConfig
+from pipeline.schema import PPOConfig, StageConfig
 
 _ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors raises its own error with the number in its text; torch.save says only that it failed.
-_PHRASES = (*(f"os error {number}" for number in _ERRNOS), "PytorchStreamWriter failed writing")
-_COPIES = 7
-"""Sizes of the model on disk at most: published once, and twice with Adam's two moments."""
+# safetensors raises its own error with the number in its text; torch.save says only that it failed,
+# in one of three ways.
+_PHRASES = (
+    *(f"os error {number}" for number in _ERRNOS),
+    "PytorchStreamWriter failed writing",
+    "basic_ios::clear: iostream error",
+    "unexpected pos ",
+)
+_STATES = 3
+"""Training states at a time: two are kept while the next is written."""
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -32,13 +38,20 @@ def message(config: StageConfig | None) -> str:
     told = "no space left to write to, or files may not grow further"
     if config is None:
         return told
-    needed = _COPIES * _model_bytes(config)
+    needed = _copies(config) * _model_bytes(config)
     free = shutil.disk_usage(_existing(config.run)).free
     return (
         f"{config.run}: {told}: saved states and the published model take up to {needed} bytes "
         f"({needed / 1e9:.1f} GB), {free} are free. What was saved before is whole: make room and "
         "run the same command again"
     )
+
+
+def _copies(config: StageConfig) -> int:
+    """Sizes of the model on disk at most: in states, with Adam's two moments, and published."""
+    networks = 2 if isinstance(config, PPOConfig) and config.value == "separate" else 1
+    averages = int(getattr(config, "ema_decay", None) is not None)
+    return _STATES * (3 * networks + averages) + 1 + averages
 
 
 def _model_bytes(config: StageConfig) -> int:

@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from pathlib import Path
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 from pipeline.errors import UserError
@@ -25,6 +27,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -34,6 +37,59 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_all(directory: Path) -> None:
+    """`sync` every file below a folder, and the folders."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename, on disk before this returns. Both lie in one file system; no `target` is there."""
+    os.rename(source, target)
+    sync(target.parent)
+    if source.parent != target.parent:
+        sync(source.parent)
+
+
+def remove(directory: Path) -> None:
+    """Remove a folder so that a killed process leaves all of it or none under its name."""
+    shutil.rmtree(hide(directory), ignore_errors=True)
+
+
+def hide(directory: Path) -> Path:
+    """Move a folder, if there is one, to the name from which it is to be removed; returns that.
+
+    What a killed process left under that name goes first.
+    """
+    gone = directory.with_name(f".{directory.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(directory, gone)
+    return gone
+
+
+def walk(directory: Path) -> Iterator[str]:
+    """Relative POSIX paths of all files below; UserError for a link or anything else that is no file."""
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        if entry.is_symlink():
+            raise UserError(f"{entry.path}: refused: a symbolic link")
+        if entry.is_dir():
+            for name in walk(Path(entry.path)):
+                yield f"{entry.name}/{name}"
+        elif entry.is_file():
+            yield entry.name
+        else:
+            raise UserError(f"{entry.path}: refused: not a plain file")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path that somebody wrote down stays in its directory."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 class Lock:

@@ -17,10 +17,10 @@ from pipeline.artifacts import MANIFEST, Manifest, is_published, manifest_hash
 from pipeline.files import write_atomically
 from pipeline.progress import say
 
-INIT_SECONDS = 15
+INIT_SECONDS = 10
 """An unreachable server is given up after so long; the run goes on meanwhile."""
-FINISH_SECONDS = 30
-"""Time for the last rows, besides the artifact's upload."""
+FINISH_SECONDS = 15
+"""Time for the last rows, besides the upload of files; with the above, all that a run ever waits."""
 UPLOAD_BYTES_PER_SECOND = 1_000_000
 """A slower upload of the artifact is given up."""
 
@@ -46,7 +46,7 @@ class Mirror:
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="wandb-mirror", daemon=True)
         self._wandb_run: Any = None
-        self._warned = False
+        self._warned = self._failed = False
 
     def start(self, earlier: list[dict[str, Any]]) -> None:
         """Begin in the background; `earlier` are rows of a record that is being continued."""
@@ -72,14 +72,16 @@ class Mirror:
         seconds = float(FINISH_SECONDS)
         if artifact is not None and manifest is not None:
             self._put(lambda run: self._log_artifact(run, artifact, manifest))
-            size = sum(entry.size for entry in manifest.files.values())
+            size = sum(entry.size for entry in manifest.files.values()) if self.wandb.upload else 0
             seconds += size / UPLOAD_BYTES_PER_SECOND if self.mode == "online" else 0
         exit_code = 0 if artifact else 1
         self._put(lambda run: run.finish(exit_code))
         self._jobs.put(None)
         self._thread.join(seconds + INIT_SECONDS)
         if self._thread.is_alive():
+            self._failed = True
             self._warn(f"given up, not finished after {seconds + INIT_SECONDS:.0f} s")
+        if self._failed:
             _abandon()
         self._tell()
 
@@ -92,7 +94,10 @@ class Mirror:
             while (job := self._jobs.get()) is not None:
                 job(self._wandb_run)
         except BaseException as error:  # wandb raises even SystemExit
+            self._failed = True
             self._warn(_first_line(error))
+            if self._wandb_run is not None:
+                _quietly(self._wandb_run.finish)  # else its exit handler would, and wait for ever
 
     def _init(self) -> Any:
         """The wandb run: online if asked for and reachable, else offline."""
@@ -136,7 +141,10 @@ class Mirror:
         )
 
     def _log_artifact(self, run: Any, directory: Path, manifest: Manifest) -> None:
-        """The published directory as an artifact made from its parents and its data."""
+        """An artifact made from its parents and its data: its manifest, its files when asked to.
+
+        The manifest names each file with its hash; data is never sent, its hashes are.
+        """
         import wandb
 
         if self.mode == "online":  # offline `use_artifact` raises
@@ -151,7 +159,10 @@ class Mirror:
             type="model",
             metadata=manifest.model_dump(mode="json", exclude={"files"}),
         )
-        artifact.add_dir(str(directory), policy="immutable")  # refers to the files, copies none
+        if self.wandb.upload:
+            artifact.add_dir(str(directory), policy="immutable")  # refers to the files, copies none
+        else:
+            artifact.add_file(str(directory / MANIFEST), policy="immutable")
         run.log_artifact(artifact, aliases=["latest", _alias(directory)])
 
     # --- helpers ----------------------------------------------------------------------------------
@@ -219,7 +230,7 @@ def _abandon() -> None:
 
 
 def _quietly(function: Callable[[], None]) -> None:
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(BaseException):
         function()
 
 

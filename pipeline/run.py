@@ -7,11 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
-from pipeline import artifacts
+from pipeline import artifacts, faults, sealed
 from pipeline.artifacts import Lock, Manifest, Parent
 from pipeline.config import config_hash, differences
 from pipeline.errors import UserError
-from pipeline.files import write_atomically
+from pipeline.files import remove, write_atomically
 from pipeline.lineage import inputs_of, parents_of
 from pipeline.progress import is_main_process
 from pipeline.schema import Data, StageConfig
@@ -19,7 +19,8 @@ from pipeline.tracking import Tracker
 
 IDENTITY = "run.json"
 _RECORDS = ("metrics.jsonl", "samples.jsonl")
-_TRANSIENT = {*_RECORDS, IDENTITY, "wandb_id", "output"}
+_SCRATCH = ("output", "trainer")  # of no use to a run that goes on
+_TRANSIENT = {*_RECORDS, *_SCRATCH, IDENTITY, "wandb_id"}
 
 
 def up_to_date(config: StageConfig) -> bool:
@@ -72,26 +73,30 @@ class StageRun:
         self.config = config
         self.stage = config.stage
         self.final = config.run / config.stage
-        self.work = config.run / ".work" / config.stage
+        self.work = artifacts.work_path(self.final)
         self.output = self.work / "output"
         self.main = is_main_process()
         self.inputs = inputs_of(config, in_memory=dataset is not None)
         self._directories = parents_of(config)
         self.parents: dict[str, Manifest] = {}
+        self.links: dict[str, Parent] = {}
         self.tracker: Tracker
         self._lock = Lock(artifacts.lock_path(self.final))
 
     def __enter__(self) -> Self:
+        faults.setup(self.stage)
         if self.main:
             self._lock.__enter__()
         try:
             for name, directory in self._directories.items():
                 self.parents[name] = artifacts.read(directory)
+            self.links = self._links()
             self._check_lineage()
             if self.main:
                 artifacts.recover(self.final)
                 self._prepare_work()
         except BaseException:
+            faults.clear()
             self._unlock()
             raise
         self.tracker = Tracker(
@@ -113,6 +118,7 @@ class StageRun:
         trace: TracebackType | None,
     ) -> None:
         self.tracker.finish()
+        faults.clear()
         self._unlock()
 
     @overload
@@ -131,13 +137,21 @@ class StageRun:
         tokenizer_hash: str = "",
         template_hash: str = "",
     ) -> Path:
-        """Publish `output` as `RUN/STAGE` with the records, and remove the working directory.
+        """Publish `output` as `RUN/STAGE` with the records; the working directory goes with it.
+
+        UserError when an artifact that the stage was made from has been replaced meanwhile.
 
         Adds `minutes` to the headline metrics: what this process took, without its imports; of a
         stage that went on after an interruption, the last part.
         """
         if not self.main:
             return self.final
+        faults.at("export", 0)
+        if changed := _changed_names(_hashes(self.links), _hashes(self._links())):
+            raise UserError(
+                f"{self.stage}: {', '.join(changed)} was made again while this was made from it; "
+                f"not published. {_start_again(self.stage)}"
+            )
         for name in _RECORDS:
             if (self.work / name).exists():
                 shutil.copyfile(self.work / name, self.output / name)
@@ -148,13 +162,12 @@ class StageRun:
             inputs=self.inputs,
             tokenizer_hash=tokenizer_hash,
             template_hash=template_hash,
-            parents=self._links(),
+            parents=self.links,
             seed=self.config.seed,
             metrics={**metrics, "minutes": round((time.monotonic() - self._started) / 60, 2)},
         )
         artifacts.publish(self.output, self.final, manifest)
         self.tracker.finish(self.final, artifacts.read_manifest(self.final))
-        shutil.rmtree(self.work)
         return self.final
 
     def _links(self) -> dict[str, Parent]:
@@ -174,18 +187,23 @@ class StageRun:
         identity = {
             "config": self.config.model_dump(mode="json"),
             "inputs": self.inputs,
-            "parents": {name: link.manifest_sha256 for name, link in self._links().items()},
+            "parents": _hashes(self.links),
         }
+        sealed.sweep(self.work)
         before = _read_identity(self.work / IDENTITY)
-        if before and self._is_finished(before):
-            shutil.rmtree(self.work)  # killed between publishing and cleaning up
-        elif before and (told := self._told(before, identity)):
+        if before is None and sealed.states(self.work):
+            raise UserError(
+                f"{self.work / IDENTITY}: missing or unreadable: nobody can tell which config the "
+                f"states beside it belong to. {_start_again(self.stage)}"
+            )
+        if before and (told := self._told(before, identity)):
             if any(entry.name not in _TRANSIENT for entry in self.work.iterdir()):
                 raise UserError(_refusal(self.work, told, self.stage))
-            shutil.rmtree(self.work)
-        shutil.rmtree(self.output, ignore_errors=True)
+            remove(self.work)
+        for name in _SCRATCH:
+            remove(self.work / name)
         self.output.mkdir(parents=True)
-        if not any(self.work.glob("step-*")) and not any(self.work.glob("checkpoint-*")):
+        if not sealed.states(self.work):
             for name in (*_RECORDS, "wandb_id"):
                 (self.work / name).unlink(missing_ok=True)
         write_atomically(self.work / IDENTITY, json.dumps(identity, indent=1))
@@ -197,15 +215,6 @@ class StageRun:
             *(f"{what} has changed" for what in _changed_names(before["inputs"], now["inputs"])),
             *(f"{what} has changed" for what in _changed_names(before["parents"], now["parents"])),
         ]
-
-    def _is_finished(self, before: dict[str, Any]) -> bool:
-        """Whether the run that left `work` is the one that is published."""
-        if not artifacts.is_published(self.final):
-            return False
-        manifest = artifacts.read_manifest(self.final)
-        links = {name: link.manifest_sha256 for name, link in manifest.parents.items()}
-        published = {"config": manifest.config, "inputs": manifest.inputs, "parents": links}
-        return not self._told(before, published)
 
     def _unlock(self) -> None:
         if self.main:
@@ -223,11 +232,19 @@ def start_again(config: StageConfig) -> None:
     """Forget an interrupted run of the stage (`FORCE=`)."""
     final = config.run / config.stage
     with Lock(artifacts.lock_path(final)):
-        shutil.rmtree(config.run / ".work" / config.stage, ignore_errors=True)
+        remove(artifacts.work_path(final))
 
 
 def _changed_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
     return [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+
+
+def _hashes(links: dict[str, Parent]) -> dict[str, str]:
+    return {name: link.manifest_sha256 for name, link in links.items()}
+
+
+def _start_again(stage: str) -> str:
+    return f"FORCE={stage} (--force) starts again."
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
@@ -243,6 +260,6 @@ def _refusal(work: Path, told: list[str], stage: str) -> str:
         [
             f"{work}: an interrupted run with another config; it cannot go on with this one:",
             *(f"  {line}" for line in told),
-            f"Put these back to go on, or FORCE={stage} (--force) to start again.",
+            f"Put these back to go on. {_start_again(stage)}",
         ]
     )

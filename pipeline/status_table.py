@@ -36,7 +36,6 @@ def _state(plan: Plan, step: str) -> str:
     if reason is None:
         return "up to date"
     saved = sorted((plan.run / ".work" / step).glob("step-*")) if step in STAGES else []
-    saved += sorted((plan.run / ".work" / step).glob("checkpoint-*"))
     return f"{reason}; interrupted after {saved[-1].name}" if saved else reason
 
 

@@ -16,14 +16,27 @@ _CORE = {
     f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")
 }
 _BIGGEST_INTEGER = 2**53
+_LONGEST, _DEEPEST = 1_000_000, 50
+"""Characters of a text and levels of nesting; more is a mistake or an attack."""
 
 
 class _Loader(yaml.SafeLoader):
     """Reads one document; keys become text, as they are in JSON."""
 
     yaml_implicit_resolvers: dict[str | None, list] = {}
+    depth = 0
 
     def compose_node(self, parent, index):
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.composer.ComposerError(
+                None, None, f"nested more than {_DEEPEST} levels deep", self.peek_event().start_mark
+            )
+        node = self.checked_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def checked_node(self, parent, index):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.composer.ComposerError(
@@ -83,6 +96,8 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.floating)
 
 def parse(text: str, where: str) -> Any:
     """The value of a YAML text; UserError `where:line: reason`."""
+    if len(text) > _LONGEST:
+        raise UserError(f"{where}: {len(text)} characters are too many for a config")
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -96,6 +111,8 @@ def parse(text: str, where: str) -> Any:
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping."""
     try:
+        if path.stat().st_size > 4 * _LONGEST:
+            raise UserError(f"{path}: {path.stat().st_size} bytes are too many for a config")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import schema
 from pipeline.artifacts import Manifest
-from pipeline.files import write_atomically
+from pipeline.files import sync, write_atomically
 from pipeline.mirror import Mirror
 from pipeline.progress import say
 
@@ -61,6 +61,12 @@ class Tracker:
         if self._mirror:
             self._mirror.samples(step, rows)
 
+    def sync(self) -> None:
+        """Have the record on disk: done before a training state that it belongs to is saved."""
+        for path in (self.metrics_path, self.samples_path):
+            if self.main and path.exists():
+                sync(path)
+
     def truncate(self, step: int) -> None:
         """Forget what was recorded after the state of `step` was saved, and a line cut short.
 
@@ -104,10 +110,10 @@ def read_rows(path: Path) -> Iterable[dict[str, Any]]:
     """Rows of a JSONL record; a last line cut short by a killed process is left out."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):  # cut within a character, too
             continue
         if isinstance(row, dict) and "step" in row:
             yield row

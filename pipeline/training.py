@@ -1,5 +1,6 @@
 """What stages 1 and 2 share: TRL's trainers, told our keys, tracked and saved our way."""
 
+import json
 import math
 import os
 import resource
@@ -11,11 +12,17 @@ import datasets
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
-from pipeline import checkpoint, models
+from pipeline import checkpoint, faults, models, sealed, stopping
 from pipeline.errors import UserError
-from pipeline.progress import track
+from pipeline.files import write_atomically
+from pipeline.progress import say, track
 from pipeline.schema import Optimisation, StageConfig
 from pipeline.tracking import Tracker
+
+SCRATCH = "trainer"
+"""Folder of `work` in which transformers writes a checkpoint, before it is sealed and put in its place."""
+_RECORDER = "recorder.json"
+_LATEST = ("grad_norm", "learning_rate")  # recorded as they are; other values as means over steps
 
 
 def arguments(config: StageConfig, examples: int, work: Path) -> dict[str, Any]:
@@ -28,7 +35,7 @@ def arguments(config: StageConfig, examples: int, work: Path) -> dict[str, Any]:
     micro, accumulate = micro_batches(config.batch_size, config.micro_batch_size, processes)
     steps = config.max_steps or math.ceil(examples / config.batch_size * config.epochs)
     return {
-        "output_dir": str(work),
+        "output_dir": str(work / SCRATCH),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
@@ -47,11 +54,9 @@ def arguments(config: StageConfig, examples: int, work: Path) -> dict[str, Any]:
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
         "seed": config.seed,
         "data_seed": config.seed,
-        "logging_steps": config.log_every,
-        "logging_first_step": True,
+        "logging_steps": 1,  # the recorder averages over `log_every` of them, a resumed one too
         "logging_nan_inf_filter": False,  # the default hides a NaN loss
         "save_steps": config.save_every,
-        "save_total_limit": 2,
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -80,12 +85,30 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class Recorder(TrainerCallback):
-    """Writes the trainer's log lines to the tracker, moves the progress bar, seals checkpoints."""
+class Checked:
+    """Mixed into a transformers Trainer: a loss that is no number ends the run before it is stepped."""
 
-    def __init__(self, tracker: Tracker, names: dict[str, str]):
-        self.tracker, self.names = tracker, names
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            _refuse(self.state.global_step + 1, "the loss", float(loss))  # type: ignore[attr-defined]
+        return loss
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None beside a checkpoint that nobody publishes."""
+
+
+class Recorder(TrainerCallback):
+    """Writes means of the trainer's numbers to the tracker, shows progress, publishes its states.
+
+    A row of the record is the mean over the steps since the row before. What has been summed up for
+    the next row is part of a training state, so that a resumed run writes the same rows.
+    """
+
+    def __init__(self, tracker: Tracker, names: dict[str, str], every: int):
+        self.tracker, self.names, self.every = tracker, names, every
         self.bar: Any = None
+        self.sums: dict[str, list[float]] = {}  # name -> [sum, number of steps]
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -93,55 +116,95 @@ class Recorder(TrainerCallback):
             self.bar.__enter__()
             self.bar.advance(state.global_step)
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # clipped already: a gradient that was infinite is NaN by now
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        )
+        if not torch.isfinite(norm):
+            _refuse(state.global_step + 1, "a gradient", float(norm))
+
     def on_step_end(self, args, state, control, **kwargs):
+        faults.at("step", state.global_step)
         if self.bar:
             self.bar.advance(1)
+        if stopping.asked():
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "train_runtime" in (logs or {}):
-            return  # the summary at the end, which a run that goes on after its last save has not
-        if self.bar and logs and "loss" in logs:
-            self.bar.advance(0, loss=logs["loss"])
-        named = {new: logs[old] for old, new in self.names.items() if old in (logs or {})}
-        if any(not math.isfinite(value) for value in named.values()):
-            raise UserError(
-                f"{self.tracker.stage}: step {state.global_step}: not finite: {named}; "
-                "lower learning_rate or look at the data"
-            )
-        if named and state.is_world_process_zero:
+        state.log_history.clear()  # the record is ours; theirs would grow with every saved state
+        logs = logs or {}
+        named = {new: logs[old] for old, new in self.names.items() if old in logs}
+        if not named or not state.is_world_process_zero:
+            return
+        if "loss" not in logs:  # validation
             self.tracker.log(state.global_step, named)
+            return
+        self.bar.advance(0, loss=logs["loss"])
+        latest = {new for old, new in self.names.items() if old in _LATEST}
+        for name, value in named.items():
+            total, count = self.sums.get(name, (0.0, 0)) if name not in latest else (0.0, 0)
+            self.sums[name] = [total + value, count + 1]
+        if state.global_step == 1 or state.global_step % self.every == 0:
+            self.tracker.log(state.global_step, {n: t / c for n, (t, c) in self.sums.items()})
+            self.sums = {}
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if not state.is_world_process_zero:
+            return
+        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+        write_atomically(written / _RECORDER, json.dumps(self.sums))
+        self.tracker.sync()
+        sealed.publish(written, Path(args.output_dir).parent, state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar:
             self.bar.__exit__(None, None, None)
 
+    def load(self, directory: Path) -> None:
+        """Go on from the state in `directory`."""
+        self.sums = json.loads((directory / _RECORDER).read_text())
+        self.tracker.truncate(sealed.step_of(directory))
+
 
 def train(
     trainer: Trainer, work: Path, recorder: Recorder, before: dict[str, float] | None = None
 ) -> None:
-    """Train from the newest whole checkpoint in `work`, or from the start, recording as it goes.
+    """Train from the newest whole state in `work`, or from the start, recording as it goes.
 
     `before` is what was measured before the first step; a run that goes on has recorded it already.
+    After a SIGTERM the state is saved and the process ends here.
     """
     trainer.remove_callback(PrinterCallback)  # it prints dictionaries; the recorder shows a bar
     trainer.add_callback(recorder)
-    newest = checkpoint.newest(work, "checkpoint-")
-    if newest is None:
-        if before:
-            recorder.tracker.log(0, before)
-        trainer.train()
-        return
-    step = checkpoint.step_of(newest)
-    recorder.tracker.truncate(step)
-    if step < trainer.args.max_steps:
-        trainer.train(resume_from_checkpoint=str(newest))
-    else:  # cut off after the last save: transformers would train one step too many
+    stage = recorder.tracker.stage
+    newest = sealed.newest(work)
+    step = 0 if newest is None else sealed.step_of(newest)
+    faults.at("load", step)
+    if newest is not None:
+        say(f"{stage}: goes on after step {step}")
+        recorder.load(newest)
+    elif before:
+        recorder.tracker.log(0, before)
+    if newest is not None and step == trainer.args.max_steps:
+        # cut off after the last save: transformers would train one step too many
         trainer._load_from_checkpoint(str(newest))
         trainer.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+        return
+    weight = next(p for p in trainer.model.parameters() if p.requires_grad)
+    faults.watch_gradient(weight, lambda: trainer.state.global_step + 1)
+    with stopping.deferred(), checkpoint.refusing_code(newest or work):
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        if stopping.asked():
+            stopping.leave(stage, trainer.state.global_step)
+
+
+def _refuse(step: int, what: str, value: float) -> None:
+    raise UserError(
+        f"step {step}: {what} is {value}; nothing was stepped and the last saved state is good. "
+        "Lower learning_rate, or look at the data"
+    )
 
 
 def peak_memory_mb() -> float:

@@ -13,11 +13,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint
+import torch
+
+from pipeline import checkpoint, faults, stopping
+from pipeline.adapters import merged
 from pipeline.data.forms import load_prompts
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.errors import UserError
-from pipeline.models import merged, set_threads
+from pipeline.memory import relieved_by
+from pipeline.models import set_threads
+from pipeline.ppo import preflight
+from pipeline.ppo.alarms import Alarms
 from pipeline.ppo.build import build_ppo
 from pipeline.ppo.measures import Clock
 from pipeline.ppo.rollout import PromptStream, Query
@@ -26,6 +32,7 @@ from pipeline.ppo.watch import Watch
 from pipeline.progress import say, track
 from pipeline.run import StageRun, given
 from pipeline.schema import PPOConfig
+from pipeline.tracking import read_rows
 from pipeline.training import peak_memory_mb, quiet
 
 
@@ -36,6 +43,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
     """
     prompts = load_prompts(given(config.prompts, dataset, "prompts"))
     with StageRun(config, dataset) as stage:
+        preflight.check(config, stage.parents)
         quiet()
         set_threads(config.threads)
         checkpoint.seed_everything(config.seed)
@@ -45,11 +53,15 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
         watch = Watch(config, ppo, queries, stage.tracker)
 
         _resume(ppo, stage)
-        with track(config.iterations, "ppo") as bar:
+        alarms = Alarms(config.alarms, read_rows(stage.tracker.metrics_path))
+        with track(config.iterations, "ppo") as bar, stopping.deferred():
             bar.advance(ppo.iteration)
             while ppo.iteration < config.iterations:
+                faults.at("eval", ppo.iteration)
                 watch.samples()
                 metrics = iteration(ppo, stream)
+                faults.at("step", ppo.iteration)
+                metrics |= alarms(ppo.iteration, metrics)
                 over = config.kl_limit is not None and metrics["objective/kl"] > config.kl_limit
                 edge = over or ppo.iteration in (1, config.iterations)
                 if edge or ppo.iteration % config.log_every == 0:
@@ -58,8 +70,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
                 if over:
                     say(f"ppo: stopped, KL {metrics['objective/kl']:.2f} is over {config.kl_limit}")
                     break
-                if stage.main and ppo.iteration % config.save_every == 0:
-                    checkpoint.save(stage.work, ppo.iteration, ppo.state_dict())
+                _save_state(ppo, stage)
             watch.samples()
 
         if stage.main:
@@ -75,8 +86,10 @@ def iteration(ppo: PPO, stream: PromptStream) -> dict[str, float]:
     """Prompt to loss: sample queries, generate and score responses, optimise on them."""
     clock, accelerator = Clock(), ppo.accelerator
     queries = stream.batch(ppo.iteration, accelerator.process_index, accelerator.num_processes)
-    with clock("rollout"):
+    with clock("rollout"), relieved_by("rollout_batch_size"):
         rollout = ppo.rollout(queries)
+        if faults.at("rollout", ppo.iteration + 1):
+            rollout.scores.fill_(float("nan"))
     with clock("update"):
         metrics = ppo.update(rollout)
     return {**metrics, **clock.seconds, "memory/peak_mb": peak_memory_mb()}
@@ -94,10 +107,29 @@ def _short_enough(queries: list[Query], limit: int) -> list[Query]:
 
 def _resume(ppo: PPO, stage: StageRun) -> None:
     newest = checkpoint.newest(stage.work)
+    faults.at("load", 0 if newest is None else checkpoint.step_of(newest))
+    weight = next(p for p in ppo.networks.parameters() if p.requires_grad)
+    faults.watch_gradient(weight, lambda: ppo.iteration + 1)
     if newest is not None:
         ppo.load_state_dict(checkpoint.load(newest))
         stage.tracker.truncate(ppo.iteration)
         say(f"ppo: goes on after iteration {ppo.iteration}")
+
+
+def _save_state(ppo: PPO, stage: StageRun) -> None:
+    """Save the training state when it is time or a SIGTERM has come, and then end the process."""
+    accelerator = ppo.accelerator
+    asked = stopping.asked()
+    if accelerator.num_processes > 1:  # it reaches them at different moments, or not all of them
+        told = torch.tensor(float(asked), device=accelerator.device)
+        asked = bool(accelerator.reduce(told))
+    due = ppo.iteration % ppo.config.save_every == 0 or ppo.iteration == ppo.config.iterations
+    if stage.main and (due or asked):
+        stage.tracker.sync()
+        checkpoint.save(stage.work, ppo.iteration, ppo.state_dict())
+    if asked:
+        accelerator.wait_for_everyone()
+        stopping.leave("ppo", ppo.iteration)
 
 
 def _save(ppo: PPO, output: Path) -> None:

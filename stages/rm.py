@@ -12,13 +12,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TRLConfig
 from trl import RewardTrainer
 
-from pipeline import checkpoint
+from pipeline import checkpoint, faults
+from pipeline.adapters import ADAPTER, add_lora, merged, save_adapter
 from pipeline.comparisons import sampled_rankings
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.rankings import Ranking, load_rankings
@@ -28,19 +28,18 @@ from pipeline.errors import UserError
 from pipeline.evaluation.rankings import Scored, measure, write_scored
 from pipeline.kwise import KwiseCollator, kwise_loss
 from pipeline.models import (
-    add_lora,
+    last_real,
     load_tokenizer,
-    merged,
     reward_from_policy,
     score_head,
     score_sequences,
+    scores_at,
     set_threads,
-    token_scores,
 )
 from pipeline.progress import say
 from pipeline.run import StageRun, given
 from pipeline.schema import Data, RMConfig
-from pipeline.training import Recorder, arguments, quiet, train
+from pipeline.training import Checked, Recorder, arguments, quiet, train
 
 LOGGED = {
     "loss": "train/loss",
@@ -50,6 +49,9 @@ LOGGED = {
     "grad_norm": "train/grad_norm",
     "learning_rate": "lr",
 }
+
+PADDING_TOLERANCE = 1e-2
+"""Scores are about 1 apart; float32 in another order of summation moves one by some 1e-5."""
 
 
 def run(config: RMConfig, dataset: Any = None) -> Path:
@@ -67,6 +69,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         sft = stage.parent("sft")
         tokenizer = load_tokenizer(sft)
         if rankings is None:
+            faults.at("rollout", 0)
             rankings = sampled_rankings(config, sft, tokenizer, stage.work)
             shutil.copyfile(stage.work / "rankings.jsonl", stage.output / "rankings.jsonl")
         training, held_out = split_by_prompt(rankings, config.validation_fraction, config.seed)
@@ -90,12 +93,15 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
             processing_class=tokenizer,
         )
         first = {"validation/accuracy": before["accuracy"], "validation/loss": before["loss"]}
-        train(trainer, stage.work, Recorder(stage.tracker, LOGGED), first)
+        train(trainer, stage.work, Recorder(stage.tracker, LOGGED, config.log_every), first)
 
+        if config.lora is not None:
+            save_adapter(trainer.accelerator.unwrap_model(trainer.model), stage.output / ADAPTER)
         final = merged(trainer.accelerator.unwrap_model(trainer.model))
         final.config.reward_bias = _demonstration_mean(final, tokenizer, config, sft)
+        faults.at("eval", trainer.state.global_step)
         scored = _score(final, tokenizer, held_out_rows)
-        _padding_invariant(final, tokenizer, held_out_rows)
+        gap = _padding_gap(final, tokenizer, held_out_rows)
         write_scored(stage.output / "held_out.jsonl", scored)
         after = measure(scored)
         stage.tracker.log(
@@ -108,6 +114,8 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
                 "accuracy_before": before["accuracy"],
                 **after,
                 "reward_bias": final.config.reward_bias,
+                "demonstration_mean": _demonstration_mean(final, tokenizer, config, sft),
+                "padding_gap": gap,
                 "prompts": len(training_rows),
                 "steps": trainer.state.global_step,
             },
@@ -116,7 +124,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         )
 
 
-class KwiseTrainer(RewardTrainer):
+class KwiseTrainer(Checked, RewardTrainer):
     """TRL's reward trainer with InstructGPT's loss: all pairs of a prompt are one batch element.
 
     Rows hold `sequences` (K lists of ids) and `ranks`; one forward pass per response.
@@ -127,8 +135,7 @@ class KwiseTrainer(RewardTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        every = token_scores(model, ids, mask)
-        scores = every[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
+        scores = scores_at(model, ids, mask, last_real(mask))
         loss, better = kwise_loss(scores, inputs["ranks"], inputs["groups"])
         margins = (scores[:, None] - scores[None, :])[better].detach()
         if len(margins):
@@ -208,7 +215,7 @@ def _score(
 def _demonstration_mean(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RMConfig, sft: Path
 ) -> float:
-    """Mean raw score of demonstrations: the bias that centres them on 0."""
+    """Mean score of demonstrations, less the model's bias: before there is one, the bias itself."""
     source = config.demonstrations or Data(path=str(sft / "demonstrations.jsonl"))
     items = load_demonstrations(source)[: config.demonstrations_limit]
     sequences = []
@@ -220,17 +227,21 @@ def _demonstration_mean(
     return sum(scores) / len(scores)
 
 
-def _padding_invariant(
+def _padding_gap(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
-) -> None:
-    """A score must not depend on what else is in the batch (invariant 15)."""
+) -> float:
+    """Most that a score changes with what else is in the batch, over some held-out responses.
+
+    UserError above `PADDING_TOLERANCE`: such a model does not heed its mask.
+    """
     sequences = [ids for row in rows[:4] for ids in row["sequences"]]
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     together = score_sequences(model, sequences, pad)
     alone = score_sequences(model, sequences, pad, batch_size=1)
     gap = max((abs(a - b) for a, b in zip(together, alone, strict=True)), default=0.0)
-    if gap > 1e-2:
+    if gap > PADDING_TOLERANCE:
         raise UserError(
             f"rm: scores change by {gap:.3g} with the padding beside them; "
             f"{type(model).__name__} does not heed its attention mask"
         )
+    return gap

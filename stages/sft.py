@@ -19,16 +19,24 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 
-from pipeline import checkpoint
+from pipeline import checkpoint, faults
+from pipeline.adapters import add_lora, merged
 from pipeline.data.forms import Demonstration, load_demonstrations
 from pipeline.data.splits import split_by_prompt
-from pipeline.data.template import encode_prompt, encode_response, template_hash, tokenizer_hash
+from pipeline.data.template import (
+    encode_prompt,
+    encode_response,
+    role_markers,
+    template_hash,
+    tokenizer_hash,
+    well_formed,
+)
 from pipeline.generation import generate
-from pipeline.models import add_lora, load_policy, load_tokenizer, merged, set_threads
+from pipeline.models import load_policy, load_tokenizer, set_threads
 from pipeline.progress import say
 from pipeline.run import StageRun, given
 from pipeline.schema import SFTConfig
-from pipeline.training import Recorder, arguments, quiet, train
+from pipeline.training import Checked, Recorder, arguments, quiet, train
 
 LOGGED = {
     "loss": "train/loss",
@@ -41,6 +49,9 @@ LOGGED = {
 
 KEPT = 512
 """Demonstrations published with the model, on which the reward stage centres its scores."""
+
+ANSWERED, SHOWN = 64, 8
+"""Held-out prompts that are answered at the end, and those whose answers are kept as samples."""
 
 
 def run(config: SFTConfig, dataset: Any = None) -> Path:
@@ -61,7 +72,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
 
         policy = add_lora(load_policy(config.model, tokenizer), config.lora, "CAUSAL_LM")
         settings = arguments(config, len(training_rows), stage.work)
-        trainer = SFTTrainer(
+        trainer = CheckedTrainer(
             model=policy,
             args=TRLConfig(
                 **settings, max_length=config.max_length, packing=config.packing, eval_packing=False
@@ -72,11 +83,12 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         )
         trainer.remove_callback(PrinterCallback)
         before = _validation_loss(trainer)
-        train(trainer, stage.work, Recorder(stage.tracker, LOGGED), before)
+        train(trainer, stage.work, Recorder(stage.tracker, LOGGED, config.log_every), before)
         after = _validation_loss(trainer)
 
         final = merged(trainer.accelerator.unwrap_model(trainer.model))
-        stage.tracker.samples(trainer.state.global_step, _samples(final, tokenizer, held_out))
+        samples, answered = _answers(config, final, tokenizer, held_out)
+        stage.tracker.samples(trainer.state.global_step, samples)
         _write_demonstrations(stage.output / "demonstrations.jsonl", training[:KEPT])
         final.save_pretrained(stage.output)
         tokenizer.save_pretrained(stage.output)
@@ -84,6 +96,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
             {
                 **_perplexity(before, "validation_perplexity_before"),
                 **_perplexity(after, "validation_perplexity"),
+                **answered,
                 "examples": len(training_rows),
                 "steps": trainer.state.global_step,
             },
@@ -92,10 +105,15 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         )
 
 
+class CheckedTrainer(Checked, SFTTrainer):
+    """TRL's trainer, which does not step on a loss that is no number."""
+
+
 def _validation_loss(trainer: SFTTrainer) -> dict[str, float]:
     """Mean nats per held-out response token; nothing when nothing is held out."""
     if trainer.eval_dataset is None:
         return {}
+    faults.at("eval", trainer.state.global_step)
     return {"validation/loss": trainer.evaluate()["eval_loss"]}
 
 
@@ -140,15 +158,30 @@ def _write_demonstrations(path: Path, items: list[Demonstration]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _samples(policy, tokenizer: PreTrainedTokenizerBase, items: list[Demonstration]) -> list[dict]:
-    """Responses to a few held-out prompts."""
-    contexts = [item.messages[:-1] for item in items[:8]]
-    prompts = [encode_prompt(tokenizer, context) for context in contexts]
+def _answers(
+    config: SFTConfig, policy, tokenizer: PreTrainedTokenizerBase, items: list[Demonstration]
+) -> tuple[list[dict], dict[str, float]]:
+    """Responses to a few held-out prompts, and how well-formed those to `ANSWERED` of them are.
+
+    Sampled at temperature 1, as PPO's first rollout will be. `eos_share`: share that end by EOS within
+    `sample_tokens`; `format`: share that are `well_formed`. No metrics when nothing is held out.
+    """
+    distinct = {str(item.messages[:-1]): item.messages[:-1] for item in items}
+    encoded = [(context, encode_prompt(tokenizer, context)) for context in distinct.values()]
+    asked = [(c, ids) for c, ids in encoded if len(ids) <= config.max_length][:ANSWERED]
+    if not asked:
+        return [], {}
     with torch.random.fork_rng():  # the same samples, wherever the generator stands
         torch.manual_seed(0)
-        responses = generate(policy, tokenizer, prompts, max_new_tokens=64)
-    return [
-        {"prompt": c[-1]["content"], "response": r.text, "score": None, "ended": r.ended}
-        for c, r in zip(contexts, responses, strict=True)
-        if c
+        responses = generate(
+            policy, tokenizer, [ids for _, ids in asked], max_new_tokens=config.sample_tokens
+        )
+    samples = [
+        {"prompt": context[-1]["content"], "response": r.text, "score": None, "ended": r.ended}
+        for (context, _), r in zip(asked[:SHOWN], responses, strict=False)
     ]
+    markers = role_markers(tokenizer)
+    return samples, {
+        "eos_share": sum(r.ended for r in responses) / len(responses),
+        "format": sum(well_formed(tokenizer, r.ids, markers) for r in responses) / len(responses),
+    }

@@ -1,0 +1,169 @@
+"""PPO timed against TRL's, and the other stages against TRL's trainers: `make bench`.
+
+Both sides do equal work in turns, A B A B, each in a process of its own. Writes OUT/bench-SIZE.json,
+.md and .png; without cases of PPO there is no picture.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from pipeline.bench import machine, startup
+from pipeline.bench.overlay import overlay
+from pipeline.bench.shapes import CASES, SIZES, Case, draw
+from pipeline.bench.turns import Answer, Worker, WorkerFailed
+from pipeline.cli import reporting_errors
+from pipeline.config import checkpoints_root
+from pipeline.files import write_atomically
+from pipeline.progress import say
+
+OVERLAY = Path(".venv-bench")
+MODULES = {"ours": "pipeline.bench.ours", "theirs": "pipeline.bench.theirs"}
+STEPS = 4
+"""Optimizer steps of the other stages that are timed for each iteration of PPO."""
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `make bench`."""
+    args = parser().parse_args(argv)
+    whole: dict[str, Any] = {
+        "size": args.size,
+        "iterations": args.iterations,
+        "machine": machine.describe(args.threads, args.device),
+        "results": [],
+    }
+    say(f"bench: {whole['machine']}")
+    for name in args.cases:
+        if name == "startup":
+            whole["startup"] = startup.measure()
+        else:
+            whole["results"].append(result_of(CASES[name], args))
+        write(whole, args.out)
+    print(Path(args.out, f"bench-{args.size}.md").read_text())
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of `make bench`."""
+    names = [*CASES, "startup"]
+    out = argparse.ArgumentParser(prog="python -m pipeline.bench", description=__doc__)
+    out.add_argument("--size", default="S", choices=SIZES, help="of the models and the rollouts")
+    out.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    out.add_argument(
+        "--iterations",
+        type=int,
+        default=5,
+        help=f"of PPO, after a warm-up; {STEPS}x optimizer steps",
+    )
+    out.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side")
+    out.add_argument("--cases", nargs="+", default=names, choices=names, metavar="CASE")
+    out.add_argument("--out", type=Path, default=checkpoints_root() / "bench")
+    return out
+
+
+def result_of(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure a case, or say why not."""
+    if case.precision == "bf16" and args.device == "cpu" and not machine.multiplies_bf16():
+        return {"case": case.name, "not_run": "this CPU has no bf16 instructions"}
+    say(f"bench: {case.name}: {case.title}")
+    answers, failed = measure(case, args)
+    for side in MODULES if case.task == "ppo" else ():
+        refuse_unequal(case, args.size, side, answers, failed)
+    speeds = [answer["flops"] for answer in answers.pop("peak", [])]
+    flops = max(speeds, default=None)
+    return {"case": case.name, "answers": answers, "failed": failed, "flops": flops}
+
+
+def measure(case: Case, args: argparse.Namespace) -> tuple[dict[str, list[Answer]], dict[str, str]]:
+    """Answers of each side, warm-up left out, and the last words of a side that failed."""
+    rounds = args.iterations * (1 if case.task == "ppo" else STEPS)
+    sides = ["ours", "theirs", *(["peak"] if case.task == "ppo" else [])]
+    answers: dict[str, list[Answer]] = {side: [] for side in sides}
+    with ExitStack() as stack:
+        match = Match({side: stack.enter_context(started(side, case, args)) for side in sides})
+        match.round(Worker.ready)
+        match.round(Worker.turn)  # warm-up
+        for number in range(1, rounds + 1):
+            for side, answer in match.round(Worker.turn).items():
+                answers[side].append(answer)
+            times = (f"{side} {answers[side][-1]['seconds']:.2f} s" for side in match.answering())
+            say(f"bench: {case.name} {number}/{rounds}: {', '.join(times)}")
+    return answers, match.failed
+
+
+def refuse_unequal(
+    case: Case,
+    size: str,
+    side: str,
+    answers: dict[str, list[Answer]],
+    failed: dict[str, str],
+) -> None:
+    """A side that sampled other lengths than were drawn is no comparison."""
+    drawn = draw(SIZES[size], case.full).response_tokens
+    sampled = {answer["tokens"] for answer in answers[side]}
+    if sampled - {drawn}:
+        failed[side] = f"sampled {sorted(sampled)} tokens an iteration, not {drawn}"
+
+
+class Match:
+    """Workers that take turns; one that fails is out, and `failed` has its last words."""
+
+    def __init__(self, workers: dict[str, Worker]):
+        self.workers = workers
+        self.failed: dict[str, str] = {}
+
+    def answering(self) -> list[str]:
+        """Those that are not out."""
+        return [side for side in self.workers if side not in self.failed]
+
+    def round(self, request: Callable[[Worker], Answer]) -> dict[str, Answer]:
+        """One request to each of them, one after the other."""
+        answers = {}
+        for side in self.answering():
+            try:
+                answers[side] = request(self.workers[side])
+            except WorkerFailed as error:
+                say(f"bench: {side} failed: {error}")
+                self.failed[side] = str(error)
+        return answers
+
+
+def started(side: str, case: Case, args: argparse.Namespace) -> Worker:
+    """A worker that gets ready."""
+    path = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    if side == "theirs" and case.task == "ppo":
+        path.insert(0, str(overlay(OVERLAY)))
+    environment = {
+        **ENVIRONMENT,
+        "OMP_NUM_THREADS": str(args.threads),
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+    if args.device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    words = [case.precision] if side == "peak" else [args.size, case.name]
+    module = MODULES.get(side, "pipeline.bench.peak")
+    return Worker(module, words, environment, args.out / f"{case.name}-{side}.log")
+
+
+def write(whole: dict[str, Any], out: Path) -> None:
+    """OUT/bench-SIZE.json, .md and .png; after each case, so that a cut leaves what was measured."""
+    from pipeline.bench import table  # it imports matplotlib
+
+    path = out / f"bench-{whole['size']}.json"
+    write_atomically(path, json.dumps(whole, indent=1) + "\n")
+    write_atomically(path.with_suffix(".md"), table.markdown(whole))
+    table.picture(whole, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    with reporting_errors():
+        main()

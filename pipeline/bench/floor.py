@@ -1,0 +1,63 @@
+"""The least time that an iteration can take: its matrix products over real tokens, at full speed.
+
+Counted are the products that no implementation can leave out, two operations a multiply-add; padding,
+optimizer, sampling and memory traffic are not. Embeddings are look-ups and cost nothing here.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.bench.shapes import Size, Work
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one iteration by phase."""
+
+    generation: int
+    reference: int
+    reward_and_value: int
+    optimisation: int
+
+    @property
+    def total(self) -> int:
+        """Of the whole iteration."""
+        return self.generation + self.reference + self.reward_and_value + self.optimisation
+
+
+def linear(size: Size) -> int:
+    """One token through the trunk's weights: attention's four square products, a gated MLP's three."""
+    return 2 * size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.feed_forward)
+
+
+def attention(size: Size, length: int) -> int:
+    """Causal attention over a sequence: a token's scores and their sum over all tokens up to it."""
+    return size.layers * 2 * (2 * size.hidden) * (length * (length + 1) // 2)
+
+
+def trunk(size: Size, lengths: list[int]) -> int:
+    """Sequences of these lengths through all layers."""
+    return sum(length * linear(size) + attention(size, length) for length in lengths)
+
+
+def head(size: Size, positions: int) -> int:
+    """Logits over the vocabulary at so many positions."""
+    return 2 * positions * size.hidden * size.vocabulary
+
+
+def of_ppo(size: Size, work: Work, lora: bool = False) -> Flops:
+    """One iteration. What predicts tokens never reads the last one; the reward model does.
+
+    Old logprobs are the sampler's. A backward pass costs two forward passes, and one where the
+    weights are frozen (LoRA, whose own products are small and left out).
+    """
+    whole = [
+        len(prompt) + length for prompt, length in zip(work.prompts, work.lengths, strict=True)
+    ]
+    reading = trunk(size, [length - 1 for length in whole])
+    policy = reading + head(size, work.response_tokens)
+    return Flops(
+        generation=policy,
+        reference=policy,
+        reward_and_value=trunk(size, whole) + reading,
+        optimisation=size.epochs * ((2 if lora else 3) * policy + 3 * reading),
+    )

@@ -1,0 +1,150 @@
+"""Our side of the benchmark, a worker: `python -m pipeline.bench.ours SIZE CASE`."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+
+from pipeline.adapters import add_lora
+from pipeline.bench import shared
+from pipeline.bench.shapes import (
+    CASES,
+    LEARNING_RATE,
+    PAD,
+    SIZES,
+    STEPS,
+    Case,
+    Size,
+    demonstrations,
+    draw,
+    ranked,
+)
+from pipeline.bench.turns import Turns
+from pipeline.kwise import KwiseCollator
+from pipeline.models import disable_dropout
+from pipeline.packing import pack_if_possible
+from pipeline.ppo.rewards import model_reward
+from pipeline.ppo.rollout import Query
+from pipeline.ppo.trainer import PPO
+from pipeline.schema import Lora, PPOConfig, RMConfig, SFTConfig
+from pipeline.training import arguments, quiet
+
+
+def main(size: str, case: str) -> None:
+    """Prepare, then take a step whenever asked."""
+    turns = Turns(shared.wait)
+    quiet()
+    tasks: dict[str, Callable[[Size, Case, Turns], None]] = {"ppo": ppo, "rm": rm, "sft": sft}
+    tasks[CASES[case].task](SIZES[size], CASES[case], turns)
+
+
+def ppo(size: Size, case: Case, turns: Turns) -> None:
+    """Iterations of PPO, for ever."""
+    work = draw(size, case.full)
+    trainer = ppo_of(size, case)
+    trainer.forced_lengths = torch.tensor(work.lengths, device=trainer.device)
+    turns.timed(trainer, "_generate", "generation")
+    turns.timed(trainer, "_reference_logprobs", "reference")
+    turns.timed(trainer, "_score", "reward and value")
+    turns.timed(trainer, "_evaluate", "reward and value")
+    turns.timed(trainer, "update", "optimisation")
+    queries = [Query(ids) for ids in work.prompts]
+    turns()
+    while True:
+        rollout = trainer.rollout(queries)
+        trainer.update(rollout)
+        turns(tokens=int(rollout.response_mask.sum()))
+
+
+def ppo_of(size: Size, case: Case) -> PPO:
+    """Four separate networks, or adapters on a base that is the reference with them off."""
+    config = PPOConfig(
+        batch_size=size.episodes,
+        minibatches=size.minibatches,
+        ppo_epochs=size.epochs,
+        max_new_tokens=size.response,
+        iterations=STEPS,
+        learning_rate=LEARNING_RATE,
+        kl_coef=0.05,
+        precision=case.precision,
+        lora=Lora() if case.lora else None,
+    )
+    judge = disable_dropout(shared.reward(size, seed=2)).eval().requires_grad_(False)
+    pack_if_possible(judge)
+    trainer = PPO(
+        config,
+        shared.tokenizer(size),
+        policy=add_lora(disable_dropout(shared.policy(size)), config.lora, "CAUSAL_LM"),
+        reference=None if case.lora else shared.policy(size).eval(),
+        value=disable_dropout(shared.reward(size)),
+        score=model_reward(judge, PAD, size.episodes),
+    )
+    judge.to(trainer.device)
+    return trainer
+
+
+# --- stages 1 and 2: their own trainers, as `stages/` sets them up ----------------------------------
+
+
+def rm(size: Size, case: Case, turns: Turns) -> None:
+    """Optimizer steps of the reward model's stage: one forward pass a response."""
+    stage: Any = importlib.import_module("stages.rm")  # as the command line finds it
+    rows = [
+        {"sequences": row.sequences, "ranks": list(range(1, case.k + 1))}
+        for row in ranked(size, case.batch, case.k)
+    ]
+    config = RMConfig(batch_size=case.batch, max_steps=STEPS, learning_rate=LEARNING_RATE)
+    model = disable_dropout(shared.reward(size))
+    pack_if_possible(model)
+    trainer = stage.KwiseTrainer(
+        model=model,
+        args=stage.TRLConfig(
+            **_arguments(config, rows), max_length=None, remove_unused_columns=False
+        ),
+        data_collator=KwiseCollator(PAD),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=shared.tokenizer(size),
+    )
+    run(trainer, turns)
+
+
+def sft(size: Size, case: Case, turns: Turns) -> None:
+    """Optimizer steps of the first stage."""
+    stage: Any = importlib.import_module("stages.sft")
+    rows = demonstrations(size, case.batch)
+    config = SFTConfig(
+        model="", batch_size=case.batch, max_steps=STEPS, learning_rate=LEARNING_RATE
+    )
+    policy = disable_dropout(shared.policy(size))
+    pack_if_possible(policy)
+    trainer = stage.SFTTrainer(
+        model=policy,
+        args=stage.TRLConfig(
+            **_arguments(config, rows),
+            max_length=config.max_length,
+            packing=config.packing,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=shared.tokenizer(size),
+    )
+    run(trainer, turns)
+
+
+def _arguments(config: RMConfig | SFTConfig, rows: list) -> dict[str, Any]:
+    return arguments(config, len(rows), Path(shared.scratch())) | {"save_strategy": "no"}
+
+
+def run(trainer: Any, turns: Turns) -> None:
+    """A transformers trainer, a turn an optimizer step."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(shared.TakesTurns(turns))
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
