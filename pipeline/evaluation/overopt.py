@@ -126,7 +126,7 @@ class Study:
         for i, run in enumerate(others, start=1):
             self._reward_model(run, f"seed={config.seed + 1000 * i}")
         models = ["rm", *(str(run / "rm") for run in others)]
-        return {"models": models, "aggregate": "uncertainty", "uncertainty_coef": 1.0}
+        return {"models": models, "aggregate": "uncertainty", "uncertainty_coef": 5.0}
 
     def _reward_model(self, run: Path, *changes: str) -> None:
         """Another reward model from the run's rankings."""
