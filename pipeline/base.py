@@ -21,11 +21,11 @@ from pipeline.schema import BaseConfig
 
 def build(config: BaseConfig, out: Path) -> Path:
     """Build the configured base model and publish it, with its manifest, at `out`."""
-    from pipeline.models import quiet, set_threads  # imports torch
+    from pipeline.models import prepare_cpu, quiet  # imports torch
 
     with Lock(lock_path(out)):
         quiet()
-        set_threads(config.threads)
+        prepare_cpu(config.threads)
         staging = out.with_name(f".{out.name}.new")
         shutil.rmtree(staging, ignore_errors=True)  # a killed build's
         {"tiny": _tiny, "gguf": _gguf}[config.builder](config, staging)

@@ -78,6 +78,23 @@ def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(width)[None, :] >= width - lengths[:, None]
 
 
+def joined(parts: list[Sampled], pad_id: int) -> Sampled:
+    """Batches of responses as one, as wide as its longest."""
+    width = max(part.responses.shape[1] for part in parts)
+
+    def wide(name: str, value: float) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        pads = [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in tensors]
+        return torch.cat(pads)
+
+    return Sampled(
+        responses=wide("responses", pad_id),
+        lengths=torch.cat([part.lengths for part in parts]),
+        ended=torch.cat([part.ended for part in parts]),
+        logprobs=wide("logprobs", 0.0),
+    )
+
+
 @torch.no_grad()
 def sample(
     model: Model,

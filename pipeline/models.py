@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pipeline import memory
 from pipeline.adapters import AdapterScorer
 from pipeline.data.template import prepare_tokenizer
 from pipeline.errors import UserError
@@ -42,10 +43,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
 
 
-def set_threads(threads: int | None) -> None:
-    """Limit torch's CPU threads, when asked to."""
+def prepare_cpu(threads: int | None) -> None:
+    """Limit torch's CPU threads, when asked to, and keep the memory that tensors give back."""
     if threads is not None:
         torch.set_num_threads(threads)
+    memory.keep_freed()
 
 
 # --- loading ------------------------------------------------------------------------------------

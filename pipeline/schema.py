@@ -278,6 +278,34 @@ class AlarmLimits(Section):
     """First iterations in which the value network, fresh from the reward model, may be so."""
 
 
+class VLLM(Section):
+    """Responses are sampled by vLLM: `pip install "rlhf-pipeline[vllm]"`, a GPU."""
+
+    mode: Literal["colocate", "server"] = "colocate"
+    """colocate = on the GPUs that train; server = where `vllm serve RUN/sft --logprobs-mode
+    processed_logprobs --weight-transfer-config '{"backend": "nccl"}'` runs."""
+    memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Of each GPU's memory, for vLLM's weights and cache; colocate."""
+    tensor_parallel: Positive = 1
+    """GPUs that share one copy of its weights; must divide the number of processes; colocate."""
+    sleep: bool = False
+    """Give that memory back while the networks are updated; colocate."""
+    url: str = "http://localhost:8000"
+    """Of the server."""
+    timeout: Annotated[float, Field(gt=0)] = 240.0
+    """Seconds to wait until the server is up."""
+
+    @model_validator(mode="after")
+    def _read(self):
+        other = {
+            "server": {"memory_share", "tensor_parallel", "sleep"},
+            "colocate": {"url", "timeout"},
+        }
+        if unread := sorted(self.model_fields_set & other[self.mode]):
+            raise ValueError(f"{', '.join(unread)}: no effect in mode {self.mode}")
+        return self
+
+
 class PPOConfig(StageConfig):
     """Stage 3: PPO against the reward. Names and values follow arXiv 2203.02155, appendix C.4."""
 
@@ -311,6 +339,9 @@ class PPOConfig(StageConfig):
     """Episodes per forward and backward pass and process; changes memory, not numbers."""
     rollout_batch_size: Positive | None = None
     """Episodes generated at once per process; none = the process's whole share."""
+    vllm: VLLM | None = None
+    """Sample with vLLM; `{}` takes its defaults. It draws from random numbers of its own, so that a run
+    that was stopped goes on, but not to the same bytes."""
     ppo_epochs: Positive = 1
     """Passes over each rollout."""
 
@@ -352,7 +383,8 @@ class PPOConfig(StageConfig):
     """What ends a response besides EOS: tokens, or strings of several that are looked for in its text."""
     old_logprobs: Literal["sampler", "recompute"] | None = None
     """Where the ratio's denominator comes from: kept while sampling, or a forward pass like the
-    update's; none = sampler in fp32, where they agree, recompute in bf16, where they do not quite."""
+    update's; none = sampler in fp32, where they agree; recompute in bf16, where they do not quite, and
+    with vllm, whose weights may be rounded."""
     sampler_correction: Annotated[float, Field(ge=1)] | None = None
     """Weigh tokens by old policy / sampler, at most this (truncated importance sampling); with recompute."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
@@ -417,6 +449,10 @@ class PPOConfig(StageConfig):
             problems.append("ptx_coef > 0 and ptx_data go together")
         if self.sampler_correction is not None and not self.recompute():
             problems.append("sampler_correction needs old_logprobs: recompute")
+        if self.vllm is not None and not self.recompute():
+            problems.append("vllm needs old_logprobs: recompute")
+        if self.vllm is not None and self.rollout_batch_size is not None:
+            problems.append("rollout_batch_size has no effect with vllm")
         if self.value == "shared" and self.value_lora is not None:
             problems.append("value_lora needs value: separate")
         if self.shared_base:
@@ -436,7 +472,7 @@ class PPOConfig(StageConfig):
     def recompute(self) -> bool:
         """Whether old logprobs come from a forward pass like the update's, not from the sampler."""
         if self.old_logprobs is None:
-            return self.precision != "fp32"
+            return self.precision != "fp32" or self.vllm is not None
         return self.old_logprobs == "recompute"
 
 

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,11 +203,3 @@ def _refuse(step: int, what: str, value: float) -> None:
         f"step {step}: {what} is {value}; nothing was stepped and the last saved state is good. "
         "Lower learning_rate, or look at the data"
     )
-
-
-def peak_memory_mb() -> float:
-    """Peak memory of the accelerator, or of this process without one, in MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -20,8 +20,8 @@ from pipeline.adapters import merged
 from pipeline.data.forms import load_prompts
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.errors import UserError
-from pipeline.memory import relieved_by
-from pipeline.models import set_threads
+from pipeline.memory import peak_mb, relieved_by
+from pipeline.models import prepare_cpu, quiet
 from pipeline.ppo import preflight
 from pipeline.ppo.alarms import Alarms
 from pipeline.ppo.build import build_ppo
@@ -33,7 +33,6 @@ from pipeline.progress import say, track
 from pipeline.run import StageRun, given
 from pipeline.schema import PPOConfig
 from pipeline.tracking import read_rows
-from pipeline.training import peak_memory_mb, quiet
 
 
 def run(config: PPOConfig, dataset: Any = None) -> Path:
@@ -45,7 +44,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
     with StageRun(config, dataset) as stage:
         preflight.check(config, stage.parents)
         quiet()
-        set_threads(config.threads)
+        prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
         ppo = build_ppo(config, stage.parent("sft"), stage.parent("rm"))
         queries = _short_enough(ppo.queries(prompts), config.max_prompt_length)
@@ -92,7 +91,7 @@ def iteration(ppo: PPO, stream: PromptStream) -> dict[str, float]:
             rollout.scores.fill_(float("nan"))
     with clock("update"):
         metrics = ppo.update(rollout)
-    return {**metrics, **clock.seconds, "memory/peak_mb": peak_memory_mb()}
+    return {**metrics, **clock.seconds, "memory/peak_mb": peak_mb()}
 
 
 def _short_enough(queries: list[Query], limit: int) -> list[Query]:

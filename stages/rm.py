@@ -30,11 +30,11 @@ from pipeline.kwise import KwiseCollator, kwise_loss
 from pipeline.models import (
     last_real,
     load_tokenizer,
+    prepare_cpu,
     reward_from_policy,
     score_head,
     score_sequences,
     scores_at,
-    set_threads,
 )
 from pipeline.progress import say
 from pipeline.run import StageRun, given
@@ -64,7 +64,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         rankings = load_rankings(given(config.data, dataset, "data or sampling"))
     with StageRun(config, dataset) as stage:
         quiet()
-        set_threads(config.threads)
+        prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
         sft = stage.parent("sft")
         tokenizer = load_tokenizer(sft)

@@ -32,7 +32,7 @@ from pipeline.data.template import (
     well_formed,
 )
 from pipeline.generation import generate
-from pipeline.models import load_policy, load_tokenizer, set_threads
+from pipeline.models import load_policy, load_tokenizer, prepare_cpu
 from pipeline.progress import say
 from pipeline.run import StageRun, given
 from pipeline.schema import SFTConfig
@@ -63,7 +63,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
     demonstrations = load_demonstrations(given(config.data, dataset, "data"))
     with StageRun(config, dataset) as stage:
         quiet()
-        set_threads(config.threads)
+        prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
         tokenizer = load_tokenizer(config.model, config.chat_template)
         training, held_out = _split(config, demonstrations)

@@ -77,7 +77,7 @@ def test_the_floor_by_hand():
         reward_and_value=(4 * 68 + 80) + (3 * 68 + 48),
         optimisation=2 * (3 * policy + 3 * 252),
     )
-    assert floor.of_ppo(size, work, lora=True).optimisation == 2 * (2 * policy + 3 * 252)
+    assert floor.of_ppo(size, work, lora=True).optimisation == 2 * 2 * (policy + 252)
 
 
 def test_the_floor_counts_what_torch_counts():

@@ -59,5 +59,5 @@ def of_ppo(size: Size, work: Work, lora: bool = False) -> Flops:
         generation=policy,
         reference=policy,
         reward_and_value=trunk(size, whole) + reading,
-        optimisation=size.epochs * ((2 if lora else 3) * policy + 3 * reading),
+        optimisation=size.epochs * (2 if lora else 3) * (policy + reading),
     )

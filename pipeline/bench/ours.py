@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from pipeline.adapters import add_lora
+from pipeline.adapters import ADAPTER, add_lora, save_adapter, scorers_on
 from pipeline.bench import shared
 from pipeline.bench.shapes import (
     CASES,
@@ -26,7 +26,7 @@ from pipeline.bench.shapes import (
 )
 from pipeline.bench.turns import Turns
 from pipeline.kwise import KwiseCollator
-from pipeline.models import disable_dropout
+from pipeline.models import disable_dropout, prepare_cpu
 from pipeline.packing import pack_if_possible
 from pipeline.ppo.rewards import model_reward
 from pipeline.ppo.rollout import Query
@@ -39,6 +39,7 @@ def main(size: str, case: str) -> None:
     """Prepare, then take a step whenever asked."""
     turns = Turns(shared.wait)
     quiet()
+    prepare_cpu(None)  # OMP_NUM_THREADS says how many
     tasks: dict[str, Callable[[Size, Case, Turns], None]] = {"ppo": ppo, "rm": rm, "sft": sft}
     tasks[CASES[case].task](SIZES[size], CASES[case], turns)
 
@@ -62,7 +63,7 @@ def ppo(size: Size, case: Case, turns: Turns) -> None:
 
 
 def ppo_of(size: Size, case: Case) -> PPO:
-    """Four separate networks, or adapters on a base that is the reference with them off."""
+    """Four separate networks, or adapters of policy, reward and value on one base."""
     config = PPOConfig(
         batch_size=size.episodes,
         minibatches=size.minibatches,
@@ -74,18 +75,31 @@ def ppo_of(size: Size, case: Case) -> PPO:
         precision=case.precision,
         lora=Lora() if case.lora else None,
     )
-    judge = disable_dropout(shared.reward(size, seed=2)).eval().requires_grad_(False)
-    pack_if_possible(judge)
+    policy = add_lora(disable_dropout(shared.policy(size)), config.lora, "CAUSAL_LM")
+    judge: Any
+    if config.lora is not None:
+        judge, value = scorers_on(policy, _reward_adapter(size, config.lora), config.lora)
+    else:
+        judge = disable_dropout(shared.reward(size, seed=2)).eval().requires_grad_(False)
+        value = disable_dropout(shared.reward(size))
+        pack_if_possible(judge)
     trainer = PPO(
         config,
         shared.tokenizer(size),
-        policy=add_lora(disable_dropout(shared.policy(size)), config.lora, "CAUSAL_LM"),
+        policy=policy,
         reference=None if case.lora else shared.policy(size).eval(),
-        value=disable_dropout(shared.reward(size)),
+        value=value,
         score=model_reward(judge, PAD, size.episodes),
     )
     judge.to(trainer.device)
     return trainer
+
+
+def _reward_adapter(size: Size, lora: Lora) -> Path:
+    """What a reward model's stage with LoRA publishes, of random weights."""
+    folder = Path(shared.scratch())
+    save_adapter(add_lora(shared.reward(size), lora, "SEQ_CLS"), folder / ADAPTER)
+    return folder
 
 
 # --- stages 1 and 2: their own trainers, as `stages/` sets them up ----------------------------------

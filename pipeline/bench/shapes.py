@@ -100,7 +100,7 @@ CASES = {
     for case in (
         Case("fp32", "TRL as shipped, float32"),
         Case("full", "all responses of full length", full=True),
-        Case("lora", "LoRA on the policy, one base for policy and reference", lora=True),
+        Case("lora", "LoRA: ours all four on one base, TRL's value and reward apart", lora=True),
         Case("autocast", "TRL under bf16 autocast", precision="bf16", theirs="autocast"),
         Case("weights", "TRL with bf16 weights", precision="bf16", theirs="weights"),
         Case("rm-4", "reward model, K = 4", "rm", k=4, batch=8),

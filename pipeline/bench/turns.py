@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.memory import peak_mb
+
 Answer = dict[str, Any]
 """seconds, cpu_seconds (of all threads, spinning included), phases (name -> seconds), peak_mb, and
 what a worker adds."""
@@ -163,17 +165,3 @@ class Turns(Phases):
             sys.exit(0)
         self.reset()
         self._began = time.perf_counter(), time.process_time()
-
-
-def peak_mb() -> float:
-    """Peak memory of this process in MiB: of the accelerator if it uses one, else resident."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):  # rusage's would count what the parent had
-                return int(line.split()[1]) / 2**10
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS

@@ -23,10 +23,10 @@ from pipeline.models import (
     load_policy,
     load_reward,
     load_tokenizer,
+    prepare_cpu,
     quiet,
     response_logprobs,
     score_sequences,
-    set_threads,
 )
 from pipeline.ppo.maths import mask_from_lengths
 from pipeline.ppo.rollout import prompt_text
@@ -57,7 +57,7 @@ def evaluate(
     """Results as eval/SPLIT.json holds them, and one row per prompt for eval/SPLIT_samples.jsonl."""
     started = time.perf_counter()
     quiet()
-    set_threads(config.threads)
+    prepare_cpu(config.threads)
     judge = load_judge(config.judge)
     tokenizer = load_tokenizer(stages["sft"].path)
     asked = ask(config, split, tokenizer)

@@ -191,12 +191,12 @@ def best_of_n(study: Study, rewards: dict[str, Path]) -> dict[str, list[Point]]:
     """Best-of-n of the SFT model by each reward model, on validation prompts."""
     from pipeline.evaluation import tallies  # these import torch
     from pipeline.evaluation.evaluate import ask, candidates
-    from pipeline.models import load_policy, load_reward, load_tokenizer, quiet, set_threads
+    from pipeline.models import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
 
     split = "test" if study.config.validation_prompts is None else "validation"
     config = study.config.model_copy(update={"candidates": study.n})
     quiet()
-    set_threads(config.threads)
+    prepare_cpu(config.threads)
     sft = study.run / "sft"
     tokenizer = load_tokenizer(sft)
     policy, asked = load_policy(sft, tokenizer), ask(config, split, tokenizer)  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ from pipeline.ppo.rewards import (
 )
 from pipeline.ppo.rollout import generator
 from pipeline.ppo.trainer import PPO
+from pipeline.ppo.vllm import VLLMSampler, require_vllm
 from pipeline.schema import PPOConfig, Reward
 
 
@@ -43,6 +44,8 @@ def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
     `rm` is what the reward `model: rm` means, and where the value network starts. The directories
     are read as they are; `pipeline.run.StageRun` verifies them first when a stage runs.
     """
+    if config.vllm is not None:
+        require_vllm()
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     tokenizer = load_tokenizer(sft)
     policy = add_lora(load_policy(sft, tokenizer), config.lora, "CAUSAL_LM")
@@ -67,6 +70,7 @@ def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
         token_score=token_sum([(r.weight, token_function(r.function or "")) for r in token_terms]),
         ptx=_ptx(config, tokenizer, accelerator),
         accelerator=accelerator,
+        sampler=_sampler(config, policy, tokenizer, accelerator),
     )
 
 
@@ -135,6 +139,15 @@ def _value(
         return None
     model = load_reward(rm) if rm is not None else reward_from_policy(sft, tokenizer)
     return add_lora(model, config.value_lora, "SEQ_CLS")
+
+
+def _sampler(
+    config: PPOConfig, policy: Model, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> VLLMSampler | None:
+    """vLLM if it is asked for; None for the policy's own decoding."""
+    if config.vllm is None:
+        return None
+    return VLLMSampler(config, policy, tokenizer, accelerator)
 
 
 def _ptx(

@@ -7,6 +7,7 @@ Source of the recipe: arXiv 2203.02155 (InstructGPT) appendix C.4 and openai/lm-
 import contextlib
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.adapters import adapter_off
 from pipeline.data.forms import Prompt
 from pipeline.data.template import encode_prompt
-from pipeline.generation import left_pad, sample, stops
+from pipeline.generation import Sampled, joined, left_pad, sample, stops
 from pipeline.models import response_logprobs
 from pipeline.packing import pack_if_possible
 from pipeline.ppo import gates, maths, measures
@@ -28,12 +29,16 @@ from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore
 from pipeline.ppo.rollout import Query, Rollout, generator, prompt_text
 from pipeline.schema import PPOConfig
 
+Sampler = Callable[[list[list[int]]], Sampled]
+"""Responses to tokenised prompts, one each."""
+
 
 class PPO:
     """Proximal policy optimisation of a causal language model against a score.
 
     policy, value: see `PolicyAndValue`; reference: a frozen causal model, or None when the policy
-    has LoRA adapters (it is then its own reference with them off); `ptx` draws pretraining text.
+    has LoRA adapters (it is then its own reference with them off); `ptx` draws pretraining text;
+    `sampler` gives the responses in the place of the policy's own decoding.
     Deterministic given torch's seed, thread count and config.
     """
 
@@ -48,9 +53,11 @@ class PPO:
         token_score: TokenScore | None = None,
         ptx: Ptx | None = None,
         accelerator: Accelerator | None = None,
+        sampler: Sampler | None = None,
     ):
         self.config, self.tokenizer = config, tokenizer
         self.score, self.token_score, self.ptx = score, token_score, ptx
+        self.sampler = sampler or self._decode
         self.accelerator = accelerator or Accelerator(
             mixed_precision="bf16" if config.precision == "bf16" else "no"
         )
@@ -119,18 +126,36 @@ class PPO:
 
     @torch.no_grad()
     def _generate(self, queries: list[Query]) -> Rollout:
-        """Sampled responses with the sampler's logprobs, in rollout batches; the rest is blank."""
-        ids, mask = left_pad([query.ids for query in queries], self.pad_id)
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        uniforms = self._uniforms(len(queries))
+        """Sampled responses with the sampler's logprobs; the rest is blank."""
+        prompts = [query.ids for query in queries]
+        ids, mask = left_pad(prompts, self.pad_id)
+        sampled = self.sampler(prompts)
+        blank = torch.zeros_like(sampled.logprobs)
+        return Rollout(
+            queries=ids.to(self.device),
+            query_mask=mask.to(self.device),
+            responses=sampled.responses,
+            response_mask=maths.mask_from_lengths(sampled.lengths, blank.shape[1]),
+            ended=sampled.ended,
+            scores=blank[:, 0],
+            sampler_logprobs=sampled.logprobs,
+            old_logprobs=blank,
+            ref_logprobs=blank,
+            values=blank,
+        )
+
+    def _decode(self, prompts: list[list[int]]) -> Sampled:
+        """The policy's own responses, in rollout batches."""
+        uniforms = self._uniforms(len(prompts))
         parts = []
-        for rows in self._slices(len(ids), self.config.rollout_batch_size):
+        for rows in self._slices(len(prompts), self.config.rollout_batch_size):
+            ids, mask = left_pad(prompts[rows], self.pad_id)
             with self.accelerator.autocast():
                 parts.append(
                     sample(
                         self.networks.policy,
-                        ids[rows],
-                        mask[rows],
+                        ids.to(self.device),
+                        mask.to(self.device),
                         max_new_tokens=self.config.max_new_tokens,
                         temperature=self.config.temperature,
                         stop=self.stop,
@@ -139,27 +164,7 @@ class PPO:
                         lengths=None if self.forced_lengths is None else self.forced_lengths[rows],
                     )
                 )
-        width = max(part.responses.shape[1] for part in parts)
-
-        def joined(name: str, value: float) -> Tensor:
-            tensors = [getattr(part, name) for part in parts]
-            padded = [nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in tensors]
-            return torch.cat(padded)
-
-        lengths = torch.cat([part.lengths for part in parts])
-        blank = torch.zeros(len(ids), width, device=self.device)
-        return Rollout(
-            queries=ids,
-            query_mask=mask,
-            responses=joined("responses", self.pad_id),
-            response_mask=maths.mask_from_lengths(lengths, width),
-            ended=torch.cat([part.ended for part in parts]),
-            scores=blank[:, 0],
-            sampler_logprobs=joined("logprobs", 0.0),
-            old_logprobs=blank,
-            ref_logprobs=blank,
-            values=blank,
-        )
+        return joined(parts, self.pad_id)
 
     def _uniforms(self, episodes: int) -> Tensor:
         """Random numbers (B, T) for this process's episodes.

@@ -1,0 +1,48 @@
+"""Large blocks are reused once stages have asked for it; the peak is this process's own."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import memory
+
+FAULTS = """
+import ctypes, resource, sys
+from pipeline import memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+if sys.argv[1] == "keep":
+    memory.keep_freed()
+def step():
+    blocks = [libc.malloc(24 << 20) for _ in range(4)]  # of 6,144 pages each
+    for block in blocks:
+        ctypes.memset(block, 1, 24 << 20)
+    for block in reversed(blocks):
+        libc.free(block)
+for _ in range(4):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(how: str) -> int:
+    command = [sys.executable, "-c", FAULTS, how]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what it sets is glibc's")
+def test_freed_blocks_are_not_mapped_again() -> None:
+    assert page_faults("keep") < page_faults("as it is") / 4
+
+
+def test_the_peak_has_the_unit_and_grows() -> None:
+    before = memory.peak_mb()
+    block = bytearray(b"x") * (int(before) << 20)
+    assert memory.peak_mb() > 1.5 * before
+    del block
