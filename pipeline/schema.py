@@ -279,7 +279,7 @@ class AlarmLimits(Section):
 
 
 class VLLM(Section):
-    """Responses are sampled by vLLM: `pip install "rlhf-pipeline[vllm]"`, a GPU."""
+    """Responses are sampled by vLLM: `.venv/bin/pip install -e ".[vllm]"`, an NVIDIA GPU."""
 
     mode: Literal["colocate", "server"] = "colocate"
     """colocate = on the GPUs that train; server = where `vllm serve RUN/sft --logprobs-mode

@@ -129,7 +129,7 @@ def test_a_server_gets_weights_and_prompts_by_trl_s_client(sft, monkeypatch):
 
 
 def test_without_vllm_it_says_so_before_a_model_is_read(tmp_path):
-    with pytest.raises(UserError, match=r"vllm: not installed.*rlhf-pipeline\[vllm\]"):
+    with pytest.raises(UserError, match=r"vllm: not installed.*\.\[vllm\]"):
         build_ppo(PPOConfig(**CONFIG), tmp_path / "no such folder")
 
 

@@ -75,8 +75,9 @@ def gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**{**sizes, "eos_token_id": 4, "bos_token_id": 4, **changes}))
 
 
-CAUSAL = ["llama", "llama-gqa", "qwen2", "qwen3", "gpt2", "gpt-neox", "opt", "phi", "llama-lora"]
-"""Kinds of causal models whose batches can be packed."""
+CAUSAL = ["llama", "llama-gqa", "qwen2", "qwen3", "gpt2", "gpt-neox", "opt", "phi"]
+CAUSAL += [f"{kind}-lora" for kind in ("llama", "llama-gqa", "qwen2", "qwen3", "gpt2", "gpt-neox")]
+"""Kinds of causal models whose batches can be packed; SmolLM2 is a Llama with grouped queries."""
 
 PADDED = ["mistral-window", "gemma2", "bloom"]
 """Kinds whose cannot."""
@@ -84,6 +85,12 @@ PADDED = ["mistral-window", "gemma2", "bloom"]
 
 def causal(kind: str, seed: int = 0) -> PreTrainedModel:
     """A random model of a kind, with dropout off."""
+    if kind.endswith("-lora"):
+        model = add_lora(causal(kind.removesuffix("-lora"), seed), Lora(r=2), "CAUSAL_LM")
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.3)  # zero at first, which would hide it
+        return model
     sizes = {
         "vocab_size": 29,
         "hidden_size": 16,
@@ -98,7 +105,6 @@ def causal(kind: str, seed: int = 0) -> PreTrainedModel:
     makes: dict[str, tuple[str, dict]] = {
         "llama": ("Llama", {"intermediate_size": 32}),
         "llama-gqa": ("Llama", wide),
-        "llama-lora": ("Llama", wide),
         "qwen2": ("Qwen2", wide),
         "qwen3": ("Qwen3", {**wide, "head_dim": 8}),
         "gpt-neox": ("GPTNeoX", {"intermediate_size": 32}),
@@ -114,10 +120,4 @@ def causal(kind: str, seed: int = 0) -> PreTrainedModel:
     name, changes = makes[kind]
     torch.manual_seed(seed)
     config = getattr(transformers, f"{name}Config")(**{**sizes, **changes})
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    if kind == "llama-lora":
-        model = add_lora(model, Lora(r=2), "CAUSAL_LM")
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(p, std=0.3)  # zero at first, which would hide it
-    return model
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()

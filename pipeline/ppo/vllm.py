@@ -23,7 +23,7 @@ def require_vllm() -> None:
     """UserError unless vLLM is installed."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
-            'vllm: not installed. `pip install "rlhf-pipeline[vllm]"` on Linux with a GPU, '
+            'vllm: not installed. `.venv/bin/pip install -e ".[vllm]"` on Linux with a GPU, '
             "or leave `vllm` out of ppo.yaml"
         )
 
