@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import disk, faults, memory, run, stopping
-from pipeline.config import load_config, split_settings, stage_overrides
+from pipeline.config import AddSettings, load_config, split_settings, stage_overrides
 from pipeline.errors import UserError
 from pipeline.lineage import inputs_of
 from pipeline.progress import is_main_process, say
@@ -48,7 +48,9 @@ def parser(stage: str) -> argparse.ArgumentParser:
     arguments.add_argument("--run", type=Path, help="directory of the run, e.g. checkpoints/tiny")
     arguments.add_argument("--from", type=Path, dest="borrow", help="run whose stages to borrow")
     arguments.add_argument("--force", action="store_true", help="start again, whatever is there")
-    arguments.add_argument("--set", default="", help='several settings in one: "seed=3 ppo.lam=1"')
+    arguments.add_argument(
+        "--set", action=AddSettings, default="", help='several settings in one: "seed=3 ppo.lam=1"'
+    )
     arguments.add_argument("settings", nargs="*", metavar="key=value", help="override a key")
     return arguments
 

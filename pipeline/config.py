@@ -76,6 +76,13 @@ def differences(old: dict[str, Any], new: dict[str, Any], skip: Iterable[str] = 
 # --- overrides ------------------------------------------------------------------------------------
 
 
+class AddSettings(argparse.Action):
+    """`--set "seed=3 ppo.lam=1"`, as often as one likes; argparse itself would keep the last alone."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, f"{getattr(namespace, self.dest)} {values}")
+
+
 def split_settings(text: str) -> list[str]:
     """The words of SET, split as a shell would."""
     try:
@@ -272,7 +279,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", required=True, choices=[*schema.STAGES, "base"])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument(
-        "--set", default="", help='the words of SET, e.g. "ppo.kl_coef=0.02 seed=3"'
+        "--set",
+        action=AddSettings,
+        default="",
+        help='the words of SET, e.g. "ppo.kl_coef=0.02 seed=3"',
     )
     parser.add_argument("settings", nargs="*", help="key=value")
     args = parser.parse_args(argv)

@@ -411,6 +411,7 @@ class PPOConfig(StageConfig):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Policy and value gradients are clipped to this separately."""
     gradient_checkpointing: bool = False
+    """Keep the layers' inputs alone and compute the rest again going backward, in policy and value."""
 
     # the models
     value: Literal["separate", "shared"] = "separate"

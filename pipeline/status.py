@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pipeline import artifacts, lineage, run
 from pipeline.cli import reporting_errors
 from pipeline.config import (
+    AddSettings,
     checkpoints_root,
     config_hash,
     did_you_mean,
@@ -267,7 +268,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"--{step}", default="", help=f"config of {step} in place of the recipe's"
         )
     parser.add_argument("--base-directory", default="", help="where the base model is made")
-    parser.add_argument("--set", default="")
+    parser.add_argument("--set", action=AddSettings, default="")
     parser.add_argument("--force", default="", help="steps to run anyway; 1 = those asked for")
     parser.add_argument("--plan", help="print the steps that these goals need run")
     return parser.parse_args(argv)

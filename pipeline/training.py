@@ -29,7 +29,7 @@ def arguments(config: StageConfig, examples: int, work: Path) -> dict[str, Any]:
     `batch_size` is global: it is divided over processes and micro-batches, exactly or not at all.
     """
     assert isinstance(config, Optimisation)
-    processes = _world_size()
+    processes = world_size()
     micro, accumulate = micro_batches(config.batch_size, config.micro_batch_size, processes)
     steps = config.max_steps or math.ceil(examples / config.batch_size * config.epochs)
     return {
@@ -67,6 +67,16 @@ def quiet() -> None:
     models.quiet()
 
 
+def one_gpu(args: Any) -> Any:
+    """Training arguments for one accelerator a process, whatever this machine has.
+
+    Without a launcher Trainer would put each batch on all of them by `nn.DataParallel`, having made it as
+    many times larger: `batch_size` would not be what the config says.
+    """
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
 def micro_batches(batch: int, micro: int | None, processes: int) -> tuple[int, int]:
     """(examples per forward pass, passes per optimizer step) of one process."""
     share, rest = divmod(batch, processes)
@@ -78,7 +88,7 @@ def micro_batches(batch: int, micro: int | None, processes: int) -> tuple[int, i
     return micro, share // micro
 
 
-def _world_size() -> int:
+def world_size() -> int:
 
     return int(os.environ.get("WORLD_SIZE", "1"))
 

@@ -39,7 +39,15 @@ from pipeline.models import (
 from pipeline.progress import say
 from pipeline.run import StageRun, given
 from pipeline.schema import Data, RMConfig
-from pipeline.training import Checked, Recorder, arguments, quiet, train
+from pipeline.training import (
+    Checked,
+    Recorder,
+    arguments,
+    one_gpu,
+    quiet,
+    train,
+    world_size,
+)
 
 LOGGED = {
     "loss": "train/loss",
@@ -59,6 +67,8 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
 
     `dataset` replaces `config.data` by rankings in memory (see `pipeline.data.rankings`).
     """
+    if world_size() > 1:
+        raise UserError(f"rm: {world_size()} processes; this stage trains in one, start it plainly")
     rankings = None
     if config.sampling is None or dataset is not None:
         rankings = load_rankings(given(config.data, dataset, "data or sampling"))
@@ -83,10 +93,12 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         before = measure(_score(model, tokenizer, held_out_rows))
         trainer = KwiseTrainer(
             model=_trainable(model, config),
-            args=TRLConfig(
-                **arguments(config, len(training_rows), stage.work),
-                max_length=None,
-                remove_unused_columns=False,
+            args=one_gpu(
+                TRLConfig(
+                    **arguments(config, len(training_rows), stage.work),
+                    max_length=None,
+                    remove_unused_columns=False,
+                )
             ),
             data_collator=KwiseCollator(int(tokenizer.pad_token_id)),  # type: ignore[arg-type]
             train_dataset=Dataset.from_list(training_rows),
@@ -135,7 +147,10 @@ class KwiseTrainer(Checked, RewardTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        scores = scores_at(model, ids, mask, last_real(mask))
+        with (
+            self.accelerator.autocast()
+        ):  # which only the model's own forward would enter by itself
+            scores = scores_at(model, ids, mask, last_real(mask))
         loss, better = kwise_loss(scores, inputs["ranks"], inputs["groups"])
         margins = (scores[:, None] - scores[None, :])[better].detach()
         if len(margins):

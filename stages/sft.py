@@ -36,7 +36,7 @@ from pipeline.models import load_policy, load_tokenizer, prepare_cpu
 from pipeline.progress import say
 from pipeline.run import StageRun, given
 from pipeline.schema import SFTConfig
-from pipeline.training import Checked, Recorder, arguments, quiet, train
+from pipeline.training import Checked, Recorder, arguments, one_gpu, quiet, train
 
 LOGGED = {
     "loss": "train/loss",
@@ -74,8 +74,13 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         settings = arguments(config, len(training_rows), stage.work)
         trainer = CheckedTrainer(
             model=policy,
-            args=TRLConfig(
-                **settings, max_length=config.max_length, packing=config.packing, eval_packing=False
+            args=one_gpu(
+                TRLConfig(
+                    **settings,
+                    max_length=config.max_length,
+                    packing=config.packing,
+                    eval_packing=False,
+                )
             ),
             train_dataset=Dataset.from_list(training_rows),
             eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,

@@ -87,6 +87,13 @@ def separate(run: Path, like: PPO) -> PPO:
     return PPO(config, tokenizer, policy, None, value, model_reward(reward, 0, 64))
 
 
+def test_adapters_go_where_they_are_told():
+    lora = Lora(r=2, target_modules=["q_proj", "v_proj"])
+    model = add_lora(tiny_models.policy(0), lora, "CAUSAL_LM")
+    adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "v_proj"}
+
+
 def test_a_shared_base_learns_what_four_models_learn(run):
     one = shared(run)
     four = separate(run, one)

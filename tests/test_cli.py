@@ -47,6 +47,13 @@ def test_a_changed_config_says_why_it_runs_again(capsys):
     assert "up to date" in capsys.readouterr().out
 
 
+def test_set_may_be_given_more_than_once(capsys):
+    assert call("--set", "seed=3", "--set", "sft.epochs=2") == 0
+    capsys.readouterr()
+    assert call("--set", "seed=3 sft.epochs=2") == 0
+    assert "up to date" in capsys.readouterr().out
+
+
 def test_force_starts_again_even_after_an_interruption(monkeypatch, capsys):
     call()
     work = Path("checkpoints/tiny/.work/sft/step-000001")

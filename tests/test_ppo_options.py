@@ -1,14 +1,18 @@
 """Every PPO option changes what it says, and nothing when it is off."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import tiny_models
 from pipeline.errors import UserError
 from pipeline.ppo import gates, maths
+from pipeline.ppo.build import _ptx
 from pipeline.ppo.rollout import PromptStream, Query
 from pipeline.ppo.trainer import PPO
 from pipeline.schema import PPOConfig
@@ -239,6 +243,17 @@ def test_ptx_adds_the_text_likelihood_whatever_the_micro_batch():
         torch.testing.assert_close(micro, on, rtol=1e-9, atol=1e-12)
 
 
+def test_ptx_texts_are_cut_at_their_longest(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "w1 " * 30}) + "\n")
+    for longest in (5, 9):
+        data = {"ptx_coef": 0.5, "ptx_data": {"path": str(path)}, "ptx_max_length": longest}
+        config = PPOConfig(prompts={"path": "none"}, **data)
+        ids, mask = _ptx(config, tiny_models.tokenizer(), Accelerator())(0, 3)
+        assert ids.shape == mask.shape == (3, longest)
+        assert mask.all()
+
+
 def test_ptx_examples_come_in_the_configured_ratio():
     counts = []
     ppo = with_text(make(**{**PTX, "ptx_ratio": 3, "minibatches": 2}), [[5, 6, 4]])
@@ -291,6 +306,44 @@ def test_a_lora_policy_is_its_own_reference():
 
 
 # --- the sampler's logprobs ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("value", ["separate", "shared"])
+def test_bf16_multiplies_in_bf16_keeps_float32_weights_and_comes_near(fresh_accelerator, value):
+    found, dtypes = {}, {}
+    for precision in ("fp32", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        keys = {"precision": precision, "value": value, "old_logprobs": None, "learning_rate": 1e-4}
+        ppo = PPO(
+            PPOConfig(**{**CONFIG, **keys}),
+            tiny_models.tokenizer(),
+            policy=tiny_models.policy(0),
+            reference=tiny_models.policy(0),
+            value=None if value == "shared" else tiny_models.reward(1),
+            score=lambda episodes: SCORES,
+        )
+        seen = dtypes.setdefault(precision, set())
+        layer = ppo.networks.policy.model.layers[0].self_attn.q_proj
+        layer.register_forward_hook(lambda module, args, out, seen=seen: seen.add(out.dtype))
+        torch.manual_seed(4)
+        rollout = ppo.rollout([Query(ids) for ids in QUERIES])
+        found[precision] = rollout, ppo.update(rollout)
+        assert {p.dtype for p in ppo.networks.parameters()} == {torch.float32}
+    assert dtypes == {"fp32": {torch.float32}, "bf16": {torch.bfloat16}}
+    (exact, _), (rounded, metrics) = found["fp32"], found["bf16"]
+    assert rounded.old_logprobs.dtype == rounded.values.dtype == torch.float32
+    assert not torch.equal(rounded.old_logprobs, rounded.sampler_logprobs)  # recomputed
+    assert 0 < metrics["val/sampler_mismatch"] < 0.1
+    assert metrics["val/ratio"] == pytest.approx(1, abs=0.05)
+    assert exact.response_ids()[0][0] == rounded.response_ids()[0][0]
 
 
 def test_old_logprobs_are_the_samplers_in_fp32_and_recomputed_where_asked_or_in_bf16():

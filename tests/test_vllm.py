@@ -133,6 +133,12 @@ def test_without_vllm_it_says_so_before_a_model_is_read(tmp_path):
         build_ppo(PPOConfig(**CONFIG), tmp_path / "no such folder")
 
 
+def test_gpus_that_share_its_weights_must_be_there(sft, monkeypatch):
+    vllm_stub.install(monkeypatch)
+    with pytest.raises(UserError, match="tensor_parallel 2 does not divide.* 1;"):
+        built(sft, vllm={"tensor_parallel": 2})
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

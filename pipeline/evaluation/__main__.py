@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.artifacts import installed_packages, read
 from pipeline.cli import reporting_errors
-from pipeline.config import load_config, split_settings, stage_overrides
+from pipeline.config import AddSettings, load_config, split_settings, stage_overrides
 from pipeline.errors import UserError
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.found import find_stages, fresh_stages, read_json
@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--force", action="store_true", help="even if nothing changed since")
-    parser.add_argument("--set", default="", help='words of SET that begin with "eval."')
+    parser.add_argument(
+        "--set", action=AddSettings, default="", help='words of SET that begin with "eval."'
+    )
     parser.add_argument("settings", nargs="*", help="key=value of the evaluation's own keys")
     args = parser.parse_args(argv)
     words = stage_overrides("eval", split_settings(args.set))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import reporting_errors
-from pipeline.config import load_config, split_settings, stage_overrides
+from pipeline.config import AddSettings, load_config, split_settings, stage_overrides
 from pipeline.data.forms import load_prompts
 from pipeline.errors import UserError
 from pipeline.evaluation import plots, steps
@@ -58,7 +58,12 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--ensemble", type=int, default=0, help="reward models in an ensemble; 0 = no ensemble"
     )
-    out.add_argument("--set", default="", help='the words of SET, e.g. "ppo.learning_rate=1e-4"')
+    out.add_argument(
+        "--set",
+        action=AddSettings,
+        default="",
+        help='the words of SET, e.g. "ppo.learning_rate=1e-4"',
+    )
     out.add_argument("settings", nargs="*", help="key=value")
     return out
 

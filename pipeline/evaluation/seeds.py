@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import reporting_errors
-from pipeline.config import split_settings, stage_overrides
+from pipeline.config import AddSettings, split_settings, stage_overrides
 from pipeline.errors import UserError
 from pipeline.evaluation import steps
 from pipeline.evaluation.found import read_json
@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="OTHER",
         help="RUN-seedN borrows the sft and rm of OTHER-seedN",
     )
-    out.add_argument("--set", default="", help='the words of SET, e.g. "ppo.kl_coef=0.02"')
+    out.add_argument(
+        "--set", action=AddSettings, default="", help='the words of SET, e.g. "ppo.kl_coef=0.02"'
+    )
     out.add_argument("settings", nargs="*", help="key=value")
     return out
 

@@ -49,15 +49,14 @@ def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     tokenizer = load_tokenizer(sft)
     policy = add_lora(load_policy(sft, tokenizer), config.lora, "CAUSAL_LM")
-    if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-        policy.enable_input_require_grads()
-        policy.train()
     terms = _Terms(rm, tokenizer, accelerator.device, config.rollout_batch_size or 64)
     if config.shared_base:
-        value: Model = _on_shared_base(policy, config, rm, terms)
+        value: Model | None = _on_shared_base(policy, config, rm, terms)
     else:
         value = _value(config, sft, rm, tokenizer)
+    if config.gradient_checkpointing:
+        for model in filter(None, (policy, value)):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     sequence_terms = [r for r in config.rewards if not r.per_token]
     token_terms = [r for r in config.rewards if r.per_token]
     return PPO(

@@ -70,7 +70,7 @@ class PPO:
         for model in (policy, reference, value):
             if model is not None:
                 pack_if_possible(model)
-        networks = PolicyAndValue(policy, value)
+        networks = PolicyAndValue(policy, value).eval()
         groups = [
             {"params": networks.policy_parameters(), "lr": config.learning_rate},
             {"params": networks.value_parameters(), "lr": self._value_lr()},
@@ -264,6 +264,7 @@ class PPO:
                 advantages, rollout.response_mask, all_sum=self._all_sum
             )
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        self.networks.train()  # for gradient checkpointing alone; dropout is off
         for number, indices in enumerate(self._minibatches(len(rollout))):
             minibatch = rollout.rows(indices)
             step = self._step(minibatch, advantages[indices], returns[indices], number == 0)
@@ -271,6 +272,7 @@ class PPO:
                 totals[name] = totals[name] + value
             if config.kl_stop and step["approxkl"] / step["tokens"] > config.kl_stop:
                 break
+        self.networks.eval()
         metrics |= measures.of_update({name: total.item() for name, total in totals.items()})
         metrics["eps"] = self.optimizer_steps / self.total_steps
         metrics["lr"] = float(self.schedule.get_last_lr()[0])

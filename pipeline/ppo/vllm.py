@@ -45,6 +45,11 @@ class VLLMSampler:
         self.device = accelerator.device
         self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
         keys = config.vllm
+        if accelerator.num_processes % keys.tensor_parallel:
+            raise UserError(
+                f"vllm.tensor_parallel {keys.tensor_parallel} does not divide the number of processes, "
+                f"{accelerator.num_processes}; start as many with ENGINE="
+            )
         self.engine = VLLMGeneration(
             model=policy,
             accelerator=accelerator,
