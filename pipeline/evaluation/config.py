@@ -19,6 +19,7 @@ class EvalConfig(Section):
     demonstrations: Data | None = None
     """Held-out demonstrations; perplexity of their responses under each model."""
     demonstrations_limit: Positive = 500
+    """Demonstrations read for that."""
     pretraining: Data | None = None
     """Held-out pretraining text (key `text`, as PPO-ptx's); its perplexity under each model shows what
     fine-tuning unlearns (arXiv 2203.02155)."""
@@ -39,10 +40,13 @@ class EvalConfig(Section):
     seed: int = 1
     """Of the sampling; the same for every model."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits in sampling."""
     max_new_tokens: Positive = 64
+    """Longest response, in tokens."""
     stop_tokens: list[str] = []
     """What ends a response besides EOS: tokens, or strings of several that are looked for in its text."""
     batch_size: Positive = 256
+    """Responses sampled at once."""
     threads: Positive | None = None
     """CPU threads; none = as many as torch picks."""
 
