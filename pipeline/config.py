@@ -80,7 +80,7 @@ class AddSettings(argparse.Action):
     """`--set "seed=3 ppo.lam=1"`, as often as one likes; argparse itself would keep the last alone."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        setattr(namespace, self.dest, f"{getattr(namespace, self.dest)} {values}")
+        setattr(namespace, self.dest, f"{getattr(namespace, self.dest)} {values}".strip())
 
 
 def split_settings(text: str) -> list[str]:
