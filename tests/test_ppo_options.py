@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -273,6 +274,17 @@ def test_a_shared_trunk_learns_with_a_value_head_of_its_own():
     assert torch.equal(rollout.values, torch.zeros_like(rollout.values))  # the head starts at zero
     ppo.update(rollout)
     assert ppo.networks.value_head.weight.abs().sum() > 0
+
+
+def test_separate_networks_take_turns_so_that_one_has_its_activations_in_memory():
+    ppo = make(micro_batch_size=2)
+    policy, value = ppo.passes
+    made, gone = [], []
+    policy.register_forward_hook(lambda _, __, out: made.append(weakref.ref(out.logprobs)))
+    value.register_forward_pre_hook(lambda _, __: gone.append(made[-1]() is None))
+    ppo.update(recorded(ppo))
+    assert gone == [True, True]
+    assert len(make(value="shared").passes) == 1
 
 
 def test_a_lora_policy_is_its_own_reference():

@@ -101,7 +101,7 @@ def of_update(total: dict[str, float]) -> dict[str, float]:
         "val/ratio_var": total["ratio_squared"] / tokens - ratio**2,
         "val/sampler_mismatch": total["mismatch"] / total["mismatch_tokens"],
     }
-    if total["ptx_tokens"]:
+    if "ptx_tokens" in total:
         metrics["loss/ptx_avg"] = -total["ptx_likelihood"] / total["ptx_tokens"]
     return metrics
 

@@ -23,7 +23,8 @@ from pipeline.models import response_logprobs
 from pipeline.packing import pack_if_possible
 from pipeline.ppo import gates, maths, measures
 from pipeline.ppo.ema import Ema
-from pipeline.ppo.networks import PolicyAndValue
+from pipeline.ppo.losses import Minibatch, Sums, losses
+from pipeline.ppo.networks import Outputs, PolicyAndValue
 from pipeline.ppo.ptx import Ptx, PtxBatch
 from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore
 from pipeline.ppo.rollout import Query, Rollout, generator, prompt_text
@@ -78,8 +79,8 @@ class PPO:
         optimizer = torch.optim.AdamW(
             groups, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
         )
-        self.model, self.optimizer = self.accelerator.prepare(networks, optimizer)
-        self.networks: PolicyAndValue = self.accelerator.unwrap_model(self.model)
+        self.networks = networks.to(self.device)
+        *self.passes, self.optimizer = self.accelerator.prepare(*networks.passes(), optimizer)
         self.total_steps = config.iterations * config.ppo_epochs * config.minibatches
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         self.ema = Ema(self.networks.policy_parameters(), config.ema_decay)
@@ -220,12 +221,13 @@ class PPO:
             batch = ids[rows], mask[rows], width
             with self.accelerator.autocast():
                 if recompute:
-                    old, _, values, _ = self.networks(*batch, temperature)
-                    parts["old"].append(old)
+                    out: Outputs = self.networks(*batch, temperature)
+                    assert out.logprobs is not None and out.values is not None
+                    parts["old"].append(out.logprobs)
+                    parts["values"].append(out.values)
                 else:
-                    values = self.networks.values(*batch)
+                    parts["values"].append(self.networks.values(*batch))
                 parts["ref"].append(self._reference_logprobs(*batch))
-            parts["values"].append(values)
         rollout.old_logprobs = torch.cat(parts["old"]) if recompute else rollout.sampler_logprobs
         rollout.ref_logprobs = torch.cat(parts["ref"])
         rollout.values = torch.cat(parts["values"])
@@ -266,8 +268,9 @@ class PPO:
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         self.networks.train()  # for gradient checkpointing alone; dropout is off
         for number, indices in enumerate(self._minibatches(len(rollout))):
-            minibatch = rollout.rows(indices)
-            step = self._step(minibatch, advantages[indices], returns[indices], number == 0)
+            step = self._step(
+                rollout.rows(indices), advantages[indices], returns[indices], number == 0
+            )
             for name, value in step.items():
                 totals[name] = totals[name] + value
             if config.kl_stop and step["approxkl"] / step["tokens"] > config.kl_stop:
@@ -310,31 +313,26 @@ class PPO:
             yield from order[: size * self.config.minibatches].split(size)
 
     def _step(
-        self, minibatch: Rollout, advantages: Tensor, returns: Tensor, first: bool
+        self, rollout: Rollout, advantages: Tensor, returns: Tensor, first: bool
     ) -> dict[str, Tensor]:
         """One optimizer step over a minibatch in micro-batches; returns summed statistics.
 
-        `first`: of this rollout, when the policy is still the one that sampled."""
-        tokens = self._all_sum(minibatch.response_mask.sum()).clamp(min=1)
-        ptx = self._ptx_batch(len(minibatch))
+        `first`: of its iteration, when the policy is still the one that sampled."""
+        tokens = self._all_sum(rollout.response_mask.sum()).clamp(min=1)
+        ptx = self._ptx_batch(len(rollout))
+        minibatch = Minibatch(rollout, advantages, returns, tokens, ptx, first)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        slices = self._slices(len(minibatch), self.config.micro_batch_size)
+        slices = self._slices(len(rollout), self.config.micro_batch_size)
         for number, rows in enumerate(slices):
-            last = number == len(slices) - 1
-            hold = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
-            with hold:
-                loss, sums = self._losses(
-                    minibatch.rows(rows),
-                    advantages[rows],
-                    returns[rows],
-                    tokens,
-                    ptx and ptx.rows(rows),
-                    first,
-                )
-                # engines average gradients over processes; the loss is a share of the global mean
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-            for name, value in sums.items():
-                totals[name] = totals[name] + value.detach()
+            for networks in self.passes:
+                last = number == len(slices) - 1
+                hold = contextlib.nullcontext() if last else self.accelerator.no_sync(networks)
+                with hold:
+                    loss, sums = self._losses(networks, minibatch.rows(rows))
+                    # engines average gradients over processes; the loss is a share of the global mean
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
+                for name, value in sums.items():
+                    totals[name] = totals[name] + value
         summed = {name: self._all_sum(value) for name, value in totals.items()}
         summed["tokens"] = tokens
         norms = {
@@ -345,8 +343,8 @@ class PPO:
                 self.networks.value_parameters(), self.config.max_grad_norm
             ),
         }
-        losses = {"policy loss": summed["policy_loss"], "value loss": summed["value_loss"]}
-        gates.finite_step(losses, norms, self.optimizer_steps)
+        seen = {"policy loss": summed["policy_loss"], "value loss": summed["value_loss"]}
+        gates.finite_step(seen, norms, self.optimizer_steps)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -361,72 +359,26 @@ class PPO:
         ids, mask = self.ptx(self.optimizer_steps, episodes * self.config.ptx_ratio)
         return PtxBatch(ids, mask, self._all_sum(mask[:, 1:].sum()), self.config.ptx_ratio)
 
-    def _losses(
-        self,
-        batch: Rollout,
-        advantages: Tensor,
-        returns: Tensor,
-        tokens: Tensor,
-        ptx: PtxBatch | None,
-        first: bool,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the loss of a minibatch that has `tokens` real tokens."""
-        config, mask = self.config, batch.response_mask
+    def _losses(self, networks: nn.Module, batch: Minibatch) -> tuple[Tensor, Sums]:
+        """A micro-batch through the policy, the value network, or both."""
+        rollout, ptx = batch.rollout, batch.ptx
         with self.accelerator.autocast():
-            logprobs, entropies, values, likelihood = self.model(
-                *batch.inputs(),
-                mask.shape[1],
-                config.temperature,
-                entropy_grad=config.entropy_coef > 0,
+            outputs: Outputs = networks(
+                *rollout.inputs(),
+                rollout.response_mask.shape[1],
+                self.config.temperature,
+                entropy_grad=self.config.entropy_coef > 0,
                 ptx=None if ptx is None else (ptx.ids, ptx.mask),
             )
-        if first:
+        if batch.first and outputs.logprobs is not None:
             gates.ratio_is_one(
-                logprobs.detach(), batch.old_logprobs, mask, self._tolerance, self.iteration
+                outputs.logprobs.detach(),
+                rollout.old_logprobs,
+                rollout.response_mask,
+                self._tolerance,
+                self.iteration,
             )
-        ratio = maths.policy_ratio(logprobs, batch.old_logprobs, mask)
-        policy_loss, policy_clipped = maths.clipped_policy_loss(
-            ratio, advantages, mask, config.clip_range, self._sampler_weights(batch)
-        )
-        value_loss, value_clipped = maths.clipped_value_loss(
-            values, batch.values, returns, mask, config.clip_range_value
-        )
-        entropy = maths.masked_sum(entropies, mask)
-        loss = policy_loss + config.vf_coef * value_loss - config.entropy_coef * entropy
-        loss = loss / tokens
-        if ptx is not None:
-            loss = loss - config.ptx_coef * likelihood / ptx.tokens
-        log_ratio = torch.where(mask, logprobs - batch.old_logprobs, 0.0)
-        mismatch = torch.where(mask, logprobs.detach() - batch.sampler_logprobs, 0.0)
-        return (
-            loss,
-            {
-                "policy_loss": policy_loss,
-                "value_loss": value_loss,
-                "entropy": entropy,
-                "approxkl": 0.5
-                * log_ratio.square().sum(),  # LMHP's: half the mean squared log ratio
-                "policy_clipped": policy_clipped,
-                "value_clipped": value_clipped,
-                "ratio": maths.masked_sum(ratio, mask),
-                "ratio_squared": maths.masked_sum(ratio.square(), mask),
-                "mismatch": mismatch.abs().sum() * first,
-                "mismatch_tokens": mask.sum() * first,
-                "ptx_likelihood": likelihood,
-                "ptx_tokens": likelihood.new_zeros(()) if ptx is None else ptx.mask[:, 1:].sum(),
-            },
-        )
-
-    def _sampler_weights(self, batch: Rollout) -> Tensor | None:
-        """Truncated importance weights of the tokens, old policy over sampler, if configured."""
-        if self.config.sampler_correction is None:
-            return None
-        return maths.importance_weights(
-            batch.old_logprobs,
-            batch.sampler_logprobs,
-            batch.response_mask,
-            self.config.sampler_correction,
-        )
+        return losses(outputs, batch, self.config)
 
     # --- state ----------------------------------------------------------------------------------
 
