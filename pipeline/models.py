@@ -198,6 +198,15 @@ def predicting(mask: Tensor, width: int) -> Tensor:
     return where
 
 
+def needed(mask: Tensor, where: Tensor) -> Tensor:
+    """The real tokens that outputs at `where` come from, (B, W) bool: none after a row's last of them.
+
+    What predicts a response never reads its last token. A row of which nothing is asked stays whole.
+    """
+    upto = where.flip(1).cumsum(1).flip(1) > 0
+    return mask.bool() & (upto | ~where.any(dim=1, keepdim=True))
+
+
 def logits_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
     """Logits (n, V) at the n positions of `where` (B, W), row by row."""
     return _output_at(model, ids, mask, where)[0]
@@ -209,7 +218,7 @@ def logits_and_hidden_at(
     """Logits (n, V) and the last hidden states (n, d) they come from."""
     logits, out = _output_at(model, ids, mask, where, output_hidden_states=True)
     hidden = out.hidden_states[-1]
-    return logits, hidden[0, where[mask.bool()]] if packs(model) else hidden[where]
+    return logits, hidden[0, where[needed(mask, where)]] if packs(model) else hidden[where]
 
 
 def _output_at(
@@ -217,7 +226,7 @@ def _output_at(
 ) -> tuple[Tensor, Any]:
     """Logits (n, V) at the positions of `where` (B, W), and the model's whole output."""
     if packs(model):
-        packed = pack(ids, mask)
+        packed = pack(ids, needed(mask, where))
         out = model(**packed.inputs(), logits_to_keep=packed.index[where], **kwargs)
         return out.logits[0], out
     first = int(where.any(dim=0).int().argmax())  # before it no logits are needed
@@ -232,7 +241,7 @@ def hidden_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
     """Last hidden states (n, d) at the n positions of `where` (B, W), row by row."""
     body = trunk(model)
     if packs(model):
-        packed = pack(ids, mask)
+        packed = pack(ids, needed(mask, where))
         return body(**packed.inputs()).last_hidden_state[0, packed.index[where]]
     out = body(input_ids=ids, attention_mask=mask, use_cache=False, **_positions(body, mask))
     return out.last_hidden_state[where]

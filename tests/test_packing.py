@@ -9,6 +9,7 @@ from pipeline.models import (
     hidden_at,
     last_real,
     logits_at,
+    needed,
     predicting,
     response_logprobs,
     score_sequences,
@@ -115,6 +116,21 @@ def test_logits_and_hidden_states_come_row_by_row():
     for a, b in zip(packed, padded, strict=True):
         assert len(a) == int(MASK[:, -WIDTH:].sum())
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_from_which_nothing_is_predicted_are_not_computed():
+    where = predicting(MASK, WIDTH)
+    ends = last_real(MASK) & where.any(dim=1, keepdim=True)  # the empty response stays whole
+    assert torch.equal(needed(MASK, where), MASK.bool() & ~ends)
+    assert torch.equal(needed(MASK, last_real(MASK)), MASK.bool())
+    model = tiny_models.causal("llama-gqa")
+    enable_packing(model)
+    seen = []
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    response_logprobs(model, IDS, MASK, WIDTH, 1.0)
+    hidden_at(model, IDS, MASK, where)
+    assert seen == [32 - 4, 32 - 4]
 
 
 def test_gradient_checkpointing_changes_no_gradient():
