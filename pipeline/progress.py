@@ -1,12 +1,17 @@
 """What a run tells: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_UNTOLD = 2.0
 _bars: list[Any] = []  # rich consoles of bars being shown; say() prints above the innermost
 
 
@@ -28,6 +33,19 @@ def is_main_process() -> bool:
 def track(total: int, description: str) -> "Track":
     """`with track(50, "ppo") as bar: bar.advance(1, kl=1.2)` shows progress to `total`."""
     return Track(total, description)
+
+
+def tracked(items: Sequence[T], description: str) -> Iterator[T]:
+    """The items; once they take longer than two seconds, with progress."""
+    began, bar = time.monotonic(), None
+    with contextlib.ExitStack() as stack:
+        for done, item in enumerate(items):
+            yield item
+            if bar is not None:
+                bar.advance()
+            elif time.monotonic() - began > SECONDS_UNTOLD:
+                bar = stack.enter_context(track(len(items), description))
+                bar.advance(done + 1)
 
 
 class Track:

@@ -23,7 +23,7 @@ from pipeline.comparisons import sampled_rankings
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.splits import split_by_prompt
-from pipeline.data.template import encode_prompt, encode_response, template_hash, tokenizer_hash
+from pipeline.data.template import encode_responses, template_hash, tokenizer_hash
 from pipeline.errors import UserError
 from pipeline.evaluation.rankings import Scored, measure, write_scored
 from pipeline.kwise import KwiseCollator, kwise_loss
@@ -36,7 +36,7 @@ from pipeline.models import (
     score_sequences,
     scores_at,
 )
-from pipeline.progress import say
+from pipeline.progress import say, tracked
 from pipeline.run import StageRun, given
 from pipeline.schema import Data, RMConfig
 from pipeline.training import (
@@ -179,11 +179,11 @@ def _encode(
     prompts that are left with fewer than two responses or with nothing but ties. All are counted.
     """
     rows, long, same, empty = [], 0, 0, 0
-    for ranking in rankings:
-        prompt = encode_prompt(tokenizer, ranking.messages)
+    for ranking in tracked(rankings, f"rm: encoding {name}"):
+        prompt, encoded = encode_responses(tokenizer, ranking.messages, ranking.responses)
         kept: dict[tuple[int, ...], tuple[int, str]] = {}
-        for response, rank in zip(ranking.responses, ranking.ranks, strict=True):
-            ids = tuple(prompt + encode_response(tokenizer, ranking.messages, response))
+        for response, own, rank in zip(ranking.responses, encoded, ranking.ranks, strict=True):
+            ids = (*prompt, *own)
             long += len(ids) > max_length
             same += ids in kept
             if len(ids) <= max_length:
@@ -236,8 +236,8 @@ def _demonstration_mean(
     sequences = []
     for item in items:
         context, last = item.messages[:-1], item.messages[-1]["content"]
-        ids = encode_prompt(tokenizer, context) + encode_response(tokenizer, context, last)
-        sequences.append(ids[-config.max_length :])
+        prompt, (response,) = encode_responses(tokenizer, context, [last])
+        sequences.append((prompt + response)[-config.max_length :])
     scores = score_sequences(model, sequences, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
     return sum(scores) / len(scores)
 

@@ -25,7 +25,7 @@ from pipeline.data.forms import Demonstration, load_demonstrations
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
     encode_prompt,
-    encode_response,
+    encode_responses,
     role_markers,
     template_hash,
     tokenizer_hash,
@@ -33,7 +33,7 @@ from pipeline.data.template import (
 )
 from pipeline.generation import generate
 from pipeline.models import load_policy, load_tokenizer, prepare_cpu
-from pipeline.progress import say
+from pipeline.progress import say, tracked
 from pipeline.run import StageRun, given
 from pipeline.schema import SFTConfig
 from pipeline.training import Checked, Recorder, arguments, one_gpu, quiet, train
@@ -142,13 +142,12 @@ def _encode(
 ) -> list[dict]:
     """One row of `input_ids` and `labels` for every assistant turn; the loss is on that turn alone."""
     rows, dropped = [], 0
-    for item in items:
+    for item in tracked(items, f"sft: encoding {name} examples"):
         for turn, message in enumerate(item.messages):
             if message["role"] != "assistant":
                 continue
             context = item.messages[:turn]
-            prompt = encode_prompt(tokenizer, context)
-            response = encode_response(tokenizer, context, message["content"])
+            prompt, (response,) = encode_responses(tokenizer, context, [message["content"]])
             if len(prompt) + len(response) > max_length:
                 dropped += 1
                 continue

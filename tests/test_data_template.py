@@ -8,12 +8,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.data import (
     encode_prompt,
-    encode_response,
+    encode_responses,
     prepare_tokenizer,
     template_hash,
     tokenizer_hash,
 )
 from pipeline.errors import UserError
+
+
+def encode_response(tokenizer, messages, response: str) -> list[int]:
+    prompt, (ids,) = encode_responses(tokenizer, messages, [response])
+    assert prompt == encode_prompt(tokenizer, messages)
+    return ids
+
 
 CHATML = (
     "{% for message in messages %}"

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 import tiny_models
-from pipeline.data.template import encode_prompt, encode_response
+from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
 from pipeline.models import score_sequences
 from pipeline.ppo import build, maths, rewards
@@ -366,11 +366,10 @@ def test_a_model_with_the_policys_tokenizer_reads_the_sampled_tokens(tmp_path):
 
 def test_a_model_with_another_tokenizer_reads_the_text_by_its_own(tmp_path, other_tokenizer):
     path = saved(tmp_path, other_tokenizer)
-    sequences = [
-        encode_prompt(other_tokenizer, messages)
-        + encode_response(other_tokenizer, messages, response)
-        for messages, response in zip(EPISODES.messages, EPISODES.responses, strict=True)
-    ]
+    sequences = []
+    for messages, response in zip(EPISODES.messages, EPISODES.responses, strict=True):
+        prompt, (reply,) = encode_responses(other_tokenizer, messages, [response])
+        sequences.append(prompt + reply)
     assert sequences[0] != EPISODES.sequences[0]
     assert sequences[0][-1] == other_tokenizer.eos_token_id
     expected = score_sequences(tiny_models.reward(1), sequences, 0)

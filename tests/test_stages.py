@@ -19,7 +19,7 @@ from transformers import (
 
 from pipeline import artifacts
 from pipeline.data.forms import load_demonstrations
-from pipeline.data.template import encode_prompt, encode_response
+from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
 from pipeline.generation import generate
 from pipeline.models import load_policy, load_reward, load_tokenizer, score_sequences
@@ -103,8 +103,8 @@ def run(gpt2, tmp_path_factory) -> Path:
 
 def ids_of(tokenizer, prompt: str, response: str | None = None) -> list[int]:
     messages = [{"role": "user", "content": prompt}]
-    ids = encode_prompt(tokenizer, messages)
-    return ids if response is None else ids + encode_response(tokenizer, messages, response)
+    ids, replies = encode_responses(tokenizer, messages, [] if response is None else [response])
+    return sum(replies, ids)
 
 
 def test_every_stage_publishes_a_verified_artifact_with_its_lineage(run):

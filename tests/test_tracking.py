@@ -396,6 +396,18 @@ def test_a_quick_loop_is_told_once(capsys):
     assert capsys.readouterr().out == "ppo  30/30\n"
 
 
+def test_items_that_take_long_are_told_and_quick_ones_not(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    assert list(progress.tracked("quick", "letters")) == list("quick")
+    assert capsys.readouterr().out == ""
+    for _ in progress.tracked(range(100), "rows"):
+        now[0] += 0.1
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == "rows  100/100"
+    assert 5 <= len(told) <= 12
+
+
 def test_one_process_of_several_speaks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     progress.say("text")

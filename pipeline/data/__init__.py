@@ -16,7 +16,7 @@ from pipeline.data.sources import Row, read_rows, rows_from_memory
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
     encode_prompt,
-    encode_response,
+    encode_responses,
     prepare_tokenizer,
     template_hash,
     tokenizer_hash,
@@ -29,7 +29,7 @@ __all__ = [
     "Ranking",
     "Row",
     "encode_prompt",
-    "encode_response",
+    "encode_responses",
     "load_demonstrations",
     "load_prompts",
     "load_rankings",

@@ -1,7 +1,7 @@
 """The one place where messages become token ids; needs a tokenizer object and nothing else.
 
-`encode_prompt(...) + encode_response(...)` is what SFT, the reward model and PPO all see. The two
-parts are rendered and tokenised apart, because PPO's policy continues the tokens of the prompt as
+The ids of a prompt and those of a response to it are what SFT, the reward model and PPO all see. The
+two parts are rendered and tokenised apart, because PPO's policy continues the tokens of the prompt as
 they are: a tokenizer that merges across the boundary would show SFT tokens the policy never sees.
 """
 
@@ -45,24 +45,38 @@ def prepare_tokenizer(tokenizer: Any, chat_template: Path | None = None) -> None
         tokenizer.chat_template = _read_template(Path(chat_template))
     elif not tokenizer.chat_template:
         tokenizer.chat_template = _bos(tokenizer) + DEFAULT_TEMPLATE
-    encode_response(tokenizer, [message("user", "a")], "b")
+    encode_responses(tokenizer, [message("user", "a")], ["b"])
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Ids of a prompt, up to where the assistant's reply begins; never empty, never ending it."""
-    ids = _ids(tokenizer, _render(tokenizer, messages, True))
+    return _prompt_ids(tokenizer, _render(tokenizer, messages, True))
+
+
+def encode_responses(
+    tokenizer: Any, messages: Sequence[Message], responses: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """Ids of a prompt's messages and of each reply to them as the template writes it, ending in
+    exactly one EOS.
+
+    What the template adds after EOS is cut. Where it ends the assistant's turn with another token
+    than the tokenizer's EOS, EOS stands in that token's place. An EOS inside a reply ends it.
+    """
+    before = _render(tokenizer, messages, True)
+    prompt = _prompt_ids(tokenizer, before)
+    return prompt, [_response_ids(tokenizer, before, messages, r) for r in responses]
+
+
+def _prompt_ids(tokenizer: Any, before: str) -> list[int]:
+    ids = _ids(tokenizer, before)
     if not ids:
         raise UserError("chat template: a prompt becomes no token at all")
     return ids
 
 
-def encode_response(tokenizer: Any, messages: Sequence[Message], response: str) -> list[int]:
-    """Ids of the reply to a prompt's messages as the template writes it, ending in exactly one EOS.
-
-    What the template adds after EOS is cut. Where it ends the assistant's turn with another token
-    than the tokenizer's EOS, EOS stands in that token's place. An EOS inside the reply ends it.
-    """
-    before = _render(tokenizer, messages, True)
+def _response_ids(
+    tokenizer: Any, before: str, messages: Sequence[Message], response: str
+) -> list[int]:
     text = _reply(tokenizer, before, messages, response)
     if tokenizer.eos_token not in text:
         # the way the template closes a turn, learnt from a reply that is easy to find

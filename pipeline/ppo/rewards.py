@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.template import encode_prompt, encode_response
+from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
 from pipeline.models import score_sequences
 
@@ -61,8 +61,8 @@ def text_model_reward(
     def score(episodes: Episodes) -> list[float]:
         sequences = []
         for messages, response in zip(episodes.messages, episodes.responses, strict=True):
-            prompt = encode_prompt(tokenizer, messages)
-            sequences.append(prompt + encode_response(tokenizer, messages, response))
+            prompt, (reply,) = encode_responses(tokenizer, messages, [response])
+            sequences.append(prompt + reply)
         return score_sequences(model, sequences, int(tokenizer.pad_token_id), batch_size)  # type: ignore[arg-type]
 
     return score

@@ -28,6 +28,7 @@ from pipeline.ppo.networks import Outputs, PolicyAndValue
 from pipeline.ppo.ptx import Ptx, PtxBatch
 from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore
 from pipeline.ppo.rollout import Query, Rollout, generator, prompt_text
+from pipeline.progress import tracked
 from pipeline.schema import PPOConfig
 
 Sampler = Callable[[list[list[int]]], Sampled]
@@ -102,7 +103,7 @@ class PPO:
                 p.row,
                 p.messages,
             )
-            for p in as_prompts
+            for p in tracked(as_prompts, "ppo: encoding prompts")
         ]
 
     # --- rollout: queries → generate → score → logprobs and values -----------------------------
