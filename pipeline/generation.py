@@ -11,6 +11,7 @@ from pipeline.decoding import decoder, survivors
 from pipeline.errors import UserError
 from pipeline.packing import Model
 from pipeline.ppo.maths import logprobs_of, scaled
+from pipeline.progress import tracked
 
 
 @dataclass
@@ -173,13 +174,14 @@ def generate(
     stop_tokens: tuple[str, ...] = (),
     batch_size: int = 64,
     greedy: bool = False,
+    progress: str | None = None,
 ) -> list[Response]:
-    """One response to each tokenised prompt, in the order of the prompts."""
+    """One response to each tokenised prompt, in the order of the prompts; `progress` names its bar."""
     device = next(model.parameters()).device
     stop = stops(tokenizer, stop_tokens)
     pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     out: list[Response] = []
-    for start in range(0, len(prompts), batch_size):
+    for start in tracked(range(0, len(prompts), batch_size), progress):
         queries, mask = left_pad(prompts[start : start + batch_size], pad_id)
         sampled = sample(
             model,

@@ -32,6 +32,7 @@ from pipeline.data.template import prepare_tokenizer
 from pipeline.errors import UserError
 from pipeline.packing import Model, inner, pack, pack_if_possible, packs, trunk
 from pipeline.ppo.maths import logprobs_and_entropy, position_ids
+from pipeline.progress import tracked
 
 # --- the process ---------------------------------------------------------------------------------
 
@@ -310,16 +311,21 @@ def _positions(model: Model, mask: Tensor) -> dict[str, Tensor]:
 
 
 def score_sequences(
-    model: Model, sequences: list[list[int]], pad_token_id: int, batch_size: int = 64
+    model: Model,
+    sequences: list[list[int]],
+    pad_token_id: int,
+    batch_size: int = 64,
+    progress: str | None = None,
 ) -> list[float]:
-    """Score of each sequence (prompt ids + response ids), read at its last token.
+    """Score of each sequence (prompt ids + response ids), read at its last token; `progress` names
+    its bar.
 
     The last token is known from the carried length, not from `ids != pad`, so pad == eos is safe.
     A classifier that pools otherwise (an encoder such as DeBERTa) scores the sequence its own way.
     """
     device = next(model.parameters()).device
     scores: list[float] = []
-    for start in range(0, len(sequences), batch_size):
+    for start in tracked(range(0, len(sequences), batch_size), progress):
         rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
         lengths = torch.tensor([len(row) for row in rows])
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)

@@ -35,15 +35,15 @@ def track(total: int, description: str) -> "Track":
     return Track(total, description)
 
 
-def tracked(items: Sequence[T], description: str) -> Iterator[T]:
-    """The items; once they take longer than two seconds, with progress."""
+def tracked(items: Sequence[T], description: str | None) -> Iterator[T]:
+    """The items; with progress if they take longer than two seconds and have a description."""
     began, bar = time.monotonic(), None
     with contextlib.ExitStack() as stack:
         for done, item in enumerate(items):
             yield item
             if bar is not None:
                 bar.advance()
-            elif time.monotonic() - began > SECONDS_UNTOLD:
+            elif description is not None and time.monotonic() - began > SECONDS_UNTOLD:
                 bar = stack.enter_context(track(len(items), description))
                 bar.advance(done + 1)
 

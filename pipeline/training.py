@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from pipeline import checkpoint, faults, models, sealed, stopping
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
-from pipeline.progress import say, track
+from pipeline.progress import say, track, tracked
 from pipeline.schema import Optimisation, StageConfig
 from pipeline.tracking import Tracker
 
@@ -174,6 +175,24 @@ class Recorder(TrainerCallback):
         """Go on from the state in `directory`."""
         self.sums = json.loads((directory / _RECORDER).read_text())
         self.tracker.truncate(sealed.step_of(directory))
+
+
+class ShowsEvaluation(TrainerCallback):
+    """Progress of a held-out loss that takes long."""
+
+    def __init__(self, description: str):
+        self.description = description
+        self.steps: Iterator[int] | None = None
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.steps is None:
+            self.steps = tracked(range(len(eval_dataloader)), self.description)
+        next(self.steps)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        for _ in self.steps or ():
+            pass  # the last one is told when it is asked for another
+        self.steps = None
 
 
 def train(

@@ -214,7 +214,8 @@ def _score(
 ) -> list[Scored]:
     """Held-out rankings with the model's scores."""
     flat = [ids for row in rows for ids in row["sequences"]]
-    scores = iter(score_sequences(model, flat, int(tokenizer.pad_token_id)))  # type: ignore[arg-type]
+    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    scores = iter(score_sequences(model, flat, pad, progress="rm: scoring held-out responses"))
     return [
         Scored(
             prompt=row["prompt"],
@@ -238,7 +239,8 @@ def _demonstration_mean(
         context, last = item.messages[:-1], item.messages[-1]["content"]
         prompt, (response,) = encode_responses(tokenizer, context, [last])
         sequences.append((prompt + response)[-config.max_length :])
-    scores = score_sequences(model, sequences, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    scores = score_sequences(model, sequences, pad, progress="rm: scoring demonstrations")
     return sum(scores) / len(scores)
 
 

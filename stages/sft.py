@@ -36,7 +36,15 @@ from pipeline.models import load_policy, load_tokenizer, prepare_cpu
 from pipeline.progress import say, tracked
 from pipeline.run import StageRun, given
 from pipeline.schema import SFTConfig
-from pipeline.training import Checked, Recorder, arguments, one_gpu, quiet, train
+from pipeline.training import (
+    Checked,
+    Recorder,
+    ShowsEvaluation,
+    arguments,
+    one_gpu,
+    quiet,
+    train,
+)
 
 LOGGED = {
     "loss": "train/loss",
@@ -87,6 +95,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
             processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(ShowsEvaluation("sft: held-out loss"))
         before = _validation_loss(trainer)
         train(trainer, stage.work, Recorder(stage.tracker, LOGGED, config.log_every), before)
         after = _validation_loss(trainer)
@@ -178,7 +187,11 @@ def _answers(
     with torch.random.fork_rng():  # the same samples, wherever the generator stands
         torch.manual_seed(0)
         responses = generate(
-            policy, tokenizer, [ids for _, ids in asked], max_new_tokens=config.sample_tokens
+            policy,
+            tokenizer,
+            [ids for _, ids in asked],
+            max_new_tokens=config.sample_tokens,
+            progress="sft: answering held-out prompts",
         )
     samples = [
         {"prompt": context[-1]["content"], "response": r.text, "score": None, "ended": r.ended}

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import tiny_models
-from pipeline import artifacts
+from pipeline import artifacts, progress
 from pipeline.errors import UserError
 from pipeline.models import load_reward, score_sequences
 from pipeline.schema import PPOConfig, RMConfig, SFTConfig
@@ -66,6 +66,25 @@ def test_packing_and_micro_batches_keep_examples_apart_and_the_loss_the_same(bas
     packed = train_sft(base, tmp_path / "packed", packing=True, max_length=512, batch_size=1)
     assert micro == pytest.approx(plain, rel=1e-5)
     assert first_loss(packed) == pytest.approx(plain, rel=1e-4)
+
+
+def test_what_takes_long_before_and_after_training_is_told(base, tmp_path, monkeypatch, capsys):
+    for name in ("SECONDS_UNTOLD", "SECONDS_BETWEEN_LINES"):
+        monkeypatch.setattr(progress, name, -1.0)
+    train_sft(base, tmp_path, validation_fraction=0.25)
+    rm.run(
+        RMConfig(run=tmp_path, max_steps=1, batch_size=4, validation_fraction=0.25, **QUIET), RANKED
+    )
+    told = capsys.readouterr().out
+    for what in (
+        "sft: encoding training examples  12/12",
+        "sft: held-out loss",
+        "sft: answering held-out prompts",
+        "rm: encoding held-out  4/4",
+        "rm: scoring held-out responses",
+        "rm: scoring demonstrations",
+    ):
+        assert what in told, what
 
 
 def test_the_loss_is_on_responses_only(base, tmp_path):

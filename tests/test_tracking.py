@@ -1,4 +1,4 @@
-"""metrics.jsonl is complete whatever W&B does; a bar or plain lines tell where a run is."""
+"""metrics.jsonl is complete whatever W&B does."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import mirror, progress, schema, tracking
+from pipeline import mirror, schema, tracking
 from pipeline.artifacts import Manifest, publish
 from pipeline.tracking import Tracker, read_rows
 
@@ -371,57 +371,6 @@ def test_real_wandb_is_sent_numbers_and_no_weights(tmp_path):
     assert b"objective/kl" in sent
     assert b"model.safetensors" not in sent
     assert f"W&B: {address}" in done.stdout
-
-
-# --- progress -------------------------------------------------------------------------------------
-
-
-def test_lines_without_a_terminal_come_seldom_and_without_carriage_returns(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with progress.track(1000, "ppo") as bar:
-        for _ in range(1000):
-            now[0] += 0.1
-            bar.advance(1, kl=1.23456, note="x")
-    told = capsys.readouterr().out
-    assert 15 <= len(told.splitlines()) <= 25
-    assert "\r" not in told
-    assert told.splitlines()[-1] == "ppo  1000/1000  kl 1.23  note x"
-
-
-def test_a_quick_loop_is_told_once(capsys):
-    with progress.track(30, "ppo") as bar:
-        for _ in range(30):
-            bar.advance()
-    assert capsys.readouterr().out == "ppo  30/30\n"
-
-
-def test_items_that_take_long_are_told_and_quick_ones_not(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    assert list(progress.tracked("quick", "letters")) == list("quick")
-    assert capsys.readouterr().out == ""
-    for _ in progress.tracked(range(100), "rows"):
-        now[0] += 0.1
-    told = capsys.readouterr().out.splitlines()
-    assert told[-1] == "rows  100/100"
-    assert 5 <= len(told) <= 12
-
-
-def test_one_process_of_several_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    progress.say("text")
-    with progress.track(2, "ppo") as bar:
-        bar.advance(2)
-    assert capsys.readouterr().out == ""
-
-
-def test_on_a_terminal_there_is_a_bar_and_lines_stand_above_it(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    with progress.track(2, "ppo") as bar:
-        bar.advance(1, kl=0.5)
-        progress.say("text [not markup]")
-    assert "text [not markup]" in capsys.readouterr().out
 
 
 def test_plain_keeps_text_and_flags():

@@ -30,7 +30,7 @@ from pipeline.models import (
 )
 from pipeline.ppo.maths import mask_from_lengths
 from pipeline.ppo.rollout import prompt_text
-from pipeline.progress import say
+from pipeline.progress import say, tracked
 
 LOGITS_AT_ONCE = 2**25
 """Floats of logits in memory at once when log-likelihoods are read (128 MiB)."""
@@ -67,7 +67,9 @@ def evaluate(
     if reward is not None:
         reward.to(device)
 
-    generated = {name: _generate(config, model, tokenizer, asked) for name, model in models.items()}
+    generated = {
+        name: _generate(config, name, model, tokenizer, asked) for name, model in models.items()
+    }
     answers = {
         name: _graded(config, asked, responses, judge, reward, tokenizer)
         for name, responses in generated.items()
@@ -124,7 +126,11 @@ def _load_policies(
 
 
 def _generate(
-    config: EvalConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Asked
+    config: EvalConfig,
+    name: str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Asked,
 ) -> list[Response]:
     torch.manual_seed(config.seed)
     return generate(
@@ -135,6 +141,7 @@ def _generate(
         temperature=config.temperature,
         stop_tokens=tuple(config.stop_tokens),
         batch_size=config.batch_size,
+        progress=f"eval: {name} answers",
     )
 
 
@@ -178,7 +185,7 @@ def _scores(
     reward: nn.Module, asked: Asked, responses: list[Response], tokenizer: PreTrainedTokenizerBase
 ) -> list[float]:
     sequences = [prompt + r.ids for prompt, r in zip(asked.ids, responses, strict=True)]
-    return score_sequences(reward, sequences, _pad(tokenizer), batch_size=256)
+    return score_sequences(reward, sequences, _pad(tokenizer), 256, progress="eval: scoring")
 
 
 def _comparisons(
@@ -282,7 +289,7 @@ def sequence_logprobs(
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
     size = max(1, LOGITS_AT_ONCE // (width * vocabulary))
     out: list[float] = []
-    for start in range(0, len(prompts), size):
+    for start in tracked(range(0, len(prompts), size), "eval: likelihoods"):
         queries, query_mask = left_pad(prompts[start : start + size], pad_id)
         batch = responses[start : start + size]
         padded = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in batch])
@@ -311,7 +318,7 @@ def candidates(
     """K SFT responses to each of P prompts: reward model's scores, judge's grades, lengths; (P, K)."""
     k = config.candidates
     few = asked.first(config.candidate_prompts, k)
-    responses = _generate(config, sft, tokenizer, few)
+    responses = _generate(config, "sft", sft, tokenizer, few)
     graded = _graded(config, few, responses, judge, reward, tokenizer)
     assert graded.judge is not None
     assert graded.rm_score is not None
