@@ -137,7 +137,7 @@ def test_the_sft_stage_counts_ended_and_well_formed_responses(monkeypatch):
     said = ["w1 <end>", "w1 w2", "<end>", "w1 <user> w2 <end>"]
     seen = []
 
-    def answer(policy, tokenizer, prompts, max_new_tokens):
+    def answer(policy, tokenizer, prompts, max_new_tokens, progress):
         seen.append((len(prompts), max_new_tokens))
         ids = [tokenizer.encode(text) for text in said]
         return [Response(i, tokenizer.decode(i), i[-1] == tokenizer.eos_token_id) for i in ids]
