@@ -1,6 +1,8 @@
 """The command line of a stage: cheap refusals, exit codes, no tracebacks for mistakes."""
 
 import errno
+import gc
+import importlib
 import sys
 import types
 from pathlib import Path
@@ -37,6 +39,19 @@ def test_a_stage_is_run_once_and_then_up_to_date(capsys):
     assert "sft: published checkpoints/tiny/sft" in capsys.readouterr().out
     assert call() == 0
     assert capsys.readouterr().out == "sft: up to date (checkpoints/tiny/sft)\n"
+
+
+def test_garbage_is_not_looked_for_while_a_stage_is_imported(monkeypatch):
+    looking = []
+
+    def imported(name):
+        looking.append(gc.isenabled())
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    with pytest.raises(ImportError):
+        cli.main("sft", CALL)
+    assert [*looking, gc.isenabled()] == [False, True]
 
 
 def test_a_changed_config_says_why_it_runs_again(capsys):
