@@ -12,9 +12,6 @@ import yaml
 
 from pipeline.errors import UserError
 
-_CORE = {
-    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")
-}
 _BIGGEST_INTEGER = 2**53
 _LONGEST, _DEEPEST = 1_000_000, 50
 """Characters of a text and levels of nesting; more is a mistake or an attack."""
@@ -37,17 +34,16 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def checked_node(self, parent, index):
-        event = self.peek_event()
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.composer.ComposerError(
                 None, None, "anchors are not supported", event.start_mark
             )
-        node: Any = super().compose_node(parent, index)
-        if node.tag not in _CORE:
+        if event.tag is not None:  # `!!int` too: on a list it would be a lie
             raise yaml.composer.ComposerError(
-                None, None, f"tag {node.tag} refused", node.start_mark
+                None, None, f"tag {event.tag} refused", event.start_mark
             )
-        return node
+        return super().compose_node(parent, index)
 
     def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
         result: dict[str, Any] = {}

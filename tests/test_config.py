@@ -82,6 +82,8 @@ def test_a_number_in_e_notation_serves_for_integers(tmp_path):
         ("a: 1\nb: {c: 1, c: 2}", "here:2: duplicate key `c`"),
         ("a: !!python/object/apply:os.system ['true']", "here:1: tag"),
         ("a: !custom 3", "here:1: tag"),
+        ("a: !!int [3]", "here:1: tag"),
+        ("a: !!str 3", "here:1: tag"),
         ("a: !!binary aGk=", "here:1: tag"),
         ("a: &x 1\nb: *x", "here:1: anchors"),
         ("a: [1, 2", "here:1:"),

@@ -157,6 +157,10 @@ def test_a_prompt_needs_no_reply(row, messages):
         ({"instruction": "q", "output": "a", "history": [["q", 1]]}, "`history[0]` is a number"),
         ({"messages": "q"}, "`messages` is a text"),
         ({"messages": []}, "`messages` is an empty list"),
+        (
+            {"messages": [{"role": "system", "content": " "}]},
+            "`messages` has nothing but an empty system message",
+        ),
         ({"messages": ["q", "a"]}, "`messages[0]` is a text"),
         ({"messages": turns("q")}, "`messages` does not end in an assistant message"),
         ({"messages": turns("q", "a")[1:]}, "no user message before the reply"),

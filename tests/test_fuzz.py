@@ -40,7 +40,15 @@ words = st.sampled_from(
 )
 yaml_texts = st.lists(words, max_size=12).map("".join) | st.text(max_size=30)
 numbers = st.integers() | st.floats() | st.sampled_from([10**400, -(2**63), 1e308])
-leaves = st.none() | st.booleans() | numbers | st.text(max_size=6) | st.sampled_from(COLUMNS)
+dialogues = st.lists(
+    st.sampled_from(
+        ["\n\nHuman: ", "\n\nAssistant:", "### Human: ", "### Assistant: ", "Human:", "a", "\n"]
+        + ["### Instruction: ", "### Input:", "### Response:"]
+    ),
+    max_size=5,
+).map("".join)
+texts = st.text(max_size=6) | st.sampled_from(COLUMNS) | dialogues
+leaves = st.none() | st.booleans() | numbers | texts
 values = st.recursive(
     leaves,
     lambda inner: (
@@ -51,7 +59,7 @@ values = st.recursive(
 )
 turns = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant", "system", 1]), "content": leaves}
+        {"role": st.sampled_from(["user", "assistant", "system", 1]), "content": texts | leaves}
     ),
     max_size=3,
 )

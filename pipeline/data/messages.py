@@ -88,6 +88,8 @@ def message_list(value: Any, name: str) -> list[Message]:
         raise BadRow(f"`{name}` has a system message that is not the first")
     if messages[0]["role"] == "system" and not messages[0]["content"].strip():
         messages = messages[1:]
+    if not messages:
+        raise BadRow(f"`{name}` has nothing but an empty system message")
     return messages
 
 
