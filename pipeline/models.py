@@ -219,7 +219,7 @@ def logits_and_hidden_at(
     """Logits (n, V) and the last hidden states (n, d) they come from."""
     logits, out = _output_at(model, ids, mask, where, output_hidden_states=True)
     hidden = out.hidden_states[-1]
-    return logits, hidden[0, where[needed(mask, where)]] if packs(model) else hidden[where]
+    return logits, hidden.squeeze(0)[where[needed(mask, where)]] if packs(model) else hidden[where]
 
 
 def _output_at(
@@ -229,7 +229,7 @@ def _output_at(
     if packs(model):
         packed = pack(ids, needed(mask, where))
         out = model(**packed.inputs(), logits_to_keep=packed.index[where], **kwargs)
-        return out.logits[0], out
+        return out.logits.squeeze(0), out
     first = int(where.any(dim=0).int().argmax())  # before it no logits are needed
     if accepts(model, "logits_to_keep"):
         kwargs["logits_to_keep"] = where.shape[1] - first
@@ -243,7 +243,7 @@ def hidden_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
     body = trunk(model)
     if packs(model):
         packed = pack(ids, needed(mask, where))
-        return body(**packed.inputs()).last_hidden_state[0, packed.index[where]]
+        return body(**packed.inputs()).last_hidden_state.squeeze(0)[packed.index[where]]
     out = body(input_ids=ids, attention_mask=mask, use_cache=False, **_positions(body, mask))
     return out.last_hidden_state[where]
 

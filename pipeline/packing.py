@@ -121,7 +121,7 @@ def packed_attention(
     back = slots.new_empty(count + 1).scatter_(0, places, slots)[:count]
 
     def side_by_side(x: Tensor) -> Tensor:
-        rows = _ToRows.apply(x[0].transpose(0, 1), places, back)
+        rows = _ToRows.apply(x.squeeze(0).transpose(0, 1), places, back)
         return rows.view(*layout.shape, *rows.shape[1:]).transpose(1, 2)  # (B, H, L, D)
 
     q, k, v = side_by_side(query), side_by_side(key), side_by_side(value)
