@@ -23,7 +23,12 @@ from pipeline.comparisons import sampled_rankings
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.splits import split_by_prompt
-from pipeline.data.template import encode_responses, template_hash, tokenizer_hash
+from pipeline.data.template import (
+    encode_demonstration,
+    encode_responses,
+    template_hash,
+    tokenizer_hash,
+)
 from pipeline.errors import UserError
 from pipeline.evaluation.rankings import Scored, measure, write_scored
 from pipeline.kwise import KwiseCollator, kwise_loss
@@ -236,8 +241,7 @@ def _demonstration_mean(
     items = load_demonstrations(source)[: config.demonstrations_limit]
     sequences = []
     for item in items:
-        context, last = item.messages[:-1], item.messages[-1]["content"]
-        prompt, (response,) = encode_responses(tokenizer, context, [last])
+        prompt, response = encode_demonstration(tokenizer, item.messages)
         sequences.append((prompt + response)[-config.max_length :])
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     scores = score_sequences(model, sequences, pad, progress="rm: scoring demonstrations")

@@ -24,8 +24,8 @@ from pipeline.adapters import add_lora, merged
 from pipeline.data.forms import Demonstration, load_demonstrations
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
+    encode_demonstration,
     encode_prompt,
-    encode_responses,
     role_markers,
     template_hash,
     tokenizer_hash,
@@ -155,8 +155,7 @@ def _encode(
         for turn, message in enumerate(item.messages):
             if message["role"] != "assistant":
                 continue
-            context = item.messages[:turn]
-            prompt, (response,) = encode_responses(tokenizer, context, [message["content"]])
+            prompt, response = encode_demonstration(tokenizer, item.messages[: turn + 1])
             if len(prompt) + len(response) > max_length:
                 dropped += 1
                 continue

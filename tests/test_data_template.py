@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.data import (
+    encode_demonstration,
     encode_prompt,
     encode_responses,
     prepare_tokenizer,
@@ -149,6 +150,14 @@ def test_a_response_ends_in_exactly_one_eos(tokenizer, messages, response):
     encoded = encode_response(tokenizer, messages, response)
     assert encoded[-1] == tokenizer.eos_token_id
     assert encoded.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_demonstration_is_its_context_and_its_last_reply(tokenizer):
+    prompt, reply = encode_demonstration(
+        tokenizer, [*CHAT, {"role": "assistant", "content": "this is"}]
+    )
+    assert prompt == encode_prompt(tokenizer, CHAT)
+    assert reply == encode_response(tokenizer, CHAT, "this is")
 
 
 def test_prompt_and_response_are_the_rendering_tokenised_in_two_pieces(tokenizer):

@@ -15,6 +15,7 @@ from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.sources import Row, read_rows, rows_from_memory
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
+    encode_demonstration,
     encode_prompt,
     encode_responses,
     prepare_tokenizer,
@@ -28,6 +29,7 @@ __all__ = [
     "Prompt",
     "Ranking",
     "Row",
+    "encode_demonstration",
     "encode_prompt",
     "encode_responses",
     "load_demonstrations",

@@ -67,6 +67,15 @@ def encode_responses(
     return prompt, [_response_ids(tokenizer, before, messages, r) for r in responses]
 
 
+def encode_demonstration(
+    tokenizer: Any, messages: Sequence[Message]
+) -> tuple[list[int], list[int]]:
+    """Ids of a conversation up to its last reply, and of that reply as in `encode_responses`."""
+    *context, reply = messages
+    prompt, (response,) = encode_responses(tokenizer, context, [reply["content"]])
+    return prompt, response
+
+
 def _prompt_ids(tokenizer: Any, before: str) -> list[int]:
     ids = _ids(tokenizer, before)
     if not ids:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.forms import Prompt, load_demonstrations, load_prompts, load_texts
-from pipeline.data.template import encode_prompt, encode_responses
+from pipeline.data.template import encode_demonstration, encode_prompt
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics, tallies
 from pipeline.evaluation.config import EvalConfig, Split
@@ -230,8 +230,7 @@ def _perplexities(
         return {}
     prompts, responses = [], []
     for item in load_demonstrations(config.demonstrations)[: config.demonstrations_limit]:
-        context, last = item.messages[:-1], item.messages[-1]["content"]
-        prompt, (response,) = encode_responses(tokenizer, context, [last])
+        prompt, response = encode_demonstration(tokenizer, item.messages)
         prompts.append(prompt)
         responses.append(response)
     return _perplexity_of(models, prompts, responses, _pad(tokenizer))

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.template import encode_responses
+from pipeline.data.messages import message
+from pipeline.data.template import encode_demonstration
 from pipeline.errors import UserError
 from pipeline.models import score_sequences
 
@@ -61,7 +62,8 @@ def text_model_reward(
     def score(episodes: Episodes) -> list[float]:
         sequences = []
         for messages, response in zip(episodes.messages, episodes.responses, strict=True):
-            prompt, (reply,) = encode_responses(tokenizer, messages, [response])
+            whole = [*messages, message("assistant", response)]
+            prompt, reply = encode_demonstration(tokenizer, whole)
             sequences.append(prompt + reply)
         return score_sequences(model, sequences, int(tokenizer.pad_token_id), batch_size)  # type: ignore[arg-type]
 
