@@ -1,6 +1,6 @@
 # rlhf-pipeline. `make` alone says what there is to make.
 #
-# Works with GNU make 3.81 and newer. What has to run is decided by content (pipeline/status.py) and
+# Works with GNU make 3.81 and newer. What has to run is decided by content (pipeline/commands/plan.py) and
 # handed to the rules below as PLAN; time stamps play no part. Stages are run by `exec python`, so
 # that a signal to make reaches them.
 
@@ -120,7 +120,7 @@ ASKED := $(filter $(STEPS) $(FILES),$(MAKECMDGOALS))
 GOALS := $(foreach step,$(STEPS),$(if $(filter $(step) $(FILE_$(step)),$(ASKED)),$(step)))
 GOALS += $(if $(filter ppo,$(ASKED)),eval report)
 
-STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.status --run $(RUN_DIR) --recipe configs/$(RECIPE) \
+STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.status --run $(RUN_DIR) --recipe configs/$(RECIPE) \
 	--base-directory $(BASE_DIR) $(BORROW) \
 	$(if $(SFT),--sft $(call quote,$(SFT))) $(if $(RM),--rm $(call quote,$(RM))) \
 	$(if $(PPO),--ppo $(call quote,$(PPO))) $(if $(EVAL),--eval $(call quote,$(EVAL))) \
@@ -186,7 +186,7 @@ report: $(call made,report)  ## one page about the run: CKPT/RUN/report.html
 .SECONDARY:
 
 $(FILE_base): $(call redo,base) | $(STAMP)
-	exec $(PY) -m pipeline.base --config $(BASE_CONFIG) --out $(BASE_DIR)
+	exec $(PY) -m pipeline.commands.base --config $(BASE_CONFIG) --out $(BASE_DIR)
 
 $(FILE_sft): $(call redo,sft) | $(STAMP) $(call made,base)
 	exec $(PY) -m stages.sft --config $(call quote,$(SFT_CONFIG)) $(call arguments,sft)
@@ -217,7 +217,7 @@ help:  ## this text
 	  /^#: / { extra = extra "\n  " substr($$0, 4) } END { print extra }' Makefile
 
 chat: $(STAMP)  ## talk with the run's policy
-	@exec $(PY) -m pipeline.chat --run $(RUN_DIR) $(ARGS)
+	@exec $(PY) -m pipeline.commands.chat --run $(RUN_DIR) $(ARGS)
 
 STUDY = --recipe $(RECIPE) --run $(RUN_DIR) $(SETTINGS) $(ARGS)
 VARIANT = $(if $(PPO),--ppo $(call quote,$(PPO))) $(BORROW)
@@ -236,9 +236,9 @@ status: $(STAMP)  ## what the run has, and what would be made again
 	@$(STATUS)
 
 show-config: $(STAMP)  ## the configs as the stages will see them, every key explained
-	@$(PY) -m pipeline.config --stage sft --config $(call quote,$(SFT_CONFIG)) $(SETTINGS)
-	@$(PY) -m pipeline.config --stage rm --config $(call quote,$(RM_CONFIG)) $(SETTINGS)
-	@$(PY) -m pipeline.config --stage ppo --config $(call quote,$(PPO_CONFIG)) $(SETTINGS)
+	@$(PY) -m pipeline.commands.show_config --stage sft --config $(call quote,$(SFT_CONFIG)) $(SETTINGS)
+	@$(PY) -m pipeline.commands.show_config --stage rm --config $(call quote,$(RM_CONFIG)) $(SETTINGS)
+	@$(PY) -m pipeline.commands.show_config --stage ppo --config $(call quote,$(PPO_CONFIG)) $(SETTINGS)
 
 test: $(STAMP)  ## the fast tests
 	exec $(PY) -m pytest $(ARGS)

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from pipeline import disk, faults, memory, run, stopping
-from pipeline.config import AddSettings, load_config, split_settings, stage_overrides
+from pipeline import run
+from pipeline.config.load import AddSettings, load_config, split_settings, stage_overrides
+from pipeline.config.schema import STAGES, StageConfig
 from pipeline.errors import UserError
-from pipeline.lineage import inputs_of
-from pipeline.progress import is_main_process, say
-from pipeline.schema import STAGES, StageConfig
+from pipeline.handoff.lineage import inputs_of
+from pipeline.process import disk, faults, memory, stopping
+from pipeline.process.progress import is_main_process, say
 
 
 def main(stage: str, argv: list[str] | None = None) -> None:

@@ -7,15 +7,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
-from pipeline import artifacts, faults, sealed
-from pipeline.artifacts import Lock, Manifest, Parent
-from pipeline.config import config_hash, differences
+from pipeline.config.load import config_hash, differences
+from pipeline.config.schema import Data, StageConfig
 from pipeline.errors import UserError
-from pipeline.files import remove, write_atomically
-from pipeline.lineage import inputs_of, parents_of
-from pipeline.progress import is_main_process
-from pipeline.schema import Data, StageConfig
-from pipeline.tracking import Tracker
+from pipeline.handoff import artifacts, sealed
+from pipeline.handoff.artifacts import Lock, Manifest, Parent
+from pipeline.handoff.lineage import inputs_of, parents_of
+from pipeline.process import faults
+from pipeline.process.files import remove, write_atomically
+from pipeline.process.progress import is_main_process
+from pipeline.tracking.tracker import Tracker
 
 IDENTITY = "run.json"
 _RECORDS = ("metrics.jsonl", "samples.jsonl")

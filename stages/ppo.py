@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from pipeline import checkpoint, faults, stopping
-from pipeline.adapters import merged
+from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import load_prompts
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.errors import UserError
-from pipeline.memory import peak_mb, relieved_by
-from pipeline.models import prepare_cpu, quiet
+from pipeline.handoff import checkpoint
+from pipeline.models.adapters import merged
+from pipeline.models.loading import prepare_cpu, quiet
 from pipeline.ppo import preflight
 from pipeline.ppo.alarms import Alarms
 from pipeline.ppo.build import build_ppo
@@ -29,10 +29,11 @@ from pipeline.ppo.measures import Clock
 from pipeline.ppo.rollout import PromptStream, Query
 from pipeline.ppo.trainer import PPO
 from pipeline.ppo.watch import Watch
-from pipeline.progress import say, track
+from pipeline.process import faults, stopping
+from pipeline.process.memory import peak_mb, relieved_by
+from pipeline.process.progress import say, track
 from pipeline.run import StageRun, given
-from pipeline.schema import PPOConfig
-from pipeline.tracking import read_rows
+from pipeline.tracking.tracker import read_rows
 
 
 def run(config: PPOConfig, dataset: Any = None) -> Path:

@@ -17,9 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TRLConfig
 from trl import RewardTrainer
 
-from pipeline import checkpoint, faults
-from pipeline.adapters import ADAPTER, add_lora, merged, save_adapter
-from pipeline.comparisons import sampled_rankings
+from pipeline.config.schema import Data, RMConfig
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.splits import split_by_prompt
@@ -31,8 +29,10 @@ from pipeline.data.template import (
 )
 from pipeline.errors import UserError
 from pipeline.evaluation.rankings import Scored, measure, write_scored
-from pipeline.kwise import KwiseCollator, kwise_loss
-from pipeline.models import (
+from pipeline.feedback.comparisons import sampled_rankings
+from pipeline.handoff import checkpoint
+from pipeline.models.adapters import ADAPTER, add_lora, merged, save_adapter
+from pipeline.models.loading import (
     last_real,
     load_tokenizer,
     prepare_cpu,
@@ -41,10 +41,11 @@ from pipeline.models import (
     score_sequences,
     scores_at,
 )
-from pipeline.progress import say, tracked
+from pipeline.process import faults
+from pipeline.process.progress import say, tracked
 from pipeline.run import StageRun, given
-from pipeline.schema import Data, RMConfig
-from pipeline.training import (
+from pipeline.training.kwise import KwiseCollator, kwise_loss
+from pipeline.training.trainers import (
     Checked,
     Recorder,
     arguments,

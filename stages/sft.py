@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 
-from pipeline import checkpoint, faults
-from pipeline.adapters import add_lora, merged
+from pipeline.config.schema import SFTConfig
 from pipeline.data.forms import Demonstration, load_demonstrations
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
@@ -31,12 +30,14 @@ from pipeline.data.template import (
     tokenizer_hash,
     well_formed,
 )
-from pipeline.generation import generate
-from pipeline.models import load_policy, load_tokenizer, prepare_cpu
-from pipeline.progress import say, tracked
+from pipeline.handoff import checkpoint
+from pipeline.models.adapters import add_lora, merged
+from pipeline.models.generation import generate
+from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
+from pipeline.process import faults
+from pipeline.process.progress import say, tracked
 from pipeline.run import StageRun, given
-from pipeline.schema import SFTConfig
-from pipeline.training import (
+from pipeline.training.trainers import (
     Checked,
     Recorder,
     ShowsEvaluation,

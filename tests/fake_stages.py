@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.artifacts import Manifest, publish, publish_directory
-from pipeline.config import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import STAGES, BaseConfig, StageConfig
+from pipeline.handoff.artifacts import Manifest, publish, publish_directory
 from pipeline.run import StageRun
-from pipeline.schema import STAGES, BaseConfig, StageConfig
 
 CONFIGS = {
     "base": "builder: tiny\n",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import sha256
+from pipeline.process.files import sha256
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sft", "rm", "ppo")

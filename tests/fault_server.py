@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 import tiny_models
-from pipeline import cli, models
+from pipeline import cli
+from pipeline.models import loading as models
 from stages import ppo, rm, sft
 
 LOADED = (sft, rm, ppo)

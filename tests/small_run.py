@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny_models
-from pipeline.artifacts import Manifest, Parent, manifest_hash, publish
+from pipeline.handoff.artifacts import Manifest, Parent, manifest_hash, publish
 
 PARENTS = {"base": [], "sft": ["base"], "rm": ["sft"], "ppo": ["sft", "rm"]}
 METRICS = {

@@ -7,20 +7,20 @@ import pytest
 import torch
 
 import tiny_models
-from pipeline.adapters import (
+from pipeline.config.schema import Lora, PPOConfig
+from pipeline.errors import UserError
+from pipeline.models.adapters import (
     ADAPTER,
     AdapterScorer,
     add_lora,
     merged,
     save_adapter,
 )
-from pipeline.errors import UserError
-from pipeline.models import load_reward, reward_from_policy, score_sequences
+from pipeline.models.loading import load_reward, reward_from_policy, score_sequences
 from pipeline.ppo.build import build_ppo
 from pipeline.ppo.rewards import model_reward
 from pipeline.ppo.rollout import Query
 from pipeline.ppo.trainer import PPO
-from pipeline.schema import Lora, PPOConfig
 
 QUERIES = [Query(ids) for ids in ([2, 7, 8, 3], [2, 9, 3], [2, 5, 6, 7, 11, 3], [2, 12, 3])]
 CONFIG = {

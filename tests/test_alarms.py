@@ -5,11 +5,11 @@ import json
 import pytest
 
 import small_run
+from pipeline.config.schema import AlarmLimits, PPOConfig
 from pipeline.evaluation.record import load_record
 from pipeline.evaluation.verdicts import verdicts
 from pipeline.ppo.alarms import Alarms, meanings, ringing
 from pipeline.ppo.measures import repeated_ngrams
-from pipeline.schema import AlarmLimits, PPOConfig
 from test_ppo_exact import RESPONSES, make, recorded
 
 CALM = {

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts
-from pipeline.artifacts import Lock, Manifest, Parent, manifest_hash, publish, read, recover
+from pipeline.config.schema import BaseConfig
 from pipeline.errors import UserError
-from pipeline.schema import BaseConfig
+from pipeline.handoff import artifacts
+from pipeline.handoff.artifacts import Lock, Manifest, Parent, manifest_hash, publish, read, recover
 
 
 def staged(root: Path, content: bytes = b"weights", name: str = "staging") -> Path:
@@ -251,7 +251,7 @@ def test_a_second_holder_is_refused_with_the_firsts_pid(tmp_path):
 
 def test_the_lock_dies_with_its_process(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from pipeline.files import Lock\n"
+        "import os, sys; from pathlib import Path; from pipeline.process.files import Lock\n"
         "Lock(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.lock")], check=False)

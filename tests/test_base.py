@@ -1,4 +1,4 @@
-"""`python -m pipeline.base`: what it refuses and how it publishes; no model is trained here."""
+"""`python -m pipeline.commands.base`: what it refuses and how it publishes; no model is trained here."""
 
 import sys
 import zipfile
@@ -8,11 +8,12 @@ import pytest
 import transformers
 
 import tiny_models
-from pipeline import artifacts, base
-from pipeline.config import load_config
+from pipeline.commands import base
+from pipeline.config.load import load_config
+from pipeline.config.schema import BaseConfig
 from pipeline.errors import UserError
-from pipeline.files import Lock
-from pipeline.schema import BaseConfig
+from pipeline.handoff import artifacts
+from pipeline.process.files import Lock
 
 
 def wheel(folder: Path, **files: bytes) -> Path:

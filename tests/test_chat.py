@@ -8,7 +8,7 @@ import transformers
 from rich.console import Console
 
 import small_run
-from pipeline import chat
+from pipeline.commands import chat
 from pipeline.errors import UserError
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fake_stages import make_base, train, write_recipe
-from pipeline import cli, disk
+from pipeline import cli
+from pipeline.process import disk
 
 CALL = ["--config", "configs/tiny/sft.yaml", "--run", "checkpoints/tiny"]
 

@@ -8,11 +8,11 @@ import transformers
 
 import small_run
 import tiny_models
-from pipeline import artifacts
-from pipeline.comparisons import sampled_rankings
+from pipeline.config.schema import Data, RMConfig
 from pipeline.data.rankings import load_rankings
 from pipeline.errors import UserError
-from pipeline.schema import Data, RMConfig
+from pipeline.feedback.comparisons import sampled_rankings
+from pipeline.handoff import artifacts
 from stages import rm
 
 # Likes short responses and those that ended; a real labeler's command line.

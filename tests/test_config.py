@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import config, strict_yaml
-from pipeline.config import (
-    _docs,
+from pipeline.commands.show_config import _docs, documented
+from pipeline.config import load as config
+from pipeline.config.evaluation import EvalConfig
+from pipeline.config.load import (
     config_hash,
     differences,
-    documented,
     load_config,
     stage_overrides,
+    strict_yaml,
 )
+from pipeline.config.schema import BaseConfig, PPOConfig, RMConfig, Section, SFTConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.config import EvalConfig
-from pipeline.schema import BaseConfig, PPOConfig, RMConfig, Section, SFTConfig
 
 SFT = "model: org/name\ndata: {path: org/data}\n"
 PPO = "prompts: {path: org/data}\n"

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
+from pipeline.config.schema import Data
 from pipeline.data import load_demonstrations, load_rankings, read_rows, rows_from_memory
 from pipeline.data.problems import Report
 from pipeline.data.sources import hub_rows
 from pipeline.errors import UserError
-from pipeline.schema import Data
 
 GOOD = {"instruction": "Add 1 and 2.", "output": "3"}
 

@@ -9,13 +9,13 @@ import transformers
 
 import small_run
 import tiny_models
+from pipeline.config.evaluation import EvalConfig
+from pipeline.config.schema import Data
 from pipeline.errors import UserError
 from pipeline.evaluation import report
 from pipeline.evaluation.__main__ import main, run_evaluation
-from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.evaluate import references, sequence_logprobs
 from pipeline.evaluation.record import load_record
-from pipeline.schema import Data
 
 
 def config(root, **changes) -> EvalConfig:

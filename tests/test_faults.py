@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fault_runs import ROOT, STAGES, Project, leftovers
-from pipeline import artifacts, sealed
+from pipeline.handoff import artifacts, sealed
 
 pytestmark = pytest.mark.fault
 

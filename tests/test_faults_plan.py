@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import disk, faults, memory, sealed
 from pipeline.errors import UserError
+from pipeline.handoff import sealed
+from pipeline.process import disk, faults, memory
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,7 +96,7 @@ def test_the_allocators_own_error_is_known():
 
 TERMINATED = """
 import os, signal, sys, time
-from pipeline import stopping
+from pipeline.process import stopping
 stopping.install()
 me = os.getpid()
 if sys.argv[1] == "idle":

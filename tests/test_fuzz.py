@@ -16,13 +16,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import artifacts, faults, sealed, strict_yaml, tracking
-from pipeline.artifacts import Manifest, publish
-from pipeline.config import load_config, split_settings, stage_overrides
+from pipeline.config.load import load_config, split_settings, stage_overrides, strict_yaml
+from pipeline.config.schema import STAGES, Data
 from pipeline.data.forms import load_demonstrations, load_prompts, load_texts
 from pipeline.data.rankings import load_rankings
 from pipeline.errors import UserError
-from pipeline.schema import STAGES, Data
+from pipeline.handoff import artifacts, sealed
+from pipeline.handoff.artifacts import Manifest, publish
+from pipeline.process import faults
+from pipeline.tracking import tracker as tracking
 
 FEW, VARIANTS = 200, 5
 

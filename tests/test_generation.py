@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import tiny_models
-from pipeline import decoding
-from pipeline.decoding import CachedDecoder, Decoder, PackedDecoder, survivors
 from pipeline.errors import UserError
-from pipeline.generation import drawn, generate, left_pad, sample, stops
-from pipeline.packing import enable_packing
+from pipeline.models import decoding
+from pipeline.models.decoding import CachedDecoder, Decoder, PackedDecoder, survivors
+from pipeline.models.generation import drawn, generate, left_pad, sample, stops
+from pipeline.models.packing import enable_packing
 
 PAD, EOS = 0, 4
 PROMPTS = [[2, 7, 8, 3], [2, 9, 3], [2, 5, 6, 7, 11, 3], [2, 12, 13, 3], [3], [2, 6, 6, 3]]
@@ -38,7 +38,7 @@ def test_every_decoder_draws_the_same_tokens_with_the_same_logprobs(kind, monkey
     for decoder in (Decoder, CachedDecoder, None):
         with monkeypatch.context() as patch:
             if decoder is not None:
-                patch.setattr("pipeline.generation.decoder", decoder)
+                patch.setattr("pipeline.models.generation.decoder", decoder)
             else:
                 enable_packing(model)
             # whatever the model prefers, the first ids are what low numbers draw

@@ -35,7 +35,7 @@ def run_recipe(root: Path) -> Path:
         subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True, stdout=sys.stderr)
 
     base = str(root / "base" / "tiny")
-    python("-m", "pipeline.base", "--config", "configs/tiny/base.yaml", "--out", base)
+    python("-m", "pipeline.commands.base", "--config", "configs/tiny/base.yaml", "--out", base)
     for stage in ("sft", "rm", "ppo"):
         config = f"configs/tiny/{stage}.yaml"
         python("-m", f"stages.{stage}", "--config", config, "--run", str(root / "tiny"))

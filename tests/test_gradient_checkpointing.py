@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import tiny_models
-from pipeline.packing import trunk
+from pipeline.config.schema import PPOConfig
+from pipeline.models.packing import trunk
 from pipeline.ppo.build import build_ppo
 from pipeline.ppo.rollout import Query
-from pipeline.schema import PPOConfig
 
 QUERIES = [Query(ids) for ids in ([2, 7, 8, 3], [2, 9, 3], [2, 5, 6, 7, 11, 3], [2, 12, 3])]
 CONFIG = {

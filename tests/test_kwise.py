@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.kwise import KwiseCollator, kwise_loss
+from pipeline.training.kwise import KwiseCollator, kwise_loss
 
 
 def softplus(x):

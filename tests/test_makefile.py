@@ -22,7 +22,7 @@ INTERPRETER = """#!/bin/sh
 case "$*" in -c*) exec {python} "$@";; esac
 echo "$*" >> calls
 case "$2" in
-  pipeline.base) exec {python} -c 'import fake_stages, pathlib
+  pipeline.commands.base) exec {python} -c 'import fake_stages, pathlib
 fake_stages.make_base(pathlib.Path("."))';;
   pipeline.evaluation.report) : > "$4/report.html";;
   pipeline.evaluation.summary) echo "the summary";;
@@ -82,10 +82,10 @@ def modules(lines: list[str]) -> list[str]:
 def calls() -> list[str]:
     """Modules that were run, without the looking."""
     names = [line.split()[1] for line in Path("calls").read_text().splitlines()]
-    return [name for name in names if name != "pipeline.status"]
+    return [name for name in names if name != "pipeline.commands.status"]
 
 
-CHAIN = ["pipeline.base", "stages.sft", "stages.rm", "stages.ppo"]
+CHAIN = ["pipeline.commands.base", "stages.sft", "stages.rm", "stages.ppo"]
 AFTER = ["pipeline.evaluation.report", "pipeline.evaluation.summary"]
 
 
@@ -286,7 +286,7 @@ def test_every_rule_is_one_that_make_3_81_knows():
 
 
 def test_other_targets_call_what_they_say():
-    assert dry("chat", "RUN=x") == ["pipeline.chat --run checkpoints/x "]
+    assert dry("chat", "RUN=x") == ["pipeline.commands.chat --run checkpoints/x "]
     assert modules(dry("check")) == ["ruff", "ruff", "mypy"]
     assert modules(dry("test")) == ["pytest"]
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from pipeline import memory
+from pipeline.process import memory
 
 FAULTS = """
 import ctypes, resource, sys
-from pipeline import memory
+from pipeline.process import memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]

@@ -7,7 +7,7 @@ import torch
 
 import tiny_models
 from pipeline.errors import UserError
-from pipeline.models import (
+from pipeline.models.loading import (
     disable_dropout,
     load_policy,
     load_reward,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tiny_models
-from pipeline import packing
-from pipeline.models import (
+from pipeline.models import packing
+from pipeline.models.loading import (
     hidden_at,
     last_real,
     logits_at,
@@ -15,7 +15,7 @@ from pipeline.models import (
     score_sequences,
     scores_at,
 )
-from pipeline.packing import enable_packing, inner, pack, pack_if_possible, packs
+from pipeline.models.packing import enable_packing, inner, pack, pack_if_possible, packs
 
 IDS = torch.tensor(
     [

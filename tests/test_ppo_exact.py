@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import tiny_models
+from pipeline.config.schema import PPOConfig
 from pipeline.ppo.rewards import Episodes
 from pipeline.ppo.rollout import Query, Rollout
 from pipeline.ppo.trainer import PPO
-from pipeline.schema import PPOConfig
 
 EOS = 4
 QUERIES = [[2, 7, 8, 3], [2, 9, 3], [2, 5, 6, 7, 11, 3], [2, 12, 13, 3]]

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from pipeline.config.schema import PPOConfig
 from pipeline.ppo.losses import Minibatch, losses
 from pipeline.ppo.networks import Outputs
 from pipeline.ppo.ptx import PtxBatch
 from pipeline.ppo.rollout import Rollout
-from pipeline.schema import PPOConfig
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 TOKENS = 12.0  # of the whole minibatch, of which this is a quarter

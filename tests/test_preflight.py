@@ -3,15 +3,15 @@
 import pytest
 
 import tiny_models
-from pipeline.artifacts import Manifest
+from pipeline.config.schema import PPOConfig, SFTConfig
 from pipeline.data.forms import Demonstration
 from pipeline.data.template import role_markers, well_formed
 from pipeline.errors import UserError
 from pipeline.evaluation import rankings
 from pipeline.evaluation.rankings import Scored
-from pipeline.generation import Response
+from pipeline.handoff.artifacts import Manifest
+from pipeline.models.generation import Response
 from pipeline.ppo import preflight
-from pipeline.schema import PPOConfig, SFTConfig
 from stages import ppo, sft
 
 SFT = {"eos_share": 0.9, "format": 0.8}

@@ -5,11 +5,11 @@ import sys
 import pytest
 
 import tiny_models
-from pipeline import progress
 from pipeline.evaluation.evaluate import sequence_logprobs
-from pipeline.generation import generate
-from pipeline.models import score_sequences
-from pipeline.training import ShowsEvaluation
+from pipeline.models.generation import generate
+from pipeline.models.loading import score_sequences
+from pipeline.process import progress
+from pipeline.training.trainers import ShowsEvaluation
 
 
 def test_lines_without_a_terminal_come_seldom_and_without_carriage_returns(capsys, monkeypatch):

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 import tiny_models
-from pipeline.files import sha256
+from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.process.files import sha256
 from pipeline.run import StageRun
-from pipeline.schema import PPOConfig, RMConfig, SFTConfig
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 from stages import ppo, rm, sft
 
 QUIET = {"wandb": {"mode": "disabled"}, "log_every": 1, "save_every": 2}

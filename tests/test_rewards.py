@@ -15,13 +15,13 @@ import torch
 from pydantic import ValidationError
 
 import tiny_models
+from pipeline.config.schema import Reward
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
-from pipeline.models import score_sequences
+from pipeline.models.loading import score_sequences
 from pipeline.ppo import build, maths, rewards
 from pipeline.ppo.rewards import Episodes, RunningScale
 from pipeline.ppo.rollout import Query
-from pipeline.schema import Reward
 from test_ppo_exact import QUERIES, RESPONSES, make, recorded
 
 EPISODES = Episodes(

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from fake_stages import config_of, make_all, make_base, train, write_recipe
-from pipeline.artifacts import manifest_hash, read
+from pipeline.config.schema import Data, Reward
 from pipeline.errors import UserError
-from pipeline.lineage import data_fingerprint, inputs_of, looks_local, parents_of
+from pipeline.handoff.artifacts import manifest_hash, read
+from pipeline.handoff.lineage import data_fingerprint, inputs_of, looks_local, parents_of
 from pipeline.run import StageRun, start_again, up_to_date, why_stale
-from pipeline.schema import Data, Reward
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +267,7 @@ def test_hashes_of_big_files_are_remembered_until_the_file_changes(tmp_path, mon
     os.utime(big, (1, 1))
     before = data_fingerprint(Data(path=str(big)))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.lineage.sha256", lambda path: pytest.fail("hashed again"))
+        patch.setattr("pipeline.handoff.lineage.sha256", lambda path: pytest.fail("hashed again"))
         assert data_fingerprint(Data(path=str(big))) == before
     big.write_bytes(b"y" * 2_000_000)
     assert data_fingerprint(Data(path=str(big))) != before

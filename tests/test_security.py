@@ -16,9 +16,11 @@ import pytest
 import torch
 
 import tiny_models
-from pipeline import artifacts, checkpoint, models, sealed, strict_yaml
-from pipeline.artifacts import Manifest, publish, read
+from pipeline.config.load import strict_yaml
 from pipeline.errors import UserError
+from pipeline.handoff import artifacts, checkpoint, sealed
+from pipeline.handoff.artifacts import Manifest, publish, read
+from pipeline.models import loading as models
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/*.py")])

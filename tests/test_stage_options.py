@@ -17,11 +17,12 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import tiny_models
-from pipeline import artifacts, progress
+from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
 from pipeline.errors import UserError
-from pipeline.models import load_reward, score_sequences
-from pipeline.schema import PPOConfig, RMConfig, SFTConfig
-from pipeline.training import one_gpu
+from pipeline.handoff import artifacts
+from pipeline.models.loading import load_reward, score_sequences
+from pipeline.process import progress
+from pipeline.training.trainers import one_gpu
 from stages import ppo, rm, sft
 
 ROWS = [{"prompt": f"w{i} w{i + 3}", "completion": f"w{i + 1} " * (1 + i % 4)} for i in range(16)]

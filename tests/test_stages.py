@@ -17,15 +17,15 @@ from transformers import (
     GPT2Tokenizer,
 )
 
-from pipeline import artifacts
+from pipeline.config.schema import AlarmLimits, Data, GateBars, PPOConfig, RMConfig, SFTConfig
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
-from pipeline.generation import generate
-from pipeline.models import load_policy, load_reward, load_tokenizer, score_sequences
+from pipeline.handoff import artifacts
+from pipeline.models.generation import generate
+from pipeline.models.loading import load_policy, load_reward, load_tokenizer, score_sequences
 from pipeline.ppo import preflight
 from pipeline.ppo.alarms import meanings
-from pipeline.schema import AlarmLimits, Data, GateBars, PPOConfig, RMConfig, SFTConfig
 from stages import ppo, rm, sft
 
 ROWS = {

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from fake_stages import config_of, make_all, make_base, train, write_recipe
-from pipeline import status
-from pipeline.artifacts import manifest_hash
+from pipeline.commands import plan as status
+from pipeline.commands import status as show_status
 from pipeline.errors import UserError
+from pipeline.handoff.artifacts import manifest_hash
 
 CONFIGS = Path("configs/tiny")
 
@@ -180,9 +181,9 @@ def test_an_edited_judge_makes_the_evaluation_stale(tmp_path, monkeypatch):
 
 def write_result(judge: dict[str, str] | None = None) -> None:
     """What `python -m pipeline.evaluation` records about its inputs; `judge`: name -> hash."""
-    from pipeline.config import load_config
-    from pipeline.evaluation.config import EvalConfig
-    from pipeline.lineage import data_fingerprint
+    from pipeline.config.evaluation import EvalConfig
+    from pipeline.config.load import load_config
+    from pipeline.handoff.lineage import data_fingerprint
 
     config = load_config(EvalConfig, CONFIGS / "eval.yaml")
     places = {name: Path("checkpoints/tiny") / name for name in ("sft", "rm", "ppo")}
@@ -205,7 +206,7 @@ def write_result(judge: dict[str, str] | None = None) -> None:
 
 
 def command(capsys, *words: str) -> tuple[str, str]:
-    status.main(["--run", "checkpoints/tiny", "--recipe", "configs/tiny", *words])
+    show_status.main(["--run", "checkpoints/tiny", "--recipe", "configs/tiny", *words])
     told = capsys.readouterr()
     return told.out, told.err
 

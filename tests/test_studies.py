@@ -7,10 +7,12 @@ import pytest
 
 import fake_stages
 import small_run
-from pipeline import artifacts, cli
+from pipeline import cli
 from pipeline.errors import UserError
-from pipeline.evaluation import overopt, seeds, steps
+from pipeline.evaluation import calls as steps
+from pipeline.evaluation import overopt, seeds
 from pipeline.evaluation.judges import load_judge
+from pipeline.handoff import artifacts
 
 
 def evaluation(rate: float, exact: float) -> dict:

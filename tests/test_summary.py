@@ -10,7 +10,8 @@ from rich.console import Console
 
 import small_run
 from pipeline.errors import UserError
-from pipeline.evaluation import found, record, summary, verdicts
+from pipeline.evaluation import record, summary, verdicts
+from pipeline.handoff import found
 
 
 @pytest.fixture

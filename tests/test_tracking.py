@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import mirror, schema, tracking
-from pipeline.artifacts import Manifest, publish
-from pipeline.tracking import Tracker, read_rows
+from pipeline.config import schema
+from pipeline.handoff.artifacts import Manifest, publish
+from pipeline.tracking import mirror
+from pipeline.tracking import tracker as tracking
+from pipeline.tracking.tracker import Tracker, read_rows
 
 KEY = "0123456789" * 4
 
@@ -270,9 +272,10 @@ def test_a_mirror_that_hangs_is_given_up(tmp_path, monkeypatch, capsys, where):
 REAL = """
 import shutil, sys, time
 from pathlib import Path
-from pipeline import mirror, schema
-from pipeline.artifacts import Manifest, publish, read
-from pipeline.tracking import Tracker
+from pipeline.tracking import mirror
+from pipeline.config import schema
+from pipeline.handoff.artifacts import Manifest, publish, read
+from pipeline.tracking.tracker import Tracker
 mirror.INIT_SECONDS = 3
 run = Path(sys.argv[1])
 (run / ".work/ppo/output").mkdir(parents=True)

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 
 import tiny_models
 import vllm_stub
+from pipeline.config.schema import PPOConfig
 from pipeline.errors import UserError
 from pipeline.ppo.build import build_ppo
 from pipeline.ppo.rollout import Query
 from pipeline.ppo.trainer import PPO
-from pipeline.schema import PPOConfig
 
 QUERIES = [Query(ids) for ids in ([2, 7, 8, 3], [2, 9, 3], [2, 5, 6, 7, 11, 3], [2, 12, 3])]
 CONFIG = {

@@ -13,8 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.adapters import add_lora
-from pipeline.schema import Lora
+from pipeline.config.schema import Lora
+from pipeline.models.adapters import add_lora
 
 WORDS = [f"w{i}" for i in range(24)]
 TEMPLATE = (

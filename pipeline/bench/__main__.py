@@ -17,9 +17,9 @@ from pipeline.bench.overlay import overlay
 from pipeline.bench.shapes import CASES, SIZES, Case, draw
 from pipeline.bench.turns import Answer, Worker, WorkerFailed
 from pipeline.cli import reporting_errors
-from pipeline.config import checkpoints_root
-from pipeline.files import write_atomically
-from pipeline.progress import say
+from pipeline.config.load import checkpoints_root
+from pipeline.process.files import write_atomically
+from pipeline.process.progress import say
 
 OVERLAY = Path(".venv-bench")
 MODULES = {"ours": "pipeline.bench.ours", "theirs": "pipeline.bench.theirs"}

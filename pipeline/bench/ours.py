@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from pipeline.adapters import ADAPTER, add_lora, save_adapter, scorers_on
 from pipeline.bench import shared
 from pipeline.bench.shapes import (
     CASES,
@@ -25,14 +24,15 @@ from pipeline.bench.shapes import (
     ranked,
 )
 from pipeline.bench.turns import Turns
-from pipeline.kwise import KwiseCollator
-from pipeline.models import disable_dropout, prepare_cpu
-from pipeline.packing import pack_if_possible
+from pipeline.config.schema import Lora, PPOConfig, RMConfig, SFTConfig
+from pipeline.models.adapters import ADAPTER, add_lora, save_adapter, scorers_on
+from pipeline.models.loading import disable_dropout, prepare_cpu
+from pipeline.models.packing import pack_if_possible
 from pipeline.ppo.rewards import model_reward
 from pipeline.ppo.rollout import Query
 from pipeline.ppo.trainer import PPO
-from pipeline.schema import Lora, PPOConfig, RMConfig, SFTConfig
-from pipeline.training import arguments, quiet
+from pipeline.training.kwise import KwiseCollator
+from pipeline.training.trainers import arguments, quiet
 
 
 def main(size: str, case: str) -> None:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.files import move, remove
-from pipeline.progress import say
+from pipeline.process.files import move, remove
+from pipeline.process.progress import say
 
 PACKAGE, VERSION = "trl", "1.12.0"
 """The last TRL that has PPO (removed in 1.13)."""

@@ -7,8 +7,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.artifacts import is_published
-from pipeline.config import checkpoints_root
+from pipeline.config.load import checkpoints_root
+from pipeline.handoff.artifacts import is_published
 
 RECIPE = "tiny"
 NEEDS = {"sft": (), "rm": ("sft",), "ppo": ("sft", "rm")}

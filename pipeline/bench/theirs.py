@@ -35,7 +35,7 @@ from pipeline.bench.shapes import (
     ranked,
 )
 from pipeline.bench.turns import Turns
-from pipeline.schema import Lora
+from pipeline.config.schema import Lora
 
 
 def main(size: str, case: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.memory import peak_mb
+from pipeline.process.memory import peak_mb
 
 Answer = dict[str, Any]
 """seconds, cpu_seconds (of all threads, spinning included), phases (name -> seconds), peak_mb, and

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from pipeline.errors import UserError
-from pipeline.progress import say
+from pipeline.process.progress import say
 
 SHOWN = 20
 

@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.schema import Data
 from pipeline.data.problems import BadRow, Report, kind
 from pipeline.data.strict_json import end_of, parse_line, parse_object, skip_space
 from pipeline.errors import UserError
-from pipeline.schema import Data
 
 MAX_LINE = 10_000_000
 """Bytes; a longer line is taken for a mistake, not for a row."""

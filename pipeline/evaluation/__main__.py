@@ -8,16 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import installed_packages, read
 from pipeline.cli import reporting_errors
-from pipeline.config import AddSettings, load_config, split_settings, stage_overrides
+from pipeline.config.evaluation import EvalConfig
+from pipeline.config.load import AddSettings, load_config, split_settings, stage_overrides
 from pipeline.errors import UserError
-from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.found import find_stages, fresh_stages, read_json
 from pipeline.evaluation.judges import load_judge
-from pipeline.files import sha256, write_atomically
-from pipeline.lineage import data_fingerprint
-from pipeline.progress import say
+from pipeline.handoff.artifacts import installed_packages, read
+from pipeline.handoff.found import find_stages, fresh_stages, read_json
+from pipeline.handoff.lineage import data_fingerprint
+from pipeline.process.files import sha256, write_atomically
+from pipeline.process.progress import say
 
 FORMAT_VERSION = 1
 

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.config.evaluation import EvalConfig, Split
 from pipeline.data.forms import Prompt, load_demonstrations, load_prompts, load_texts
 from pipeline.data.template import encode_demonstration, encode_prompt
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics, tallies
-from pipeline.evaluation.config import EvalConfig, Split
-from pipeline.evaluation.found import POLICIES, Stage
 from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.evaluation.rankings import Scored, read_scored
 from pipeline.evaluation.tallies import Answers
-from pipeline.generation import Response, generate, left_pad
-from pipeline.models import (
+from pipeline.handoff.found import POLICIES, Stage
+from pipeline.models.generation import Response, generate, left_pad
+from pipeline.models.loading import (
     load_policy,
     load_reward,
     load_tokenizer,
@@ -30,7 +30,7 @@ from pipeline.models import (
 )
 from pipeline.ppo.maths import mask_from_lengths
 from pipeline.ppo.rollout import prompt_text
-from pipeline.progress import say, tracked
+from pipeline.process.progress import say, tracked
 
 LOGITS_AT_ONCE = 2**25
 """Floats of logits in memory at once when log-likelihoods are read (128 MiB)."""

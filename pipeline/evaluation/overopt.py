@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import reporting_errors
-from pipeline.config import AddSettings, load_config, split_settings, stage_overrides
+from pipeline.config.evaluation import EvalConfig
+from pipeline.config.load import AddSettings, load_config, split_settings, stage_overrides
+from pipeline.config.schema import PPOConfig, RMConfig
 from pipeline.data.forms import load_prompts
 from pipeline.errors import UserError
-from pipeline.evaluation import plots, steps
-from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.found import find_stages, fresh_stages, read_jsonl
+from pipeline.evaluation import calls as steps
+from pipeline.evaluation import plots
 from pipeline.evaluation.judges import Judge, load_judge
-from pipeline.files import write_atomically
-from pipeline.progress import say
-from pipeline.schema import PPOConfig, RMConfig
+from pipeline.handoff.found import find_stages, fresh_stages, read_jsonl
+from pipeline.process.files import write_atomically
+from pipeline.process.progress import say
 
 Point = dict[str, float]
 """kl in nats per response, judge = mean gold, rm_score = mean proxy; and step or n."""
@@ -196,7 +197,7 @@ def best_of_n(study: Study, rewards: dict[str, Path]) -> dict[str, list[Point]]:
     """Best-of-n of the SFT model by each reward model, on validation prompts."""
     from pipeline.evaluation import tallies  # these import torch
     from pipeline.evaluation.evaluate import ask, candidates
-    from pipeline.models import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
+    from pipeline.models.loading import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
 
     split = "test" if study.config.validation_prompts is None else "validation"
     config = study.config.model_copy(update={"candidates": study.n})

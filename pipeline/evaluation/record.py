@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation import metrics
-from pipeline.evaluation.found import Stage, find_stages, fresh_stages, read_json, read_jsonl
 from pipeline.evaluation.rankings import Scored, read_scored
+from pipeline.handoff.found import Stage, find_stages, fresh_stages, read_json, read_jsonl
 
 
 @dataclass

@@ -15,8 +15,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation import plots
 from pipeline.evaluation.record import Rankings, Record, load_record, rankings, values
 from pipeline.evaluation.verdicts import TITLES, conclusion, verdicts
-from pipeline.files import write_atomically
-from pipeline.progress import say
+from pipeline.process.files import write_atomically
+from pipeline.process.progress import say
 
 CURVES: dict[str, list[tuple[str, dict[str, str], float | None]]] = {
     "sft": [

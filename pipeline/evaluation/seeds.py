@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import reporting_errors
-from pipeline.config import AddSettings, split_settings, stage_overrides
+from pipeline.config.load import AddSettings, split_settings, stage_overrides
 from pipeline.errors import UserError
-from pipeline.evaluation import steps
-from pipeline.evaluation.found import read_json
-from pipeline.files import write_atomically
-from pipeline.progress import say
+from pipeline.evaluation import calls as steps
+from pipeline.handoff.found import read_json
+from pipeline.process.files import write_atomically
+from pipeline.process.progress import say
 
 Values = dict[str, dict[int, float]]
 """Name of a quantity -> seed -> value."""

@@ -7,9 +7,9 @@ The thresholds are rules of thumb. Human comparisons let reward models reach .63
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.config.schema import AlarmLimits
 from pipeline.evaluation.record import Record, ends, rankings, values
 from pipeline.ppo import alarms
-from pipeline.schema import AlarmLimits
 
 Level = Literal["good", "watch", "bad"]
 RANK: dict[str, int] = {"good": 0, "watch": 1, "bad": 2}

@@ -7,8 +7,8 @@ on writes the same record. What each sign means: arXiv 2210.10760 (KL), 2310.037
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pipeline.progress import say
-from pipeline.schema import AlarmLimits
+from pipeline.config.schema import AlarmLimits
+from pipeline.process.progress import say
 
 Metrics = Mapping[str, Any]
 """One iteration's numbers by name, as metrics.jsonl has them; a number that was NaN is None."""

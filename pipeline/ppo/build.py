@@ -7,10 +7,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.adapters import add_lora, scorers_on
+from pipeline.config.schema import PPOConfig, Reward
 from pipeline.data.forms import load_texts
 from pipeline.data.template import tokenizer_hash
-from pipeline.models import (
+from pipeline.models.adapters import add_lora, scorers_on
+from pipeline.models.loading import (
     AutoConfig_of,
     fit_tokenizer,
     load_policy,
@@ -19,7 +20,7 @@ from pipeline.models import (
     reward_bias,
     reward_from_policy,
 )
-from pipeline.packing import Model
+from pipeline.models.packing import Model
 from pipeline.ppo.ptx import Ptx
 from pipeline.ppo.rewards import (
     Score,
@@ -35,7 +36,6 @@ from pipeline.ppo.rewards import (
 from pipeline.ppo.rollout import generator
 from pipeline.ppo.trainer import PPO
 from pipeline.ppo.vllm import VLLMSampler, require_vllm
-from pipeline.schema import PPOConfig, Reward
 
 
 def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:

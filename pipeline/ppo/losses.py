@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pipeline.config.schema import PPOConfig
 from pipeline.ppo import maths
 from pipeline.ppo.networks import Outputs
 from pipeline.ppo.ptx import PtxBatch
 from pipeline.ppo.rollout import Rollout
-from pipeline.schema import PPOConfig
 
 Sums = dict[str, Tensor]
 """Statistics by name, to be summed over micro-batches and processes."""

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pipeline.config.schema import PPOConfig
 from pipeline.ppo import maths
 from pipeline.ppo.maths import AllSum
 from pipeline.ppo.rollout import Rollout
-from pipeline.schema import PPOConfig
 
 
 def of_rollout(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.models import (
+from pipeline.models.loading import (
     hidden_at,
     logits_and_hidden_at,
     logits_at,
@@ -14,7 +14,7 @@ from pipeline.models import (
     scores_at,
     spread,
 )
-from pipeline.packing import Model
+from pipeline.models.packing import Model
 from pipeline.ppo.maths import logprobs_and_entropy
 
 
@@ -31,7 +31,7 @@ class Outputs(NamedTuple):
 class PolicyAndValue(nn.Module):
     """A causal policy with its value function: a separate network, or a head on the policy's trunk.
 
-    `value` is a sequence classifier (see `pipeline.models.scores_at`), maybe on the policy's base, or
+    `value` is a sequence classifier (see `pipeline.models.loading.scores_at`), maybe on the policy's base, or
     None for a head on the policy's trunk, which starts at zero.
     """
 

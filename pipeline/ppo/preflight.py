@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.artifacts import Manifest
+from pipeline.config.schema import GateBars, PPOConfig
 from pipeline.errors import UserError
-from pipeline.progress import say
-from pipeline.schema import GateBars, PPOConfig
+from pipeline.handoff.artifacts import Manifest
+from pipeline.process.progress import say
 
 Metrics = Mapping[str, Any]
 """Headline metrics of a manifest, flat; those of older versions lack some."""

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.messages import message
 from pipeline.data.template import encode_demonstration
 from pipeline.errors import UserError
-from pipeline.models import score_sequences
+from pipeline.models.loading import score_sequences
 
 
 @dataclass

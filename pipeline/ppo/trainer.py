@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.adapters import adapter_off
+from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import Prompt
 from pipeline.data.template import encode_prompt
-from pipeline.generation import Sampled, joined, left_pad, sample, stops
-from pipeline.models import response_logprobs
-from pipeline.packing import pack_if_possible
+from pipeline.models.adapters import adapter_off
+from pipeline.models.generation import Sampled, joined, left_pad, sample, stops
+from pipeline.models.loading import response_logprobs
+from pipeline.models.packing import pack_if_possible
 from pipeline.ppo import gates, maths, measures
 from pipeline.ppo.ema import Ema
 from pipeline.ppo.losses import Minibatch, Sums, losses
@@ -28,8 +29,7 @@ from pipeline.ppo.networks import Outputs, PolicyAndValue
 from pipeline.ppo.ptx import Ptx, PtxBatch
 from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore
 from pipeline.ppo.rollout import Query, Rollout, generator, prompt_text
-from pipeline.progress import tracked
-from pipeline.schema import PPOConfig
+from pipeline.process.progress import tracked
 
 Sampler = Callable[[list[list[int]]], Sampled]
 """Responses to tokenised prompts, one each."""

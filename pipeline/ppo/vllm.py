@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.config.schema import PPOConfig
 from pipeline.errors import UserError
-from pipeline.generation import Sampled, stops
-from pipeline.packing import Model
+from pipeline.models.generation import Sampled, stops
+from pipeline.models.packing import Model
 from pipeline.ppo.maths import mask_from_lengths
-from pipeline.schema import PPOConfig
 
 
 def require_vllm() -> None:

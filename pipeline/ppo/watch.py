@@ -2,12 +2,12 @@
 
 import torch
 
+from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import load_prompts
-from pipeline.generation import generate
+from pipeline.models.generation import generate
 from pipeline.ppo.rollout import Query
 from pipeline.ppo.trainer import PPO
-from pipeline.schema import PPOConfig
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 
 
 class Watch:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from pipeline.config.schema import Lora
 from pipeline.errors import UserError
-from pipeline.packing import Model
-from pipeline.schema import Lora
+from pipeline.models.packing import Model
 
 ADAPTER = "adapter"
 """Folder of a reward model that was trained with LoRA: its adapter and head, not merged."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from pipeline.progress import say
+from pipeline.process.progress import say
 
 CODE = 143
 """What a shell reports of a process that SIGTERM has ended."""

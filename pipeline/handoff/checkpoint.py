@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import sealed
 from pipeline.errors import UserError
-from pipeline.sealed import newest, step_of
+from pipeline.handoff import sealed
+from pipeline.handoff.sealed import newest, step_of
 
 __all__ = ["load", "newest", "random_state", "save", "seed_everything", "step_of"]
 

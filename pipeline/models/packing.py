@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pipeline.ppo.maths import position_ids
-from pipeline.progress import say
+from pipeline.process.progress import say
 
 Model = Any
 """A transformers model, bare or in peft's wrapper; `nn.Module` declares none of what we call."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import sha256
+from pipeline.process.files import sha256
 
 STAGES = ("base", "sft", "rm", "ppo")
 POLICIES = ("base", "sft", "ppo")

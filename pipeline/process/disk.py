@@ -5,9 +5,9 @@ import errno
 import shutil
 from pathlib import Path
 
+from pipeline.config.schema import PPOConfig, StageConfig
 from pipeline.errors import UserError
-from pipeline.lineage import parents_of
-from pipeline.schema import PPOConfig, StageConfig
+from pipeline.handoff.lineage import parents_of
 
 _ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors raises its own error with the number in its text; torch.save says only that it failed,

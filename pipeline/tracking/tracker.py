@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline import schema
-from pipeline.artifacts import Manifest
-from pipeline.files import sync, write_atomically
-from pipeline.mirror import Mirror
-from pipeline.progress import say
+from pipeline.config.load import schema
+from pipeline.handoff.artifacts import Manifest
+from pipeline.process.files import sync, write_atomically
+from pipeline.process.progress import say
+from pipeline.tracking.mirror import Mirror
 
 
 class Tracker:

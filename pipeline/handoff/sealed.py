@@ -8,9 +8,9 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline import faults, files
 from pipeline.errors import UserError
-from pipeline.progress import say
+from pipeline.process import faults, files
+from pipeline.process.progress import say
 
 SEAL = "seal.json"
 _MOST_BYTES = 10_000_000  # of a seal

@@ -1,7 +1,7 @@
 """Every key of every stage config, documented where it is declared.
 
 One flat YAML file a stage; unknown keys, duplicate keys and values out of range are errors (see
-`pipeline.config`). Defaults follow InstructGPT (arXiv 2203.02155) where it names a value.
+`pipeline.config.load`). Defaults follow InstructGPT (arXiv 2203.02155) where it names a value.
 """
 
 from pathlib import Path

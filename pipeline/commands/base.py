@@ -1,4 +1,4 @@
-"""Base models made on this machine: `python -m pipeline.base --config configs/tiny/base.yaml --out DIR`.
+"""Base models made on this machine: `python -m pipeline.commands.base --config configs/tiny/base.yaml --out DIR`.
 
 Recipes whose model lies on a hub have no base.yaml and need none of this.
 """
@@ -11,17 +11,17 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from pipeline.artifacts import Lock, lock_path, publish_directory
 from pipeline.cli import reporting_errors
-from pipeline.config import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import BaseConfig
 from pipeline.errors import UserError
-from pipeline.progress import say
-from pipeline.schema import BaseConfig
+from pipeline.handoff.artifacts import Lock, lock_path, publish_directory
+from pipeline.process.progress import say
 
 
 def build(config: BaseConfig, out: Path) -> Path:
     """Build the configured base model and publish it, with its manifest, at `out`."""
-    from pipeline.models import prepare_cpu, quiet  # imports torch
+    from pipeline.models.loading import prepare_cpu, quiet  # imports torch
 
     with Lock(lock_path(out)):
         quiet()

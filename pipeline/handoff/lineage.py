@@ -9,11 +9,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.artifacts import is_published
-from pipeline.config import checkpoints_root
+from pipeline.config.load import checkpoints_root
+from pipeline.config.schema import (
+    Data,
+    PPOConfig,
+    Reward,
+    RMConfig,
+    Sampling,
+    SFTConfig,
+    StageConfig,
+)
 from pipeline.errors import UserError
-from pipeline.files import sha256, write_atomically
-from pipeline.schema import Data, PPOConfig, Reward, RMConfig, Sampling, SFTConfig, StageConfig
+from pipeline.handoff.artifacts import is_published
+from pipeline.process.files import sha256, write_atomically
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _WORTH_CACHING = 1_000_000  # bytes; a smaller file is hashed as fast as it is looked up

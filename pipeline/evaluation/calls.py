@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.artifacts import is_published
-from pipeline.config import checkpoints_root
+from pipeline.config.load import checkpoints_root
 from pipeline.errors import UserError
-from pipeline.progress import say
+from pipeline.handoff.artifacts import is_published
+from pipeline.process.progress import say
 
 
 class StepFailed(Exception):
@@ -44,7 +44,7 @@ def ensure_base(recipe: Path) -> None:
     """Build the recipe's base model if it is one that is built here and is not there yet."""
     config, out = recipe / "base.yaml", checkpoints_root() / "base" / recipe.name
     if config.is_file() and not is_published(out):
-        call("pipeline.base", "--config", str(config), "--out", str(out))
+        call("pipeline.commands.base", "--config", str(config), "--out", str(out))
 
 
 def stage(

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.decoding import decoder, survivors
 from pipeline.errors import UserError
-from pipeline.packing import Model
+from pipeline.models.decoding import decoder, survivors
+from pipeline.models.packing import Model
 from pipeline.ppo.maths import logprobs_of, scaled
-from pipeline.progress import tracked
+from pipeline.process.progress import tracked
 
 
 @dataclass

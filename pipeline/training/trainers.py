@@ -11,12 +11,14 @@ import datasets
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
-from pipeline import checkpoint, faults, models, sealed, stopping
+from pipeline.config.schema import Optimisation, StageConfig
 from pipeline.errors import UserError
-from pipeline.files import write_atomically
-from pipeline.progress import say, track, tracked
-from pipeline.schema import Optimisation, StageConfig
-from pipeline.tracking import Tracker
+from pipeline.handoff import checkpoint, sealed
+from pipeline.models import loading as models
+from pipeline.process import faults, stopping
+from pipeline.process.files import write_atomically
+from pipeline.process.progress import say, track, tracked
+from pipeline.tracking.tracker import Tracker
 
 SCRATCH = "trainer"
 """Folder of `work` in which transformers writes a checkpoint, before it is sealed and put in its place."""

@@ -26,13 +26,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pipeline import memory
-from pipeline.adapters import AdapterScorer
 from pipeline.data.template import prepare_tokenizer
 from pipeline.errors import UserError
-from pipeline.packing import Model, inner, pack, pack_if_possible, packs, trunk
+from pipeline.models.adapters import AdapterScorer
+from pipeline.models.packing import Model, inner, pack, pack_if_possible, packs, trunk
 from pipeline.ppo.maths import logprobs_and_entropy, position_ids
-from pipeline.progress import tracked
+from pipeline.process import memory
+from pipeline.process.progress import tracked
 
 # --- the process ---------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
 # --- forward passes -----------------------------------------------------------------------------
 #
 # Batches come padded, (B, W) ids and their mask, with real tokens of a row side by side. Models that
-# can be packed (see `pipeline.packing`) see the real tokens alone.
+# can be packed (see `pipeline.models.packing`) see the real tokens alone.
 
 
 def accepts(model: Model, argument: str) -> bool:

@@ -1,10 +1,10 @@
-"""Keys of eval.yaml, documented where they are declared; read by `pipeline.config.load_config`."""
+"""Keys of eval.yaml, documented where they are declared; read by `pipeline.config.load.load_config`."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.schema import Data, Positive, Section
+from pipeline.config.schema import Data, Positive, Section
 
 Split = Literal["test", "validation"]
 

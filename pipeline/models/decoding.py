@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from pipeline.models import accepts
-from pipeline.packing import Model, inner, pack, packs
+from pipeline.models.loading import accepts
+from pipeline.models.packing import Model, inner, pack, packs
 from pipeline.ppo.maths import position_ids
 
 

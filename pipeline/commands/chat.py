@@ -1,4 +1,4 @@
-"""Ask a run's models the same thing: `python -m pipeline.chat --run checkpoints/tiny [--prompt TEXT]`.
+"""Ask a run's models the same thing: `python -m pipeline.commands.chat --run checkpoints/tiny [--prompt TEXT]`.
 
 Base, SFT and PPO answer side by side, each with the reward model's score. On a terminal it asks for
 prompts until Ctrl-D; otherwise every line of standard input is one.
@@ -16,8 +16,8 @@ from rich.text import Text
 
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
-from pipeline.evaluation.found import POLICIES, Stage, find_stages
-from pipeline.progress import say
+from pipeline.handoff.found import POLICIES, Stage, find_stages
+from pipeline.process.progress import say
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Arguments of `python -m pipeline.chat`."""
-    out = argparse.ArgumentParser(prog="python -m pipeline.chat", description=__doc__)
+    """Arguments of `python -m pipeline.commands.chat`."""
+    out = argparse.ArgumentParser(prog="python -m pipeline.commands.chat", description=__doc__)
     out.add_argument("--run", type=Path, required=True)
     out.add_argument("--prompt", action="append", help="ask this and end; may be repeated")
     out.add_argument("--system", help="a system message before every prompt")
@@ -102,7 +102,7 @@ class Room:
         system: str | None = None,
         seed: int | None = None,
     ):
-        from pipeline.models import load_policy, load_reward, load_tokenizer, quiet  # torch
+        from pipeline.models.loading import load_policy, load_reward, load_tokenizer, quiet  # torch
 
         quiet()
         self.tokenizer = load_tokenizer(stages["sft"].path)
@@ -123,8 +123,8 @@ class Room:
         import torch
 
         from pipeline.data.template import encode_prompt
-        from pipeline.generation import generate
-        from pipeline.models import score_sequences
+        from pipeline.models.generation import generate
+        from pipeline.models.loading import score_sequences
 
         messages = [{"role": "user", "content": prompt}]
         if self.system:

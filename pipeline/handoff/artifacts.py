@@ -15,10 +15,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline import faults
-from pipeline.config import config_hash
+from pipeline.config.load import config_hash
 from pipeline.errors import UserError
-from pipeline.files import (
+from pipeline.process import faults
+from pipeline.process.files import (
     Lock,
     is_inside,
     move,

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from pipeline import schema
-from pipeline.artifacts import MANIFEST, Manifest, is_published, manifest_hash
-from pipeline.files import write_atomically
-from pipeline.progress import say
+from pipeline.config.load import schema
+from pipeline.handoff.artifacts import MANIFEST, Manifest, is_published, manifest_hash
+from pipeline.process.files import write_atomically
+from pipeline.process.progress import say
 
 INIT_SECONDS = 10
 """An unreachable server is given up after so long; the run goes on meanwhile."""

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.config.schema import Data, RMConfig, Sampling
 from pipeline.data.forms import load_prompts
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.template import encode_prompt
 from pipeline.errors import UserError
-from pipeline.generation import generate
-from pipeline.models import load_policy
-from pipeline.progress import track
-from pipeline.schema import Data, RMConfig, Sampling
+from pipeline.models.generation import generate
+from pipeline.models.loading import load_policy
+from pipeline.process.progress import track
 
 
 def sampled_rankings(

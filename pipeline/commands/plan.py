@@ -1,34 +1,26 @@
-"""What is up to date and what has to run, decided by content and never by time stamps.
+"""What is up to date and what has to run, decided by content and never by time stamps."""
 
-python -m pipeline.status --run checkpoints/tiny --recipe configs/tiny      a table (make status)
-python -m pipeline.status ... --plan "sft ppo"       the steps to run, for the Makefile, in a line
-"""
-
-import argparse
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from pipeline import artifacts, lineage, run
-from pipeline.cli import reporting_errors
-from pipeline.config import (
-    AddSettings,
+from pipeline import run
+from pipeline.config.evaluation import EvalConfig
+from pipeline.config.load import (
     checkpoints_root,
     config_hash,
     did_you_mean,
     load_config,
-    split_settings,
     stage_overrides,
 )
+from pipeline.config.schema import STAGES, BaseConfig, PPOConfig, StageConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.found import find_stages, fresh_stages, read_json
 from pipeline.evaluation.judges import judge_file
-from pipeline.files import sha256
-from pipeline.schema import STAGES, BaseConfig, PPOConfig, StageConfig
+from pipeline.handoff import artifacts, lineage
+from pipeline.handoff.found import find_stages, fresh_stages, read_json
+from pipeline.process.files import sha256
 
 STEPS = ("base", "sft", "rm", "ppo", "eval", "report")
 FORCED = "asked for"
@@ -240,9 +232,6 @@ def _check_inputs(plan: Plan) -> None:
         raise UserError("\n".join(problems))
 
 
-# --- command line ---------------------------------------------------------------------------------
-
-
 def recipe_files(recipe: Path, chosen: dict[str, Path | None]) -> dict[str, Path]:
     """Step -> config file: the chosen one, else the recipe's; base and eval may be absent."""
     files: dict[str, Path] = {}
@@ -255,57 +244,3 @@ def recipe_files(recipe: Path, chosen: dict[str, Path | None]) -> dict[str, Path
         hint = did_you_mean(recipe.name, names) or f"; there are {', '.join(sorted(names))}"
         raise UserError(f"RECIPE={recipe.name}: no folder {recipe}{hint}")
     return files
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments, as the Makefile gives them; an empty one is an absent one."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.status")
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--recipe", type=Path, required=True, help="folder of configs")
-    parser.add_argument("--from", dest="borrow", default="", help="run to borrow stages from")
-    for step in _SCHEMAS:
-        parser.add_argument(
-            f"--{step}", default="", help=f"config of {step} in place of the recipe's"
-        )
-    parser.add_argument("--base-directory", default="", help="where the base model is made")
-    parser.add_argument("--set", action=AddSettings, default="")
-    parser.add_argument("--force", default="", help="steps to run anyway; 1 = those asked for")
-    parser.add_argument("--plan", help="print the steps that these goals need run")
-    return parser.parse_args(argv)
-
-
-def plan_of(args: argparse.Namespace, goals: Iterable[str]) -> Plan:
-    """The plan that the arguments describe."""
-    force = args.force.split()
-    if wrong := [word for word in force if word not in (*STEPS, "1")]:
-        raise UserError(f"FORCE={wrong[0]}: one of {', '.join(STEPS)}, or 1 for what is asked for")
-    chosen = {step: Path(file) if (file := getattr(args, step)) else None for step in _SCHEMAS}
-    return stale(
-        recipe_files(args.recipe, chosen),
-        args.run,
-        goals,
-        split_settings(args.set),
-        Path(args.borrow) if args.borrow else None,
-        force,
-        Path(args.base_directory or checkpoints_root() / "base" / args.recipe.name),
-    )
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    args = parse(argv)
-    if args.plan is None:
-        from pipeline.status_table import show
-
-        show(plan_of(args, STEPS))
-        return
-    try:
-        print(" ".join(to_run(plan_of(args, args.plan.split()))) or "nothing")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        print("error")
-
-
-if __name__ == "__main__":
-    with reporting_errors():
-        main()

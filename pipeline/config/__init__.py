@@ -1,0 +1,6 @@
+"""Every key, documented where it is declared; strict YAML; overrides; no torch."""
+
+from pipeline.config.load import load_config
+from pipeline.config.schema import BaseConfig, PPOConfig, RMConfig, SFTConfig
+
+__all__ = ["BaseConfig", "PPOConfig", "RMConfig", "SFTConfig", "load_config"]

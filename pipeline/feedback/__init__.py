@@ -1,0 +1,1 @@
+"""Comparisons: responses sampled and ranked."""

@@ -1,0 +1,1 @@
+"""Loading, forward passes, packing, decoding, generation, adapters."""

@@ -1,0 +1,1 @@
+"""metrics.jsonl first, Weights & Biases second."""
