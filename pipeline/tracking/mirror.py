@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from pipeline.config.load import schema
+from pipeline.config import schema
 from pipeline.handoff.artifacts import MANIFEST, Manifest, is_published, manifest_hash
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say

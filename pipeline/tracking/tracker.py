@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.load import schema
+from pipeline.config import schema
 from pipeline.handoff.artifacts import Manifest
 from pipeline.process.files import sync, write_atomically
 from pipeline.process.progress import say
