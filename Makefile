@@ -16,12 +16,15 @@
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
 
 SHELL := /bin/sh
+ifneq ($(dir $(lastword $(MAKEFILE_LIST))),./)
+$(error paths are relative to the folder of this Makefile: make -C $(dir $(lastword $(MAKEFILE_LIST))) $(MAKECMDGOALS))
+endif
 .DEFAULT_GOAL := help
 .SUFFIXES:
 
-RECIPE ?= tiny
+CKPT ?= checkpoints
 ifeq ($(origin RUN),undefined)
-RUN := $(RECIPE)
+RUN := $(or $(RECIPE),tiny)
 endif
 FROM ?=
 SFT ?=
@@ -34,7 +37,6 @@ endif
 SET ?=
 FORCE ?=
 ENGINE ?=
-CKPT ?= checkpoints
 VENV ?= .venv
 TORCH_INDEX ?=
 SEEDS ?=
@@ -59,6 +61,7 @@ quote = '$(subst $(NEWLINE), ,$(subst ','\'',$(1)))'
 # Not empty under `make -n`.
 DRY := $(findstring n,$(firstword -$(MAKEFLAGS)))
 SETTINGS = $(if $(value SET),--set $(call quote,$(value SET)))
+config = $(if $(1),--config $(call quote,$(1)))
 
 BORROW = $(if $(FROM),--from $(call quote,$(FROM_DIR)))
 ENGINE_CONFIG = configs/engines/$(ENGINE).yaml
@@ -78,6 +81,11 @@ endif
 ifneq ($(ENGINE),$(patsubst configs/engines/%.yaml,%,$(wildcard configs/engines/$(ENGINE).yaml)))
 $(error ENGINE=$(ENGINE): no configs/engines/$(ENGINE).yaml)
 endif
+# A run remembers what it was made with (pipeline/handoff/remembered.py).
+ifeq ($(origin RECIPE),undefined)
+RECIPE := $(or $(shell sed -n 's/^ "recipe": "configs.\([A-Za-z0-9._-]*\)",*$$/\1/p' \
+	$(call quote,$(CKPT)/$(RUN)/run.json) 2>/dev/null),tiny)
+endif
 ifneq ($(call plain,RECIPE),)
 $(error RECIPE=$(value RECIPE): a recipe is the name of a folder in configs)
 endif
@@ -88,9 +96,6 @@ RUN_DIR := $(CKPT)/$(RUN)
 BASE_DIR := $(CKPT)/base/$(RECIPE)
 FROM_DIR := $(if $(FROM),$(if $(findstring /,$(FROM)),$(FROM),$(CKPT)/$(FROM)))
 BASE_CONFIG := configs/$(RECIPE)/base.yaml
-SFT_CONFIG := $(or $(SFT),configs/$(RECIPE)/sft.yaml)
-RM_CONFIG := $(or $(RM),configs/$(RECIPE)/rm.yaml)
-PPO_CONFIG := $(or $(PPO),configs/$(RECIPE)/ppo.yaml)
 EVAL_CONFIG := $(or $(EVAL),configs/$(RECIPE)/eval.yaml)
 
 # --- the environment --------------------------------------------------------
@@ -118,7 +123,6 @@ FILES := $(foreach step,$(STEPS),$(FILE_$(step)))
 # Steps asked for, by name or by file; PPO brings its evaluation and report.
 ASKED := $(filter $(STEPS) $(FILES),$(MAKECMDGOALS))
 GOALS := $(foreach step,$(STEPS),$(if $(filter $(step) $(FILE_$(step)),$(ASKED)),$(step)))
-GOALS += $(if $(filter ppo,$(ASKED)),eval report)
 
 STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.status --run $(RUN_DIR) --recipe configs/$(RECIPE) \
 	--base-directory $(BASE_DIR) $(BORROW) \
@@ -142,7 +146,7 @@ CHAIN_ppo := $(CHAIN_rm) ppo
 CHAIN_eval := $(if $(filter ppo report,$(GOALS)),$(CHAIN_ppo),$(CHAIN_sft)) \
 	$(if $(wildcard $(EVAL_CONFIG)),eval)
 CHAIN_report := $(CHAIN_eval) report
-PLAN := $(foreach step,$(GOALS),$(CHAIN_$(step)))
+PLAN := $(foreach step,$(GOALS) $(if $(filter ppo,$(ASKED)),eval report),$(CHAIN_$(step)))
 endif
 endif
 
@@ -150,8 +154,8 @@ endif
 made = $(foreach step,$(filter $(1),$(PLAN)),$(FILE_$(step)))
 redo = $(if $(filter $(1),$(PLAN)),redo)
 forced = $(if $(filter $(1),$(FORCE) $(if $(filter 1,$(FORCE)),$(GOALS))),--force)
-arguments = $(strip --run $(RUN_DIR) $(if $(filter $(1),sft rm ppo),$(BORROW)) $(call forced,$(1)) \
-	$(SETTINGS))
+arguments = $(strip --run $(RUN_DIR) --recipe configs/$(RECIPE) $(call config,$(2)) \
+	$(if $(filter $(1),sft rm ppo),$(BORROW)) $(call forced,$(1)) $(SETTINGS))
 say_done = $(if $(DRY),,@:$(if $(filter $(1),$(PLAN)),,$(info $(1): up to date ($(patsubst %/,%,$(dir $(FILE_$(1))))))))
 
 # --- the three stages -------------------------------------------------------
@@ -189,16 +193,16 @@ $(FILE_base): $(call redo,base) | $(STAMP)
 	exec $(PY) -m pipeline.commands.base --config $(BASE_CONFIG) --out $(BASE_DIR)
 
 $(FILE_sft): $(call redo,sft) | $(STAMP) $(call made,base)
-	exec $(PY) -m stages.sft --config $(call quote,$(SFT_CONFIG)) $(call arguments,sft)
+	exec $(PY) -m stages.sft $(call arguments,sft,$(SFT))
 
 $(FILE_rm): $(call redo,rm) | $(STAMP) $(call made,base sft)
-	exec $(PY) -m stages.rm --config $(call quote,$(RM_CONFIG)) $(call arguments,rm)
+	exec $(PY) -m stages.rm $(call arguments,rm,$(RM))
 
 $(FILE_ppo): $(call redo,ppo) | $(STAMP) $(call made,base sft rm)
-	$(LAUNCH_ENV)exec $(PY) $(LAUNCH)-m stages.ppo --config $(call quote,$(PPO_CONFIG)) $(call arguments,ppo)
+	$(LAUNCH_ENV)exec $(PY) $(LAUNCH)-m stages.ppo $(call arguments,ppo,$(PPO))
 
 $(FILE_eval): $(call redo,eval) | $(STAMP) $(call made,base sft rm ppo)
-	exec $(PY) -m pipeline.evaluation --config $(call quote,$(EVAL_CONFIG)) $(call arguments,eval)
+	exec $(PY) -m pipeline.evaluation $(call arguments,eval,$(EVAL))
 
 $(FILE_report): $(call redo,report) | $(STAMP) $(call made,sft rm ppo eval)
 	exec $(PY) -m pipeline.evaluation.report --run $(RUN_DIR)
@@ -235,10 +239,8 @@ bench: $(STAMP)  ## time PPO against TRL's own, and the other stages against its
 status: $(STAMP)  ## what the run has, and what would be made again
 	@$(STATUS)
 
-show-config: $(STAMP)  ## the configs as the stages will see them, every key explained
-	@$(PY) -m pipeline.commands.show_config --stage sft --config $(call quote,$(SFT_CONFIG)) $(SETTINGS)
-	@$(PY) -m pipeline.commands.show_config --stage rm --config $(call quote,$(RM_CONFIG)) $(SETTINGS)
-	@$(PY) -m pipeline.commands.show_config --stage ppo --config $(call quote,$(PPO_CONFIG)) $(SETTINGS)
+show-config: $(STAMP)  ## the configs as the steps will see them, every key explained
+	@$(subst pipeline.commands.status,pipeline.commands.show_config,$(STATUS))
 
 test: $(STAMP)  ## the fast tests
 	exec $(PY) -m pytest $(ARGS)
@@ -254,8 +256,12 @@ check: $(STAMP)  ## lint, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-clean:  ## remove the run CKPT/RUN, and nothing else
-	rm -rf -- $(call quote,$(RUN_DIR))
+clean:  ## remove the run CKPT/RUN, after asking (FORCE=1: without)
+	@test -d $(RUN_DIR) || { echo "clean: there is no $(RUN_DIR)"; exit 0; }; \
+	echo "clean: removes `du -sh $(RUN_DIR) | cut -f1` in $(RUN_DIR):" `ls $(RUN_DIR)`; \
+	if test -z "$(FORCE)"; then printf 'Remove it? [y/N] '; read answer || echo; \
+	  test "$$answer" = y || { echo "clean: nothing removed (FORCE=1 asks nothing)"; exit 1; }; fi; \
+	rm -rf -- $(RUN_DIR) && echo "clean: removed $(RUN_DIR)"
 
 venv: $(STAMP)  ## the environment in .venv, with pinned packages
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from pipeline import run
-from pipeline.config.load import AddSettings, load_config, split_settings, stage_overrides
-from pipeline.config.schema import STAGES, StageConfig
+from pipeline import run, steps
+from pipeline.config.load import AddSettings
+from pipeline.config.schema import StageConfig
 from pipeline.errors import UserError
-from pipeline.handoff.lineage import inputs_of
+from pipeline.handoff.lineage import inputs_of, why_stale
+from pipeline.handoff.remembered import Asked
 from pipeline.process import disk, faults, memory, stopping
 from pipeline.process.progress import is_main_process, say
 
@@ -27,29 +28,34 @@ def main(stage: str, argv: list[str] | None = None) -> None:
     stopping.install()
     with reporting_errors():
         args = parser(stage).parse_args(argv)
-        faults.setup(stage)
-        config = configured(stage, args)
+        faults.setup(stage, steps.phases())
+        asked = request(stage, args)
+        config = configured(stage, asked)
+        run.started(config, asked.of(stage), asked.recipe)
         if args.force:
             if is_main_process():
                 run.start_again(config)
-        elif (reason := run.why_stale(config)) is None:
+        elif (reason := why_stale(stage, config, config.run)) is None:
             say(f"{stage}: up to date ({config.run / stage})")
             sys.exit(0)
         elif reason != "not made yet":
             say(f"{stage}: made again, {reason}")
         inputs_of(config)  # data that is not there is told before the slow imports
     with reporting_errors(config):
-        final = _imported(stage).run(config)
-        say(f"{stage}: published {final}")
+        try:
+            final = _imported(stage).run(config)
+            say(f"{stage}: published {final}")
+        except run.UpToDate:
+            say(f"{stage}: up to date ({config.run / stage}), another process has just made it")
     sys.exit(0)
 
 
 def _imported(stage: str) -> ModuleType:
-    """`stages.STAGE`. What its imports build is there to stay: looking for garbage in it, now or
+    """The stage's module. What its imports build is there to stay: looking for garbage in it, now or
     later, would cost a tenth of the start-up and find nothing."""
     gc.disable()
     try:
-        return importlib.import_module(f"stages.{stage}")
+        return importlib.import_module(steps.TABLE[stage].module)
     finally:
         gc.freeze()
         gc.enable()
@@ -57,24 +63,48 @@ def _imported(stage: str) -> ModuleType:
 
 def parser(stage: str) -> argparse.ArgumentParser:
     """Arguments of `python -m stages.STAGE`."""
-    arguments = argparse.ArgumentParser(prog=f"python -m stages.{stage}")
-    arguments.add_argument("--config", type=Path, required=True, help="the stage's YAML file")
-    arguments.add_argument("--run", type=Path, help="directory of the run, e.g. checkpoints/tiny")
+    arguments = argparse.ArgumentParser(prog=f"python -m {steps.TABLE[stage].module}")
+    add_arguments(arguments)
     arguments.add_argument("--from", type=Path, dest="borrow", help="run whose stages to borrow")
     arguments.add_argument("--force", action="store_true", help="start again, whatever is there")
+    return arguments
+
+
+def add_arguments(arguments: argparse.ArgumentParser) -> None:
+    """What every step's command line has: a run, and what it is made with if it was not made before."""
+    arguments.add_argument("--run", type=Path, help="directory of the run, e.g. checkpoints/tiny")
+    arguments.add_argument("--config", type=Path, help="the step's YAML file")
+    arguments.add_argument("--recipe", type=Path, help="folder that has it; default: the run's own")
     arguments.add_argument(
         "--set", action=AddSettings, default="", help='several settings in one: "seed=3 ppo.lam=1"'
     )
     arguments.add_argument("settings", nargs="*", metavar="key=value", help="override a key")
-    return arguments
 
 
-def configured(stage: str, args: argparse.Namespace) -> StageConfig:
-    """The stage's config with the command line put over it."""
-    words = stage_overrides(stage, [*split_settings(args.set), *args.settings])
-    config = load_config(STAGES[stage], args.config, words)
-    places = {"run": args.run, "borrow": args.borrow}
-    return config.model_copy(update={key: path for key, path in places.items() if path})
+def request(name: str, args: argparse.Namespace) -> Asked:
+    """What a step's command line asks for; the run remembers the rest."""
+    words = args.settings
+    if steps.TABLE[name].kind != "stage":  # all that stands alone there is its own
+        words = [w if w.startswith(f"{name}.") else f"{name}.{w}" for w in words]
+    if args.run is None and args.config is None:
+        raise UserError(
+            f"{name}: which run? --run checkpoints/NAME (and --config FILE for a new one)"
+        )
+    return Asked(
+        run=args.run or getattr(steps.load(name, args.config), "run", None) or Path("."),
+        recipe=args.recipe,
+        files={name: args.config} if args.config else {},
+        settings=[*steps.split_settings(args.set), *words],
+        borrow=getattr(args, "borrow", None),
+    )
+
+
+def configured(stage: str, asked: Asked) -> StageConfig:
+    """The stage's config as asked for."""
+    made = asked.of(stage)
+    config = steps.load(stage, made.config, made.settings)
+    assert isinstance(config, StageConfig)
+    return config.model_copy(update={"run": asked.run, "borrow": asked.borrow})
 
 
 @contextlib.contextmanager
@@ -88,7 +118,8 @@ def reporting_errors(config: StageConfig | None = None) -> Iterator[None]:
         _stop("interrupted", 130)
     except Exception as error:
         if disk.is_full(error):
-            _stop(f"error: {disk.message(config)}", 1)
+            room = (config.run, run.bytes_needed(config)) if config else (None,)
+            _stop(f"error: {disk.message(*room)}", 1)
         if not memory.is_out(error):
             raise
         _stop(f"error: {memory.message(error)}", 1)

@@ -1,62 +1,62 @@
 """The frame of a stage: lock, verified parents, working directory, tracker, publication."""
 
+import contextlib
+import hashlib
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
+from pipeline import steps
 from pipeline.config.load import config_hash, differences
-from pipeline.config.schema import Data, StageConfig
+from pipeline.config.schema import Data, PPOConfig, StageConfig
+from pipeline.data.sources import rows_from_memory
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, sealed
-from pipeline.handoff.artifacts import Lock, Manifest, Parent
-from pipeline.handoff.lineage import inputs_of, parents_of
+from pipeline.handoff.artifacts import RECORDS, Lock, Manifest, Parent
+from pipeline.handoff.lineage import inputs_of, parents_of, why_stale
+from pipeline.handoff.remembered import Made, note
 from pipeline.process import faults
 from pipeline.process.files import remove, write_atomically
 from pipeline.process.progress import is_main_process
 from pipeline.tracking.tracker import Tracker
 
 IDENTITY = "run.json"
-_RECORDS = ("metrics.jsonl", "samples.jsonl")
 _SCRATCH = ("output", "trainer")  # of no use to a run that goes on
-_TRANSIENT = {*_RECORDS, *_SCRATCH, IDENTITY, "wandb_id"}
+_TRANSIENT = {*RECORDS, *_SCRATCH, IDENTITY, "wandb_id"}
 
 
-def up_to_date(config: StageConfig) -> bool:
-    """Whether the published stage is what this config, these parents and these inputs would make."""
-    return why_stale(config) is None
+@dataclass
+class Command:
+    """What a command line knows of the stage it starts: which artifact was there when it looked, and
+    which file and settings it was given."""
+
+    final: Path
+    seen: bytes | None
+    made: Made
+    recipe: Path | None
 
 
-def why_stale(config: StageConfig) -> str | None:
-    """Why the stage has to run, in words; None when it has not. Reads no weights.
+_command: Command | None = None
 
-    UserError when the published directory has lost or changed a file: it is not rebuilt unasked.
-    """
+
+def started(config: StageConfig, made: Made, recipe: Path | None) -> None:
+    """Tell the frame how this process was called; the stage it starts remembers it."""
+    global _command
     final = config.run / config.stage
-    if not artifacts.is_published(final):
-        return "not made yet"
-    manifest = artifacts.read_listing(final, config.stage)
-    return changed(manifest, config)
+    _command = Command(final, _manifest_bytes(final), made, recipe)
 
 
-def changed(manifest: Manifest, config: StageConfig) -> str | None:
-    """What differs between a manifest and what the config would give now."""
-    if manifest.config_hash != config_hash(config):
-        new = config.model_dump(mode="json")
-        told = differences(manifest.config, new, skip=config.cosmetic)
-        return "config: " + "; ".join(told or ["its keys have changed"])
-    parents = parents_of(config)
-    for name in dict.fromkeys([*manifest.parents, *parents]):
-        if name not in parents or not artifacts.is_published(parents[name]):
-            return f"{name} is not there"
-        old = manifest.parents.get(name)
-        if old is None or old.manifest_sha256 != artifacts.manifest_hash(parents[name]):
-            return f"{name} has changed"
-    inputs = inputs_of(config)
-    told = differences(manifest.inputs, inputs)
-    return f"{told[0].partition(': ')[0]} has changed" if told else None
+class UpToDate(Exception):
+    """Another process has made the stage while this one was starting."""
+
+
+def _manifest_bytes(final: Path) -> bytes | None:
+    path = final / artifacts.MANIFEST
+    return path.read_bytes() if path.is_file() else None
 
 
 class StageRun:
@@ -66,8 +66,7 @@ class StageRun:
     must survive a killed process. The stage saves its model in `stage.output`, and `publish` is its
     last act. Of several processes the first alone locks, writes and publishes.
 
-    `dataset`: rows in memory that replaced the configured data; they leave no fingerprint, so such
-    a stage is never up to date.
+    `dataset`: rows in memory that replaced the configured data; they count by content, like a file.
     """
 
     def __init__(self, config: StageConfig, dataset: Any = None):
@@ -77,18 +76,20 @@ class StageRun:
         self.work = artifacts.work_path(self.final)
         self.output = self.work / "output"
         self.main = is_main_process()
-        self.inputs = inputs_of(config, in_memory=dataset is not None)
+        self.inputs = inputs_of(config, None if dataset is None else fingerprint(dataset))
         self._directories = parents_of(config)
         self.parents: dict[str, Manifest] = {}
         self.links: dict[str, Parent] = {}
         self.tracker: Tracker
         self._lock = Lock(artifacts.lock_path(self.final))
+        self._command = _command if _command and _command.final == self.final else None
 
     def __enter__(self) -> Self:
-        faults.setup(self.stage)
+        faults.setup(self.stage, steps.phases())
         if self.main:
             self._lock.__enter__()
         try:
+            self._look_again()
             for name, directory in self._directories.items():
                 self.parents[name] = artifacts.read(directory)
             self.links = self._links()
@@ -96,6 +97,7 @@ class StageRun:
             if self.main:
                 artifacts.recover(self.final)
                 self._prepare_work()
+                self._remember()
         except BaseException:
             faults.clear()
             self._unlock()
@@ -153,7 +155,7 @@ class StageRun:
                 f"{self.stage}: {', '.join(changed)} was made again while this was made from it; "
                 f"not published. {_start_again(self.stage)}"
             )
-        for name in _RECORDS:
+        for name in RECORDS:
             if (self.work / name).exists():
                 shutil.copyfile(self.work / name, self.output / name)
         manifest = Manifest(
@@ -171,6 +173,17 @@ class StageRun:
         self.tracker.finish(self.final, artifacts.read_manifest(self.final))
         return self.final
 
+    def _look_again(self) -> None:
+        """Under the lock: what the command line saw before its imports may no longer be so."""
+        if self._command and _manifest_bytes(self.final) != self._command.seen:
+            if not why_stale(self.stage, self.config, self.config.run):
+                raise UpToDate
+
+    def _remember(self) -> None:
+        if self._command:
+            run, borrow = self.config.run, self.config.borrow
+            note(run, self.stage, self._command.made, self._command.recipe, borrow)
+
     def _links(self) -> dict[str, Parent]:
         return {
             name: Parent(path=str(path), manifest_sha256=artifacts.manifest_hash(path))
@@ -178,10 +191,14 @@ class StageRun:
         }
 
     def _check_lineage(self) -> None:
-        """A reward model must come from the SFT model it is used with, and read text as it does."""
-        if {"sft", "rm"} <= self.parents.keys():
-            artifacts.check_same_tokenizer(self.parents["sft"], self.parents["rm"])
-            artifacts.check_trained_from(self._directories["rm"], "sft", self._directories["sft"])
+        """A parent must come from the other parent it is used with, and read text as it does: a
+        reward model from its SFT model."""
+        for name, manifest in self.parents.items():
+            for earlier in steps.TABLE[name].after if name in steps.TABLE else ():
+                if earlier in self.parents:
+                    artifacts.check_same_tokenizer(self.parents[earlier], manifest)
+                    own, before = self._directories[name], self._directories[earlier]
+                    artifacts.check_trained_from(own, earlier, before)
 
     def _prepare_work(self) -> None:
         """Keep what an interrupted run of the same kind left; refuse what another kind left."""
@@ -205,7 +222,7 @@ class StageRun:
             remove(self.work / name)
         self.output.mkdir(parents=True)
         if not sealed.states(self.work):
-            for name in (*_RECORDS, "wandb_id"):
+            for name in (*RECORDS, "wandb_id"):
                 (self.work / name).unlink(missing_ok=True)
         write_atomically(self.work / IDENTITY, json.dumps(identity, indent=1))
 
@@ -227,6 +244,25 @@ def given(source: Data | None, dataset: Any, key: str) -> Any:
     if dataset is None and source is None:
         raise UserError(f"{key}: not set, and no dataset was passed to run(); give one of them")
     return source if dataset is None else dataset
+
+
+def fingerprint(dataset: Any) -> str:
+    """SHA-256 of rows in memory."""
+    rows = (row.values for row in rows_from_memory(dataset))
+    text = "".join(json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def bytes_needed(config: StageConfig) -> int:
+    """Room that a stage takes at most: three states (two are kept while the next is written), each a
+    model with Adam's two moments, and what is published."""
+    networks = 2 if isinstance(config, PPOConfig) and config.value == "separate" else 1
+    averages = int(getattr(config, "ema_decay", None) is not None)
+    places = [Path(str(getattr(config, "model", "")) or ".none")]
+    with contextlib.suppress(UserError):
+        places += parents_of(config).values()
+    model = max(sum(p.stat().st_size for p in place.glob("*.safetensors")) for place in places)
+    return (3 * (3 * networks + averages) + 1 + averages) * model
 
 
 def start_again(config: StageConfig) -> None:

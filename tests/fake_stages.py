@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from pipeline.config.load import load_config
-from pipeline.config.schema import STAGES, BaseConfig, StageConfig
+from pipeline.config.schema import BaseConfig, StageConfig
 from pipeline.handoff.artifacts import Manifest, publish, publish_directory
 from pipeline.run import StageRun
+from pipeline.steps import config_class, stages
 
 CONFIGS = {
     "base": "builder: tiny\n",
@@ -26,7 +27,7 @@ def write_recipe(root: Path, **configs: str) -> Path:
 
 
 def config_of(root: Path, stage: str, run: str = "tiny", *words: str) -> StageConfig:
-    config = load_config(STAGES[stage], root / "configs" / "tiny" / f"{stage}.yaml", words)
+    config = load_config(config_class(stage), root / "configs" / "tiny" / f"{stage}.yaml", words)
     return config.model_copy(update={"run": Path("checkpoints") / run})
 
 
@@ -51,7 +52,7 @@ def make_all(root: Path, run: str = "tiny") -> None:
     """Base and the three stages."""
     if not Path("checkpoints/base/tiny").exists():
         make_base(root)
-    for stage in STAGES:
+    for stage in stages():
         train(config_of(root, stage, run))
 
 

@@ -46,12 +46,14 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def make_run(root: Path, stages: tuple[str, ...] = ("base", "sft", "rm", "ppo")) -> Path:
+def make_run(
+    root: Path, stages: tuple[str, ...] = ("base", "sft", "rm", "ppo"), first_seed: int = 0
+) -> Path:
     """`root/run` with these stages, `root/base`, and prompts in `root/prompts.jsonl`."""
     run = root / "run"
     write_jsonl(root / "prompts.jsonl", PROMPTS)
     places = {name: root / "base" if name == "base" else run / name for name in PARENTS}
-    for seed, name in enumerate(stages):
+    for seed, name in enumerate(stages, first_seed):
         staging = root / f".staging-{name}"
         model = tiny_models.reward(seed) if name == "rm" else tiny_models.policy(seed)
         model.save_pretrained(staging)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fake_stages import make_base, train, write_recipe
-from pipeline import cli
+from pipeline import cli, run
 from pipeline.process import disk
 
 CALL = ["--config", "configs/tiny/sft.yaml", "--run", "checkpoints/tiny"]
@@ -125,7 +125,8 @@ def test_failures_that_a_user_can_mend_have_no_traceback(monkeypatch, capsys, er
 def test_a_full_disk_is_told_with_the_bytes_it_needs(monkeypatch, capsys):
     Path("checkpoints/base/tiny/more.safetensors").write_bytes(b"x" * 1000)
     write = raising(OSError(errno.EFBIG, "File too large"))
-    told = disk.message(cli.configured("sft", cli.parser("sft").parse_args(CALL)))
+    config = cli.configured("sft", cli.request("sft", cli.parser("sft").parse_args(CALL)))
+    told = disk.message(config.run, run.bytes_needed(config))
     size = sum(p.stat().st_size for p in Path("checkpoints/base/tiny").glob("*.safetensors"))
     assert f"up to {10 * size} bytes" in told
     Path("checkpoints/base/tiny/more.safetensors").unlink()

@@ -9,17 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.commands.show_config import _docs, documented
-from pipeline.config import load as config
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import (
     config_hash,
     differences,
     load_config,
-    stage_overrides,
     strict_yaml,
 )
 from pipeline.config.schema import BaseConfig, PPOConfig, RMConfig, Section, SFTConfig
 from pipeline.errors import UserError
+from pipeline.steps import config_class, overrides, split_settings, stages
 
 SFT = "model: org/name\ndata: {path: org/data}\n"
 PPO = "prompts: {path: org/data}\n"
@@ -31,9 +30,9 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def complaint(tmp_path: Path, cls, text: str, *overrides: str) -> str:
+def complaint(tmp_path: Path, cls, text: str, *words: str) -> str:
     with pytest.raises(UserError) as error:
-        load_config(cls, write(tmp_path, text), overrides)
+        load_config(cls, write(tmp_path, text), words, {n: config_class(n) for n in stages()})
     return str(error.value)
 
 
@@ -221,15 +220,15 @@ def test_bad_overrides_are_named(tmp_path, word):
 
 def test_settings_go_to_the_stages_that_have_the_key():
     words = ["seed=3", "ppo.kl_coef=.02", "packing=true", "eval.n=5"]
-    assert stage_overrides("sft", words) == ["seed=3", "packing=true"]
-    assert stage_overrides("rm", words) == ["seed=3"]
-    assert stage_overrides("ppo", words) == ["seed=3", "kl_coef=.02"]
-    assert stage_overrides("eval", words) == ["n=5"]
+    assert overrides("sft", words) == ["seed=3", "packing=true"]
+    assert overrides("rm", words) == ["seed=3"]
+    assert overrides("ppo", words) == ["seed=3", "kl_coef=.02"]
+    assert overrides("eval", words) == ["n=5"]
 
 
 def test_settings_that_no_stage_knows_are_all_told():
     with pytest.raises(UserError) as error:
-        stage_overrides("ppo", ["sed=3", "sft.kl_coef=1", "ppo.kl_coeff=1", "run=x", "word"])
+        overrides("ppo", ["sed=3", "sft.kl_coef=1", "ppo.kl_coeff=1", "run=x", "word"])
     told = str(error.value)
     assert "sed=3: no key `sed` in sft or rm or ppo (did you mean `seed`?)" in told
     assert "sft.kl_coef=1: no key `kl_coef` in sft" in told
@@ -239,9 +238,9 @@ def test_settings_that_no_stage_knows_are_all_told():
 
 
 def test_settings_are_split_as_a_shell_would():
-    assert config.split_settings("""a="x y" 'b=[1, 2]'""") == ["a=x y", "b=[1, 2]"]
+    assert split_settings("""a="x y" 'b=[1, 2]'""") == ["a=x y", "b=[1, 2]"]
     with pytest.raises(UserError, match="SET"):
-        config.split_settings("a='x")
+        split_settings("a='x")
 
 
 # --- hash and show --------------------------------------------------------------------------------

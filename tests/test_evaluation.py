@@ -123,7 +123,7 @@ def test_nothing_to_evaluate_names_the_command(tmp_path):
 
 def test_a_stage_of_another_parent_is_left_out(tmp_path, judge, capsys):
     run = small_run.make_run(tmp_path)
-    other = small_run.make_run(tmp_path / "other", ("base", "sft"))
+    other = small_run.make_run(tmp_path / "other", ("base", "sft"), first_seed=10)
     manifest = run / "sft" / "manifest.json"
     (run / "sft").rename(tmp_path / "old")
     (other / "sft").rename(run / "sft")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import steps
 from pipeline.errors import UserError
 from pipeline.handoff import sealed
 from pipeline.process import disk, faults, memory
@@ -23,7 +24,7 @@ def none_left():
 
 def plan(monkeypatch, text: str, stage: str = "sft") -> None:
     monkeypatch.setenv("PIPELINE_FAULT", text)
-    faults.setup(stage)
+    faults.setup(stage, steps.phases())
 
 
 def test_without_a_plan_nothing_happens(monkeypatch):

@@ -16,21 +16,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.load import load_config, split_settings, stage_overrides, strict_yaml
-from pipeline.config.schema import STAGES, Data
+from pipeline import steps
+from pipeline.config import strict_yaml
+from pipeline.config.load import load_config
+from pipeline.config.schema import Data
 from pipeline.data.forms import load_demonstrations, load_prompts, load_texts
 from pipeline.data.rankings import load_rankings
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, sealed
 from pipeline.handoff.artifacts import Manifest, publish
 from pipeline.process import faults
+from pipeline.steps import config_class, overrides, split_settings, stages
 from pipeline.tracking import tracker as tracking
 
 FEW, VARIANTS = 200, 5
 
 # --- inputs ---------------------------------------------------------------------------------------
 
-NAMES = sorted({name for config in STAGES.values() for name in config.model_fields})
+NAMES = sorted({name for config in map(config_class, stages()) for name in config.model_fields})
 COLUMNS = (
     "messages conversations instruction input output prompt completion text system history chosen "
     "rejected responses completions answers ranks scores role content from value"
@@ -118,7 +121,7 @@ def edited(content: bytes, change: Any) -> bytes:
 def read_config(text: str) -> None:
     path = folder() / "config.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    for config in STAGES.values():
+    for config in map(config_class, stages()):
         with_user_errors(load_config, config, path)
 
 
@@ -126,8 +129,8 @@ def override_config(text: str) -> None:
     path = folder() / "empty.yaml"
     path.write_text("model: m\n")
     chosen = with_user_errors(split_settings, text) or [text]
-    chosen = with_user_errors(stage_overrides, "sft", chosen) or chosen
-    with_user_errors(load_config, STAGES["sft"], path, chosen)
+    chosen = with_user_errors(overrides, "sft", chosen) or chosen
+    with_user_errors(load_config, config_class("sft"), path, chosen)
 
 
 def parse_yaml(text: str) -> None:
@@ -178,7 +181,7 @@ def read_record(content: bytes) -> None:
 def plan_faults(text: str) -> None:
     os.environ["PIPELINE_FAULT"] = text.replace("\x00", "").encode("utf-8", "replace").decode()
     try:
-        with_user_errors(faults.setup, "sft")
+        with_user_errors(faults.setup, "sft", steps.phases())
     finally:
         del os.environ["PIPELINE_FAULT"]
         faults.clear()

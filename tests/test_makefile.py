@@ -14,6 +14,7 @@ import pytest
 
 from fake_stages import config_of, make_all, make_base, train, write_recipe
 from pipeline.evaluation import overopt, seeds
+from pipeline.evaluation.report import write_report
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +25,6 @@ echo "$*" >> calls
 case "$2" in
   pipeline.commands.base) exec {python} -c 'import fake_stages, pathlib
 fake_stages.make_base(pathlib.Path("."))';;
-  pipeline.evaluation.report) : > "$4/report.html";;
   pipeline.evaluation.summary) echo "the summary";;
   *) exec {python} "$@";;
 esac
@@ -97,12 +97,12 @@ def test_ppo_alone_pulls_in_everything():
 
 
 def test_a_stage_is_called_as_the_readme_says():
-    assert dry("sft")[1] == "stages.sft --config 'configs/tiny/sft.yaml' --run checkpoints/tiny"
+    assert dry("sft")[1] == "stages.sft --run checkpoints/tiny --recipe configs/tiny"
 
 
 def test_nothing_would_run_when_all_is_made(tmp_path):
     make_all(tmp_path)
-    Path("checkpoints/tiny/report.html").write_text("")
+    write_report(Path("checkpoints/tiny"))
     done = make("-n", "sft", "rm", "ppo")
     assert "python" not in done.stdout
     assert done.returncode == 0
@@ -110,7 +110,7 @@ def test_nothing_would_run_when_all_is_made(tmp_path):
 
 def test_a_second_make_does_nothing_says_so_and_is_quick(tmp_path):
     make_all(tmp_path)
-    Path("checkpoints/tiny/report.html").write_text("")
+    write_report(Path("checkpoints/tiny"))
     begin = time.monotonic()
     done = make("sft", "rm", "ppo")
     seconds = time.monotonic() - begin
@@ -124,15 +124,18 @@ def test_a_second_make_does_nothing_says_so_and_is_quick(tmp_path):
 def test_variables_reach_the_stages():
     lines = dry("ppo", "RUN=mine", "PPO=configs/tiny/ppo.yaml", "CKPT=elsewhere", "FORCE=ppo")
     assert lines[0].endswith("--out elsewhere/base/tiny")
-    assert lines[3].split() == (
-        "stages.ppo --config 'configs/tiny/ppo.yaml' --run elsewhere/mine --force".split()
+    assert (
+        lines[3].split()
+        == (
+            "stages.ppo --run elsewhere/mine --recipe configs/tiny --config 'configs/tiny/ppo.yaml' --force"
+        ).split()
     )
     assert "--force" not in lines[1]
 
 
 def test_rm_is_a_config_and_not_makes_own_variable(tmp_path):
     Path("other.yaml").write_text("data: {path: rankings.jsonl}\nseed: 5\n")
-    assert "--config 'configs/tiny/rm.yaml'" in dry("rm")[2]
+    assert "--config" not in dry("rm")[2]
     assert "--config 'other.yaml'" in dry("rm", "RM=other.yaml")[2]
 
 
@@ -140,7 +143,7 @@ def test_a_run_borrows_with_from(tmp_path):
     make_all(tmp_path, "a")
     lines = dry("ppo", "RUN=b", "FROM=a")
     assert modules(lines) == ["stages.ppo", *AFTER]
-    assert "--run checkpoints/b --from 'checkpoints/a'" in lines[0]
+    assert "--run checkpoints/b --recipe configs/tiny --from 'checkpoints/a'" in lines[0]
 
 
 def test_an_engine_wraps_ppo_alone(tmp_path):
@@ -151,7 +154,7 @@ def test_an_engine_wraps_ppo_alone(tmp_path):
     [line] = [line for line in done.stdout.splitlines() if "stages.ppo" in line]
     assert line.startswith(
         "ACCELERATE_USE_CPU=true exec ./python -m accelerate.commands.launch "
-        "--config_file configs/engines/cpu2.yaml -m stages.ppo --config"
+        "--config_file configs/engines/cpu2.yaml -m stages.ppo --run"
     )
     assert "launch" not in next(x for x in done.stdout.splitlines() if "stages.sft" in x)
     assert "no configs/engines/none.yaml" in make("-n", "ppo", "ENGINE=none").stderr
@@ -201,8 +204,8 @@ def test_settings_arrive_as_typed(tmp_path):
 
 
 def test_an_edited_config_redoes_the_rest_and_says_why(tmp_path):
-    make_all(tmp_path)
-    Path("checkpoints/tiny/report.html").write_text("")
+    make("sft", "rm", "ppo")
+    Path("calls").unlink()
     with Path("configs/tiny/rm.yaml").open("a") as file:
         file.write("seed: 5\n")
     done = make("sft", "rm", "ppo")
@@ -249,7 +252,11 @@ def test_a_signal_to_make_reaches_the_stage_and_make_waits(tmp_path):
 def test_clean_removes_the_run_and_nothing_else(tmp_path):
     make_all(tmp_path, "a")
     make_all(tmp_path, "b")
-    assert make("clean", "RUN=a").returncode == 0
+    asked = make("clean", "RUN=a")  # nobody answers
+    assert asked.returncode == 2
+    assert "checkpoints/a: ppo rm sft" in asked.stdout
+    assert Path("checkpoints/a/sft/manifest.json").is_file()
+    assert make("clean", "RUN=a", "FORCE=1").returncode == 0
     assert sorted(p.name for p in Path("checkpoints").iterdir()) == ["b", "base"]
 
 
@@ -332,9 +339,7 @@ def test_evaluation_alone_takes_what_there_is(tmp_path):
     assert modules(dry("eval")) == [*CHAIN[:2], "pipeline.evaluation"]
     make_base(tmp_path)
     train(config_of(tmp_path, "sft"))
-    assert dry("eval") == [
-        "pipeline.evaluation --config 'configs/tiny/eval.yaml' --run checkpoints/tiny"
-    ]
+    assert dry("eval") == ["pipeline.evaluation --run checkpoints/tiny --recipe configs/tiny"]
     assert modules(dry("ppo")) == [*CHAIN[2:], "pipeline.evaluation", *AFTER]
 
 

@@ -13,6 +13,7 @@ from pipeline.commands import plan as status
 from pipeline.commands import status as show_status
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import manifest_hash
+from pipeline.handoff.remembered import Asked
 
 CONFIGS = Path("configs/tiny")
 
@@ -24,15 +25,22 @@ def a_recipe(tmp_path, monkeypatch):
     write_recipe(tmp_path)
 
 
-def plan(goals: str = "sft rm ppo", *settings: str, run: str = "tiny", **options) -> list[str]:
-    """Steps to run for these goals."""
-    files = status.recipe_files(CONFIGS, options.pop("chosen", {}))
-    made = status.stale(files, Path("checkpoints") / run, goals.split(), settings, **options)
-    return status.to_run(made)
+def asked(*settings: str, run: str = "tiny", borrow: Path | None = None, chosen=None) -> Asked:
+    words = list(settings)
+    return Asked(Path("checkpoints") / run, CONFIGS, chosen or {}, words, borrow)
+
+
+def plan(goals: str = "sft rm ppo", *settings: str, force=(), base=None, **options) -> list[str]:
+    """Steps to run for these goals, and no other."""
+    made = status.stale(asked(*settings, **options), goals.split(), force, base)
+    unasked = set() if "report" in goals else {"eval", "report"} - set(goals.split())
+    return [step for step in status.to_run(made) if step not in unasked]
 
 
 def report() -> None:
-    Path("checkpoints/tiny/report.html").write_text("")
+    from pipeline.evaluation.report import write_report
+
+    write_report(Path("checkpoints/tiny"))
 
 
 def test_on_a_fresh_machine_a_goal_pulls_in_what_it_needs():
@@ -63,6 +71,8 @@ def test_an_edited_config_redoes_its_stage_and_those_after_it(tmp_path):
     with (CONFIGS / "rm.yaml").open("a") as file:
         file.write("# a remark\nlog_every: 3\n")
     train(config_of(tmp_path, "rm"))
+    assert plan("sft rm ppo") == []  # the same weights came out of it
+    train(config_of(tmp_path, "rm"), b"other weights")
     assert plan("sft rm ppo") == ["ppo"]
 
 
@@ -95,7 +105,11 @@ def test_borrowed_stages_are_not_made(tmp_path):
     borrow = Path("checkpoints/a")
     assert plan("ppo", run="b", borrow=borrow) == ["ppo"]
     assert plan("rm ppo", run="b", borrow=borrow) == ["rm", "ppo"]
-    assert plan("ppo", "sft.seed=9", run="b", borrow=borrow) == ["ppo"]
+    assert plan("ppo", "seed=9", run="b", borrow=borrow) == ["ppo"]
+    with pytest.raises(
+        UserError, match=r"sft\.seed=9: sft is borrowed from checkpoints/a.*make sft RUN=b"
+    ):
+        plan("ppo", "sft.seed=9", run="b", borrow=borrow)
     with pytest.raises(UserError, match="checkpoints/c/sft: not made yet; make it: make sft RUN=c"):
         plan("ppo", run="b", borrow=Path("checkpoints/c"))
 
@@ -127,7 +141,7 @@ def test_missing_data_is_told_hours_before_it_is_read():
 
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(UserError, match="RECIPE=tyny.*did you mean `tiny`"):
-        status.recipe_files(Path("configs/tyny"), {})
+        status.stale(Asked(Path("checkpoints/x"), Path("configs/tyny")), ["sft"])
 
 
 def test_evaluation_follows_models_config_and_data(tmp_path):
@@ -171,7 +185,7 @@ def test_an_edited_judge_makes_the_evaluation_stale(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (CONFIGS / "eval.yaml").write_text("prompts: {path: rankings.jsonl}\njudge: own_judge\n")
     make_all(tmp_path)
-    write_result({"own_judge": hashlib.sha256(judge.read_bytes()).hexdigest()})
+    write_result({"own_judge.py": hashlib.sha256(judge.read_bytes()).hexdigest()})
     assert plan("eval") == []
     judge.write_text("# a stricter one\n")
     assert plan("eval") == ["eval"]
@@ -189,7 +203,9 @@ def write_result(judge: dict[str, str] | None = None) -> None:
     places = {name: Path("checkpoints/tiny") / name for name in ("sft", "rm", "ppo")}
     places["base"] = Path("checkpoints/base/tiny")
     result = {
-        "config": config.model_dump(mode="json"),
+        "config": config.of_split("test").model_dump(mode="json"),
+        "split": "test",
+        "prompts": 1,
         "artifacts": {
             name: {"path": str(path), "manifest_sha256": manifest_hash(path)}
             for name, path in places.items()

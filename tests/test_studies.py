@@ -90,7 +90,9 @@ def test_a_variant_takes_another_ppo_config_and_the_models_of_another_study(tmp_
             evaluated.append(words[words.index("--run") + 1])
             return
         stage = module.removeprefix("stages.")
-        fake_stages.train(cli.configured(stage, cli.parser(stage).parse_args(words)))
+        fake_stages.train(
+            cli.configured(stage, cli.request(stage, cli.parser(stage).parse_args(words)))
+        )
 
     monkeypatch.setattr(steps, "call", call)
     words = "--run checkpoints/b --from checkpoints/a --ppo other.yaml --seeds 1 2".split()

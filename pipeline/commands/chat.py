@@ -16,8 +16,9 @@ from rich.text import Text
 
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
-from pipeline.handoff.found import POLICIES, Stage, find_stages
+from pipeline.handoff.found import Stage, find_stages
 from pipeline.process.progress import say
+from pipeline.steps import policies
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,7 +108,7 @@ class Room:
         quiet()
         self.tokenizer = load_tokenizer(stages["sft"].path)
         self.models: dict[str, Any] = {}
-        for name in (n for n in POLICIES if n in stages):
+        for name in (n for n in policies() if n in stages):
             try:
                 self.models[name] = load_policy(stages[name].path, self.tokenizer)
             except UserError as error:

@@ -1,120 +1,134 @@
 """What is up to date and what has to run, decided by content and never by time stamps."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel
-
-from pipeline import run
-from pipeline.config.evaluation import EvalConfig
-from pipeline.config.load import (
-    checkpoints_root,
-    config_hash,
-    did_you_mean,
-    load_config,
-    stage_overrides,
-)
-from pipeline.config.schema import STAGES, BaseConfig, PPOConfig, StageConfig
+from pipeline import steps
+from pipeline.config.load import checkpoints_root, did_you_mean
+from pipeline.config.schema import Reads, Section, StageConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.judges import judge_file
 from pipeline.handoff import artifacts, lineage
-from pipeline.handoff.found import find_stages, fresh_stages, read_json
-from pipeline.process.files import sha256
+from pipeline.handoff.artifacts import is_published
+from pipeline.handoff.lineage import why_stale
+from pipeline.handoff.remembered import Asked
 
-STEPS = ("base", "sft", "rm", "ppo", "eval", "report")
 FORCED = "asked for"
-_SCHEMAS: dict[str, type[BaseModel]] = {"base": BaseConfig, **STAGES, "eval": EvalConfig}
+_AFTER = "after "
 
 
 @dataclass
 class Plan:
     """A run's steps, their configs, and why each has to run (None: it has not)."""
 
-    run: Path
+    asked: Asked
     base: Path
-    borrow: Path | None
-    configs: dict[str, BaseModel]
+    configs: dict[str, Section]
     goals: set[str]
     forced: set[str] = field(default_factory=set)
     reasons: dict[str, str | None] = field(default_factory=dict)
 
-    def stage(self, step: str) -> StageConfig:
-        """Config of sft, rm or ppo."""
-        config = self.configs[step]
-        assert isinstance(config, StageConfig)
-        return config
+    @property
+    def run(self) -> Path:
+        """The run's directory."""
+        return self.asked.run
+
+    @property
+    def borrow(self) -> Path | None:
+        """The run whose stages are used when this one has not made its own."""
+        return self.asked.borrow
+
+    def place(self, step: str) -> Path:
+        """The directory that a step's output lies in, below which `Step.output` says more."""
+        return self.base if steps.TABLE[step].kind == "base" else self.run
 
     def borrowed(self, step: str) -> bool:
         """Whether another run's stage is used: none asked for here and none made here."""
-        if self.borrow is None or step not in STAGES or step in self.goals | self.forced:
+        if self.borrow is None or step not in steps.stages() or step in self.goals | self.forced:
             return False
-        return not artifacts.is_published(self.run / step)
+        return not is_published(self.run / step)
 
     def needs(self, step: str) -> list[str]:
         """Steps that `step` reads directly, in the order they run."""
-        needed = {
-            "rm": ["sft"],
-            "ppo": ["sft", "rm"],
-            "eval": [stage for stage in STAGES if step == "eval" and self._evaluated(stage)],
-            "report": ["ppo"],
-        }
-        found = needed.get(step, [])
-        if "base" in self.configs and step in self.configs and step != "base":
-            found = ["base", *found] if self._reads_base(step) else found
-        if step == "ppo" and not _uses_rm(self.configs["ppo"]):
-            found = [name for name in found if name != "rm"]
-        if step == "report" and "eval" in self.configs:
-            found = [*found, "eval"]
-        return found
+        names = set(steps.TABLE[step].after)
+        if steps.TABLE[step].of_what_is_there:
+            names = {name for name in names if self._looked_at(name)}
+        for _, kind, name in self.configs[step].references() if step in self.configs else ():
+            if kind is Reads.MODEL and name in steps.stages():
+                names.add(name)
+            if (
+                self.base == Path(name) or self.base in Path(name).parents
+            ) and "base" in self.configs:
+                names.add("base")
+        made = [name for name in steps.TABLE if name in names]
+        return [name for name in made if name in self.configs or steps.TABLE[name].config is None]
 
-    def _evaluated(self, stage: str) -> bool:
-        """Whether the evaluation looks at a stage: what is there, what is asked for, SFT at least."""
-        if self.goals & {"ppo", "report"} and stage in ["ppo", *self.needs("ppo")]:
+    def _looked_at(self, stage: str) -> bool:
+        """Whether an evaluation reads a stage: what is there, what is asked for, the first at least."""
+        goals = [steps.TABLE[goal] for goal in self.goals]
+        asked = {n for g in goals for n in (g.name, *(() if g.of_what_is_there else g.after))}
+        if any(stage in _closure(self, [goal]) for goal in asked & steps.stages().keys()):
             return True
         places = [self.run, *([self.borrow] if self.borrow else [])]
-        there = any(artifacts.is_published(place / stage) for place in places)
-        return stage == "sft" or stage in self.goals or there
-
-    def _reads_base(self, step: str) -> bool:
-        return f'"{self.base}' in self.configs[step].model_dump_json()
+        first = stage == next(iter(steps.stages()))
+        return first or any(is_published(place / stage) for place in places)
 
 
 def stale(
-    recipe: dict[str, Path],
-    run_directory: Path,
-    goals: Iterable[str] = STEPS,
-    settings: Iterable[str] = (),
-    borrow: Path | None = None,
+    asked: Asked,
+    goals: Iterable[str],
     force: Iterable[str] = (),
     base: Path | None = None,
 ) -> Plan:
     """Why each step that the goals need has to run.
 
-    recipe: step -> config file. UserError tells all mistakes of all configs at once, missing data
-    files among them, and names a damaged artifact that nobody asked to rebuild.
+    UserError tells all mistakes of all configs at once, missing data files among them, and names a
+    damaged artifact that nobody asked to rebuild.
     """
-    goals = [goal for goal in goals if goal in recipe or goal == "report"]
-    forced = set(goals) if "1" in force else set(force)
+    goals, configs = list(goals), _load_all(asked)
+    assert asked.recipe is not None
+    if "eval" in goals and "eval" not in configs:
+        raise UserError(f"eval: there is no {asked.of('eval').config}; another file: EVAL=")
+    brought = [b for goal in goals for b in steps.TABLE[goal].brings]
+    goals += [b for b in brought if b in configs or steps.TABLE[b].config is None]
     plan = Plan(
-        run=run_directory,
-        base=base or checkpoints_root() / "base" / "tiny",
-        borrow=borrow,
-        configs=_load_all(recipe, run_directory, borrow, list(settings)),
-        goals=set(goals),
-        forced=forced,
+        asked=asked,
+        base=base or checkpoints_root() / "base" / asked.recipe.name,
+        configs=configs,
+        goals={goal for goal in goals if goal in configs or steps.TABLE[goal].config is None},
+        forced=set(goals) if "1" in force else set(force),
     )
-    needed = _closure(plan, goals)
-    for step in STEPS:
+    needed = _closure(plan, plan.goals)
+    for step in steps.TABLE:
         if step in needed:
             plan.reasons[step] = _reason(plan, step)
     _check_inputs(plan)
+    _check_borrowed(plan)
     return plan
 
 
 def to_run(plan: Plan) -> list[str]:
     """Steps that have to run, in order."""
-    return [step for step in STEPS if plan.reasons.get(step)]
+    return [step for step in steps.TABLE if plan.reasons.get(step)]
+
+
+def check_replaced(plan: Plan) -> None:
+    """UserError for a published stage that would be replaced by one of another file or setting, unless
+    that was asked for: an edited file redoes it, another file is another run."""
+    problems = []
+    for step in to_run(plan):
+        reason, before = plan.reasons[step] or "", plan.asked.memory.steps.get(step)
+        now = plan.asked.of(step) if step in steps.stages() else None
+        if now is None or step in plan.forced or reason.startswith(_AFTER) or before == now:
+            continue
+        if is_published(plan.run / step):
+            problems.append(
+                f"{plan.run / step}: made from {before or 'something that the run does not remember'}, "
+                f"would be replaced by one from {now} ({reason}).\n"
+                f"  Keep it: another RUN=. Replace it: FORCE={step}"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 # --- why ------------------------------------------------------------------------------------------
@@ -129,54 +143,9 @@ def _reason(plan: Plan, step: str) -> str | None:
         return FORCED
     for earlier in plan.needs(step):
         if plan.reasons.get(earlier):
-            made = step not in STAGES or artifacts.is_published(plan.run / step)
-            return f"after {earlier}" if made else "not made yet"
-    checks: dict[str, Callable[[Plan], str | None]] = {
-        "base": _base_reason,
-        "eval": _eval_reason,
-        "report": _report_reason,
-    }
-    return checks[step](plan) if step in checks else run.why_stale(plan.stage(step))
-
-
-def _base_reason(plan: Plan) -> str | None:
-    if not artifacts.is_published(plan.base):
-        return "not made yet"
-    manifest = artifacts.read_listing(plan.base)
-    return None if manifest.config_hash == config_hash(plan.configs["base"]) else "config"
-
-
-def _eval_reason(plan: Plan) -> str | None:
-    """Compares what test.json says it was made from."""
-    done = read_json(plan.run / "eval" / "test.json")
-    if not done:
-        return "not made yet"
-    config = plan.configs["eval"]
-    assert isinstance(config, EvalConfig)
-    if done.get("config") != config.model_dump(mode="json"):
-        return "config"
-    stages, _ = fresh_stages(find_stages(plan.run))
-    used = {name: made["manifest_sha256"] for name, made in done.get("artifacts", {}).items()}
-    if used != {name: stage.manifest_sha256 for name, stage in stages.items()}:
-        return "the models have changed"
-    inputs: dict[str, str] = {}
-    for data in (config.prompts, config.demonstrations):
-        inputs |= lineage.data_fingerprint(data) if data else {}
-    judge = judge_file(config.judge)
-    inputs |= {config.judge: sha256(judge)} if config.judge and judge else {}
-    known = done.get("inputs", {})
-    changed = [name for name, digest in inputs.items() if known.get(name) != digest]
-    return f"{changed[0]} has changed" if changed else None
-
-
-def _report_reason(plan: Plan) -> str | None:
-    """The report alone goes by time: it is a view of files that are themselves up to date."""
-    report = plan.run / "report.html"
-    if not report.is_file():
-        return "not made yet"
-    sources = [plan.run / "eval" / "test.json", *plan.run.glob("*/manifest.json")]
-    newest = max((path.stat().st_mtime for path in sources if path.is_file()), default=0.0)
-    return "the run has changed" if newest > report.stat().st_mtime else None
+            made = step not in steps.stages() or is_published(plan.run / step)
+            return f"{_AFTER}{earlier}" if made else "not made yet"
+    return why_stale(step, plan.configs.get(step), plan.place(step))
 
 
 def _closure(plan: Plan, goals: Iterable[str]) -> set[str]:
@@ -191,37 +160,50 @@ def _closure(plan: Plan, goals: Iterable[str]) -> set[str]:
     return needed
 
 
-def _uses_rm(config: BaseModel) -> bool:
-    assert isinstance(config, PPOConfig)
-    return any("rm" in reward.members() for reward in config.rewards)
-
-
 # --- configs --------------------------------------------------------------------------------------
 
 
-def _load_all(
-    recipe: dict[str, Path], directory: Path, borrow: Path | None, settings: list[str]
-) -> dict[str, BaseModel]:
-    configs: dict[str, BaseModel] = {}
+def _load_all(asked: Asked) -> dict[str, Section]:
+    """Configs of all steps that have a file; stages must have one."""
+    _check_recipe(asked)
+    configs: dict[str, Section] = {}
     problems: list[str] = []
-    for step, path in recipe.items():
+    for name, step in steps.TABLE.items():
+        if step.config is None:
+            continue
         try:
-            config = load_config(_SCHEMAS[step], path, stage_overrides(step, settings))
+            made = asked.of(name)
+            if step.kind != "stage" and name not in asked.files and not Path(made.config).is_file():
+                continue
+            config = steps.load(name, made.config, made.settings)
         except UserError as error:
             problems += str(error).splitlines()
             continue
         if isinstance(config, StageConfig):
-            config = config.model_copy(update={"run": directory, "borrow": borrow})
-        configs[step] = config
+            config = config.model_copy(update={"run": asked.run, "borrow": asked.borrow})
+        assert isinstance(config, Section)
+        configs[name] = config
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return configs
 
 
+def _check_recipe(asked: Asked) -> None:
+    recipe = asked.recipe
+    assert recipe is not None
+    if not recipe.is_dir() and not all(
+        Path(asked.of(name).config).is_file() for name in steps.stages()
+    ):
+        last = f"{list(steps.stages())[-1]}.yaml"
+        names = [entry.name for entry in recipe.parent.glob("*/") if (entry / last).is_file()]
+        hint = did_you_mean(recipe.name, names) or f"; there are {', '.join(sorted(names))}"
+        raise UserError(f"RECIPE={recipe.name}: no folder {recipe}{hint}")
+
+
 def _check_inputs(plan: Plan) -> None:
     """A data file that no earlier step will make must be there now, hours before it is read."""
     coming = [plan.base] if plan.reasons.get("base") else []
-    coming += [plan.run / stage for stage in STAGES if plan.reasons.get(stage)]
+    coming += [plan.run / stage for stage in steps.stages() if plan.reasons.get(stage)]
     problems = [
         f"{step}: {problem}"
         for step in to_run(plan)
@@ -232,15 +214,11 @@ def _check_inputs(plan: Plan) -> None:
         raise UserError("\n".join(problems))
 
 
-def recipe_files(recipe: Path, chosen: dict[str, Path | None]) -> dict[str, Path]:
-    """Step -> config file: the chosen one, else the recipe's; base and eval may be absent."""
-    files: dict[str, Path] = {}
-    for step in _SCHEMAS:
-        file = chosen.get(step) or recipe / f"{step}.yaml"
-        if step in STAGES or chosen.get(step) or file.is_file():
-            files[step] = file
-    if not recipe.is_dir() and not all(chosen.get(stage) for stage in STAGES):
-        names = [entry.name for entry in recipe.parent.glob("*/") if (entry / "ppo.yaml").is_file()]
-        hint = did_you_mean(recipe.name, names) or f"; there are {', '.join(sorted(names))}"
-        raise UserError(f"RECIPE={recipe.name}: no folder {recipe}{hint}")
-    return files
+def _check_borrowed(plan: Plan) -> None:
+    """Settings of a stage that another run has made would do nothing."""
+    for step in filter(plan.borrowed, plan.reasons):
+        if words := [w for w in plan.asked.settings if w.startswith(f"{step}.")]:
+            raise UserError(
+                f"{words[0]}: {step} is borrowed from {plan.borrow} as it is; leave the setting out, or "
+                f"make it here: make {step} RUN={plan.run.name}"
+            )

@@ -1,30 +1,58 @@
-"""A config as its stage will see it, every key with what it means (make show-config)."""
+"""The configs of a run as its steps will see them, every key with what it means (make show-config)."""
 
-import argparse
 import ast
 import inspect
 import itertools
-import sys
 import textwrap
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from pipeline.config import schema
-from pipeline.config.load import AddSettings, load_config, split_settings, stage_overrides
-from pipeline.errors import UserError
+from pipeline.cli import reporting_errors
+from pipeline.commands.status import parse, plan_of
 
 
 def documented(config: BaseModel) -> str:
     """The resolved config as YAML, each key under the docstring of its declaration."""
-    docs = _docs(type(config))
-    lines: list[str] = []
-    for key, value in config.model_dump(mode="json").items():
-        for line in docs.get(key, "").splitlines():
-            lines.append(f"# {line}")
-        lines.append(yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True).rstrip())
-    return "\n".join(lines)
+    return "\n".join(_lines(config))
+
+
+def _lines(group: BaseModel) -> Iterator[str]:
+    """A group of keys and those inside it, indented."""
+    docs, plain = _docs(type(group)), group.model_dump(mode="json")
+    for key, field in type(group).model_fields.items():
+        value = getattr(group, key)
+        yield from (f"# {line}" for line in docs.get(key, "").splitlines())
+        if choices := _choices(field):
+            yield f"# One of: {', '.join(choices)}."
+        if isinstance(value, BaseModel):
+            yield f"{key}:"
+            yield from _indented(value)
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            yield f"{key}:"
+            for item in value:
+                yield "-"
+                yield from _indented(item)
+        else:
+            one: dict[str, Any] = {key: plain[key]}
+            yield yaml.safe_dump(one, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _indented(group: BaseModel) -> Iterator[str]:
+    return (textwrap.indent(line, "  ") for line in _lines(group))
+
+
+def _choices(field: FieldInfo) -> list[str]:
+    """The words that a key takes, if it takes certain words alone."""
+    pending = [field.annotation]
+    for kind in pending:
+        if get_origin(kind) is Literal:
+            return [str(word) for word in get_args(kind)]
+        pending += get_args(kind)
+    return []
 
 
 def _docs(cls: type) -> dict[str, str]:
@@ -42,27 +70,13 @@ def _docs(cls: type) -> dict[str, str]:
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Command line of `make show-config`."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.commands.show_config")
-    parser.add_argument("--stage", required=True, choices=[*schema.STAGES, "base"])
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument(
-        "--set",
-        action=AddSettings,
-        default="",
-        help='the words of SET, e.g. "ppo.kl_coef=0.02 seed=3"',
-    )
-    parser.add_argument("settings", nargs="*", help="key=value")
-    args = parser.parse_args(argv)
-    words = [*split_settings(args.set), *args.settings]
-    cls = schema.STAGES.get(args.stage, schema.BaseConfig)
-    config = load_config(cls, args.config, stage_overrides(args.stage, words))
-    print(documented(config))
+    plan = plan_of(parse(), [])
+    for name, config in plan.configs.items():
+        print(f"# --- {name}: {plan.asked.of(name)} ---\n{documented(config)}\n")
 
 
 if __name__ == "__main__":
-    try:
+    with reporting_errors():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline import steps
 from pipeline.cli import reporting_errors
-from pipeline.commands.plan import _SCHEMAS, STEPS, Plan, recipe_files, stale, to_run
-from pipeline.config.load import AddSettings, checkpoints_root, split_settings
-from pipeline.config.schema import STAGES
+from pipeline.commands.plan import Plan, check_replaced, stale, to_run
+from pipeline.config.load import AddSettings
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import is_published, lock_path, read_manifest
+from pipeline.handoff.remembered import Asked
 from pipeline.process.files import Lock
 
 
@@ -26,14 +27,17 @@ def show(plan: Plan) -> None:
     table = Table(title=str(plan.run), title_justify="left", box=None, pad_edge=False)
     for column in ("step", "state", "made", "what it reached"):
         table.add_column(column, overflow="fold")
-    for step in STEPS:
+    for step in steps.TABLE:
         if step in plan.reasons:
             table.add_row(step, _state(plan, step), *_made(plan, step))
-    Console(soft_wrap=False).print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)  # a file or a pipe has no edge to break lines at
+    console.print(table)
 
 
 def _state(plan: Plan, step: str) -> str:
-    if step in STAGES and (lock := lock_path(plan.run / step)).exists():
+    if step in steps.stages() and (lock := lock_path(plan.run / step)).exists():
         try:
             with Lock(lock):
                 pass
@@ -44,7 +48,7 @@ def _state(plan: Plan, step: str) -> str:
     reason = plan.reasons[step]
     if reason is None:
         return "up to date"
-    saved = sorted((plan.run / ".work" / step).glob("step-*")) if step in STAGES else []
+    saved = sorted((plan.run / ".work" / step).glob("step-*")) if step in steps.stages() else []
     return f"{reason}; interrupted after {saved[-1].name}" if saved else reason
 
 
@@ -60,9 +64,10 @@ def _made(plan: Plan, step: str) -> tuple[str, str]:
 
 
 def _directory(plan: Plan, step: str) -> Path | None:
-    if step == "base":
+    kind = steps.TABLE[step].kind
+    if kind == "base":
         return plan.base
-    if step not in STAGES:
+    if kind != "stage":
         return None
     return plan.borrow / step if plan.borrowed(step) and plan.borrow else plan.run / step
 
@@ -72,14 +77,13 @@ def _directory(plan: Plan, step: str) -> Path | None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments, as the Makefile gives them; an empty one is an absent one."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.commands.plan")
+    parser = argparse.ArgumentParser(prog="python -m pipeline.commands.status")
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--recipe", type=Path, required=True, help="folder of configs")
+    parser.add_argument("--recipe", default="", help="folder of configs; default: the run's own")
     parser.add_argument("--from", dest="borrow", default="", help="run to borrow stages from")
-    for step in _SCHEMAS:
-        parser.add_argument(
-            f"--{step}", default="", help=f"config of {step} in place of the recipe's"
-        )
+    for name, step in steps.TABLE.items():
+        if step.config is not None:
+            parser.add_argument(f"--{name}", default="", help=f"config of {name} for the recipe's")
     parser.add_argument("--base-directory", default="", help="where the base model is made")
     parser.add_argument("--set", action=AddSettings, default="")
     parser.add_argument("--force", default="", help="steps to run anyway; 1 = those asked for")
@@ -90,28 +94,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def plan_of(args: argparse.Namespace, goals: Iterable[str]) -> Plan:
     """The plan that the arguments describe."""
     force = args.force.split()
-    if wrong := [word for word in force if word not in (*STEPS, "1")]:
-        raise UserError(f"FORCE={wrong[0]}: one of {', '.join(STEPS)}, or 1 for what is asked for")
-    chosen = {step: Path(file) if (file := getattr(args, step)) else None for step in _SCHEMAS}
-    return stale(
-        recipe_files(args.recipe, chosen),
-        args.run,
-        goals,
-        split_settings(args.set),
-        Path(args.borrow) if args.borrow else None,
-        force,
-        Path(args.base_directory or checkpoints_root() / "base" / args.recipe.name),
+    if wrong := [word for word in force if word not in (*steps.TABLE, "1")]:
+        raise UserError(
+            f"FORCE={wrong[0]}: one of {', '.join(steps.TABLE)}, or 1 for what is asked for"
+        )
+    asked = Asked(
+        run=args.run,
+        recipe=Path(args.recipe) if args.recipe else None,
+        files={n: Path(f) for n in steps.TABLE if (f := getattr(args, n, ""))},
+        settings=steps.split_settings(args.set),
+        borrow=Path(args.borrow) if args.borrow else None,
     )
+    base = Path(args.base_directory) if args.base_directory else None
+    return stale(asked, goals, force, base)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = parse(argv)
     if args.plan is None:
-        show(plan_of(args, STEPS))
+        # an evaluation that the recipe does not have is no mistake here
+        show(plan_of(args, [name for name in steps.TABLE if name != "eval"]))
         return
     try:
-        print(" ".join(to_run(plan_of(args, args.plan.split()))) or "nothing")
+        plan = plan_of(args, args.plan.split())
+        check_replaced(plan)
+        print(" ".join(to_run(plan)) or "nothing")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         print("error")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.schema import Data, Positive, Section
+from pipeline.config.schema import CodeName, Data, Positive, Section, Text
 
 Split = Literal["test", "validation"]
 
@@ -27,12 +27,12 @@ class EvalConfig(Section):
     """Texts read for that."""
     pretraining_max_length: Positive = 256
     """Their first so many tokens."""
-    judge: str | None = None
+    judge: CodeName | None = None
     """Module with `score(prompts, responses, rows, ended=None)` and maybe `exact(prompts, responses,
     rows)`; none = measure only what needs no judge."""
-    reference: str | None = None
+    reference: Text | None = None
     """Key of the prompts' rows that holds a right answer, for exact match and token F1."""
-    group_by: str | list[str] = []
+    group_by: Text | list[Text] = []
     """Keys of the prompts' rows to break results down by, e.g. `[family, language]`."""
 
     n: Positive = 400
@@ -43,7 +43,7 @@ class EvalConfig(Section):
     """Divides the logits in sampling."""
     max_new_tokens: Positive = 64
     """Longest response, in tokens."""
-    stop_tokens: list[str] = []
+    stop_tokens: list[Text] = []
     """What ends a response besides EOS: tokens, or strings of several that are looked for in its text."""
     batch_size: Positive = 256
     """Responses sampled at once."""
@@ -66,6 +66,10 @@ class EvalConfig(Section):
     def groups(self) -> list[str]:
         """`group_by` as a list."""
         return [self.group_by] if isinstance(self.group_by, str) else list(self.group_by)
+
+    def of_split(self, split: Split) -> "EvalConfig":
+        """What decides the result on a split: the prompts of the other one do not."""
+        return self.model_copy(update={"prompts": self.data(split), "validation_prompts": None})
 
     def data(self, split: Split) -> Data | None:
         """Prompts of a split."""

@@ -7,16 +7,16 @@ import inspect
 import json
 import math
 import os
-import shlex
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import schema, strict_yaml
+from pipeline.config import strict_yaml
 from pipeline.errors import UserError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -24,13 +24,17 @@ Config = TypeVar("Config", bound=BaseModel)
 CHECKPOINTS = "checkpoints"
 """First folder of paths in configs; RLHF_CHECKPOINTS names the folder that really stands for it."""
 
-_OTHER_PREFIXES = ("eval",)  # a file beside the stages' own, whose schema lives elsewhere
 
-
-def load_config(cls: type[Config], path: Path | str, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    cls: type[Config],
+    path: Path | str,
+    overrides: Iterable[str] = (),
+    others: Mapping[str, type[BaseModel]] = MappingProxyType({}),
+) -> Config:
     """Read a config file, put `a.b=c` overrides over it and check it.
 
-    UserError lists every problem at once as `file: key: reason`, with the nearest known key.
+    UserError lists every problem at once as `file: key: reason`, with the nearest known key;
+    `others` are configs, by name, that a misplaced key may belong to.
     """
     path = Path(path)
     raw = strict_yaml.read_mapping(path)
@@ -40,7 +44,7 @@ def load_config(cls: type[Config], path: Path | str, overrides: Iterable[str] = 
     try:
         config = cls.model_validate_json(json.dumps(raw), strict=True)  # "3" is no 3, true is no 1
     except ValidationError as error:
-        problems += [f"{path}: {problem}" for problem in _problems(cls, error)]
+        problems += [f"{path}: {problem}" for problem in _problems(cls, error, others)]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return config
@@ -54,13 +58,15 @@ def config_hash(config: BaseModel) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], skip: Iterable[str] = ()) -> list[str]:
-    """`key: old -> new` for every key of two resolved configs that differs."""
-    keys = [key for key in dict.fromkeys([*old, *new]) if key not in set(skip)]
-    return [
-        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
-        for key in keys
-        if old.get(key) != new.get(key)
-    ]
+    """`key: old -> new` for every key of two resolved configs that differs, `group.key` inside groups."""
+    told = []
+    for key in [key for key in dict.fromkeys([*old, *new]) if key not in set(skip)]:
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            told += [f"{key}.{line}" for line in differences(before, now)]
+        elif before != now:
+            told.append(f"{key}: {json.dumps(before)} -> {json.dumps(now)}")
+    return told
 
 
 # --- overrides ------------------------------------------------------------------------------------
@@ -71,51 +77,6 @@ class AddSettings(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         setattr(namespace, self.dest, f"{getattr(namespace, self.dest)} {values}".strip())
-
-
-def split_settings(text: str) -> list[str]:
-    """The words of SET, split as a shell would."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"SET: {error}: {text}") from None
-
-
-def stage_overrides(stage: str, settings: Iterable[str]) -> list[str]:
-    """Those words of SET that are for `stage`, without its prefix.
-
-    `ppo.kl_coef=.02` is for ppo alone; `seed=3` for every stage that has such a key. A key that no
-    stage has is an error, and all of them are told at once.
-    """
-    mine, problems = [], []
-    for word in settings:
-        key, equals, value = word.partition("=")
-        prefix, _, rest = key.partition(".")
-        if not equals or not key:
-            problems.append(f"{word}: not of the form key=value")
-        elif prefix in _OTHER_PREFIXES and rest:
-            mine += [f"{rest}={value}"] if prefix == stage else []
-        elif prefix in schema.STAGES and rest:
-            problems += _unknown(rest, [prefix], word)
-            mine += [f"{rest}={value}"] if prefix == stage else []
-        else:
-            problems += _unknown(key, list(schema.STAGES), word)
-            known = schema.STAGES.get(stage)
-            mine += [word] if known and prefix in known.model_fields else []
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
-    return mine
-
-
-def _unknown(key: str, stages: list[str], word: str) -> list[str]:
-    """A problem when no stage of `stages` has `key`'s first part, else nothing."""
-    name = key.partition(".")[0]
-    fields = dict.fromkeys(f for stage in stages for f in schema.STAGES[stage].model_fields)
-    if name in ("run", "borrow"):
-        return [f"{word}: use RUN= and FROM= (on a command line --run and --from)"]
-    if name in fields:
-        return []
-    return [f"{word}: no key `{name}` in {' or '.join(stages)}{did_you_mean(name, fields)}"]
 
 
 def _override(raw: dict[str, Any], word: str) -> str | None:
@@ -156,12 +117,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean `{near[0]}`?)" if near else ""
 
 
-def _problems(cls: type[BaseModel], error: ValidationError) -> Iterator[str]:
+def _problems(
+    cls: type[BaseModel], error: ValidationError, others: Mapping[str, type[BaseModel]]
+) -> Iterator[str]:
     """pydantic's errors as `key: reason`."""
     for problem in error.errors(include_url=False):
         location = [str(part) for part in problem["loc"] if part != "[key]"]
         if problem["type"] == "extra_forbidden":
-            yield f"{'.'.join(location)}: unknown key{_nearest_key(cls, location)}"
+            yield f"{'.'.join(location)}: unknown key{_nearest_key(cls, location, others)}"
             continue
         reason = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "missing":
@@ -172,7 +135,9 @@ def _problems(cls: type[BaseModel], error: ValidationError) -> Iterator[str]:
         yield f"{key}: {reason}" if key else reason
 
 
-def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
+def _nearest_key(
+    cls: type[BaseModel], location: list[str], others: Mapping[str, type[BaseModel]]
+) -> str:
     """The nearest key of the same group, else the stage that has such a key."""
     *groups, name = location
     for group in groups:
@@ -182,7 +147,7 @@ def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
         return hint
     if groups:
         return f"; known are {', '.join(cls.model_fields)}"
-    owners = [stage for stage, other in schema.STAGES.items() if name in other.model_fields]
+    owners = [stage for stage, other in others.items() if name in other.model_fields]
     return f" (a key of {' and '.join(owners)})" if owners else ""
 
 

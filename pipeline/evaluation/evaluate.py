@@ -17,7 +17,7 @@ from pipeline.evaluation import metrics, tallies
 from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.evaluation.rankings import Scored, read_scored
 from pipeline.evaluation.tallies import Answers
-from pipeline.handoff.found import POLICIES, Stage
+from pipeline.handoff.found import Stage
 from pipeline.models.generation import Response, generate, left_pad
 from pipeline.models.loading import (
     load_policy,
@@ -31,6 +31,7 @@ from pipeline.models.loading import (
 from pipeline.ppo.maths import mask_from_lengths
 from pipeline.ppo.rollout import prompt_text
 from pipeline.process.progress import say, tracked
+from pipeline.steps import policies
 
 LOGITS_AT_ONCE = 2**25
 """Floats of logits in memory at once when log-likelihoods are read (128 MiB)."""
@@ -114,7 +115,7 @@ def _load_policies(
 ) -> dict[str, nn.Module]:
     """Policies that exist. A base model on a hub that cannot be reached is said and left out."""
     models: dict[str, nn.Module] = {}
-    for name in (n for n in POLICIES if n in stages):
+    for name in (n for n in policies() if n in stages):
         try:
             models[name] = load_policy(stages[name].path, tokenizer)
             models[name].to(device)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.cli import reporting_errors
 from pipeline.config.evaluation import EvalConfig
-from pipeline.config.load import AddSettings, load_config, split_settings, stage_overrides
+from pipeline.config.load import AddSettings, load_config
 from pipeline.config.schema import PPOConfig, RMConfig
 from pipeline.data.forms import load_prompts
 from pipeline.errors import UserError
@@ -24,6 +24,7 @@ from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.handoff.found import find_stages, fresh_stages, read_jsonl
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
+from pipeline.steps import overrides, split_settings
 
 Point = dict[str, float]
 """kl in nats per response, judge = mean gold, rm_score = mean proxy; and step or n."""
@@ -77,9 +78,7 @@ class Study:
     ):
         self.recipe, self.run, self.n, self.settings = recipe, run, n, settings
         self.ensemble = ensemble
-        self.config = load_config(
-            EvalConfig, recipe / "eval.yaml", stage_overrides("eval", settings)
-        )
+        self.config = load_config(EvalConfig, recipe / "eval.yaml", overrides("eval", settings))
         judge = load_judge(self.config.judge)
         if judge is None:
             raise UserError(f"{recipe / 'eval.yaml'}: judge: this study needs one")
@@ -125,9 +124,7 @@ class Study:
 
     def _members(self) -> dict[str, Any]:
         """The ensemble as a reward: the run's reward model and others that differ in their seed."""
-        config = load_config(
-            RMConfig, self.recipe / "rm.yaml", stage_overrides("rm", self.settings)
-        )
+        config = load_config(RMConfig, self.recipe / "rm.yaml", overrides("rm", self.settings))
         others = [steps.sibling(self.run, f"overopt-rm{i}") for i in range(2, self.ensemble + 1)]
         for i, run in enumerate(others, start=1):
             self._reward_model(run, f"seed={config.seed + 1000 * i}")
@@ -143,9 +140,7 @@ class Study:
         steps.stage("rm", self.recipe, run, *words, borrow=self.run)
 
     def _ppo(self, run: Path, iterations: int | None, points: int, *changes: str) -> None:
-        config = load_config(
-            PPOConfig, self.recipe / "ppo.yaml", stage_overrides("ppo", self.settings)
-        )
+        config = load_config(PPOConfig, self.recipe / "ppo.yaml", overrides("ppo", self.settings))
         iterations = iterations or 2 * config.iterations
         words = [
             "kl_coef=0",

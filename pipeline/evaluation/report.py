@@ -9,12 +9,14 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
 from pipeline.evaluation import plots
 from pipeline.evaluation.record import Rankings, Record, load_record, rankings, values
 from pipeline.evaluation.verdicts import TITLES, conclusion, verdicts
+from pipeline.handoff.lineage import identity
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
 
@@ -104,6 +106,7 @@ def context(record: Record) -> dict[str, Any]:
     measured = rankings(record.held_out)
     return {
         "run": record.run.name,
+        "made_from": Markup(identity("report", None, record.run).mark()),
         "verdicts": found,
         "conclusion": conclusion(found),
         "problems": record.problems,

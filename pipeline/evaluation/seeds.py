@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import reporting_errors
-from pipeline.config.load import AddSettings, split_settings, stage_overrides
+from pipeline.config.load import AddSettings
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
 from pipeline.handoff.found import read_json
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
+from pipeline.steps import overrides, split_settings
 
 Values = dict[str, dict[int, float]]
 """Name of a quantity -> seed -> value."""
@@ -72,7 +73,7 @@ def _refuse_seed(settings: list[str]) -> None:
         *prefix, key = word.partition("=")[0].split(".")
         if key == "seed" and prefix != ["eval"]:
             raise UserError(f"{word}: the seeds are those of --seeds (make: SEEDS=)")
-    stage_overrides("sft", settings)  # a key that no stage has ends it before the first stage
+    overrides("sft", settings)  # a key that no stage has ends it before the first stage
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Study:
             for name in ("sft", "rm") if other is None else ():
                 steps.stage(name, self.recipe, own, *words)
             steps.stage("ppo", self.recipe, own, *words, borrow=other, config=self.ppo)
-            settings = stage_overrides("eval", self.settings)
+            settings = overrides("eval", self.settings)
             steps.evaluation(self.recipe, own, self.split, *settings)
         except steps.StepFailed as error:
             say(f"seeds: seed {seed} failed: {error}")

@@ -5,6 +5,8 @@ names every file with size and SHA-256 and says what the artifact was made from.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -30,6 +32,8 @@ from pipeline.process.files import (
 )
 
 MANIFEST = "manifest.json"
+RECORDS = ("metrics.jsonl", "samples.jsonl")
+"""Files of an artifact that tell of its making, with wall-clock times."""
 FORMAT_VERSION = 1
 _MOST_BYTES = 10_000_000
 """A longer manifest is none."""
@@ -57,6 +61,7 @@ class Parent(BaseModel):
     model_config = ConfigDict(extra="forbid")
     path: str
     manifest_sha256: str
+    """Its `content_hash`."""
 
 
 class Manifest(BaseModel):
@@ -249,8 +254,18 @@ def is_published(directory: Path) -> bool:
 
 
 def manifest_hash(directory: Path) -> str:
-    """SHA-256 of the manifest, and so of everything it names."""
-    return sha256(directory / MANIFEST)
+    """`content_hash` of a published directory."""
+    return content_hash(read_manifest(directory).model_dump())
+
+
+def content_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 of what an artifact holds: of the hashes of its files, but not of when and how long.
+
+    Made twice from the same things it is the same, and what was made from it stays up to date.
+    """
+    files = {n: entry["sha256"] for n, entry in manifest["files"].items() if n not in RECORDS}
+    held = [manifest[key] for key in ("stage", "tokenizer_hash", "template_hash")]
+    return hashlib.sha256(json.dumps([held, files], sort_keys=True).encode()).hexdigest()
 
 
 def check_same_tokenizer(a: Manifest, b: Manifest) -> None:

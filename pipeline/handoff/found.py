@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.process.files import sha256
-
-STAGES = ("base", "sft", "rm", "ppo")
-POLICIES = ("base", "sft", "ppo")
+from pipeline import steps
+from pipeline.handoff.artifacts import MANIFEST, content_hash
+from pipeline.process.files import read_jsonl
 
 
 @dataclass
@@ -31,9 +30,8 @@ class Stage:
 
     @property
     def manifest_sha256(self) -> str:
-        """Hash of its manifest, which names every file by hash; "" without one."""
-        path = self.path / "manifest.json"
-        return sha256(path) if path.is_file() else ""
+        """Hash of what it holds; "" without a manifest."""
+        return content_hash(self.manifest) if self.manifest else ""
 
     def curve(self) -> list[dict[str, Any]]:
         """Lines of its metrics.jsonl."""
@@ -46,17 +44,17 @@ def find_stages(run: Path) -> dict[str, Stage]:
     A run that borrowed another's SFT or reward model (`FROM=`) is thus shown whole.
     """
     found: dict[str, Stage] = {}
-    for name in reversed(STAGES[1:]):
+    for name in reversed(steps.stages()):
         path = run / name
-        if not (path / "manifest.json").is_file():
+        if not (path / MANIFEST).is_file():
             path = _parent_path(name, found) or path
-        manifest = read_json(path / "manifest.json")
-        if manifest:
+        if manifest := read_json(path / MANIFEST):
             found[name] = Stage(name, path, manifest)
-    if "sft" in found:
-        base = _parent_path("base", found) or Path(str(found["sft"].config.get("model", "")))
-        found["base"] = Stage("base", base, read_json(base / "manifest.json"))
-    return {name: found[name] for name in STAGES if name in found}
+    first = next(iter(steps.stages()))
+    if first in found:
+        base = _parent_path("base", found) or Path(str(found[first].config.get("model", "")))
+        found["base"] = Stage("base", base, read_json(base / MANIFEST))
+    return {name: found[name] for name in steps.TABLE if name in found}
 
 
 def _parent_path(name: str, found: dict[str, Stage]) -> Path | None:
@@ -74,14 +72,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a JSONL file; [] when there is none. A last line cut short is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
 
 
 def fresh_stages(stages: dict[str, Stage]) -> tuple[dict[str, Stage], list[str]]:

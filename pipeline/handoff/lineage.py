@@ -1,46 +1,144 @@
-"""What a stage is made from: earlier artifacts, data files, models and code, by content."""
+"""What a result is made from - config, earlier artifacts, data, models, code - by content alone.
 
+One function decides whether a step is up to date (`why_stale`); the plan and whoever makes the step
+both ask it, and both sides' facts come from `identity` and `recorded`.
+"""
+
+import contextlib
+import html
 import json
-import sys
+import re
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.config.load import checkpoints_root
-from pipeline.config.schema import (
-    Data,
-    PPOConfig,
-    Reward,
-    RMConfig,
-    Sampling,
-    SFTConfig,
-    StageConfig,
-)
+from pipeline import steps
+from pipeline.config.evaluation import EvalConfig
+from pipeline.config.load import checkpoints_root, differences
+from pipeline.config.schema import Data, Reads, Section, StageConfig
 from pipeline.errors import UserError
+from pipeline.handoff import artifacts
 from pipeline.handoff.artifacts import is_published
+from pipeline.handoff.found import find_stages, fresh_stages, read_json
+from pipeline.handoff.sources import files_of
 from pipeline.process.files import sha256, write_atomically
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _WORTH_CACHING = 1_000_000  # bytes; a smaller file is hashed as fast as it is looked up
 _SETTLED = 2.0  # seconds; a younger file may still change within one tick of its time stamp
+_PAGE_MARK = '<meta name="made-from" content="{}">'
+
+
+@dataclass
+class Identity:
+    """All that decides a result: name -> value, content hash or file hash."""
+
+    config: dict[str, Any]
+    parents: dict[str, str]
+    inputs: dict[str, str]
+
+    def differs(self, now: "Identity") -> str | None:
+        """What another one has differently, in words; None when nothing."""
+        if told := differences(self.config, now.config):
+            return "config: " + "; ".join(told)
+        for name in dict.fromkeys([*self.parents, *now.parents]):
+            if name not in now.parents:
+                return f"{name} is not there"
+            if self.parents.get(name) != now.parents[name]:
+                return f"{name} has changed"
+        told = differences(self.inputs, now.inputs)
+        return f"{told[0].partition(': ')[0]} has changed" if told else None
+
+    def mark(self) -> str:
+        """A line for the head of a page, found again by `recorded`."""
+        return _PAGE_MARK.format(html.escape(json.dumps(asdict(self))))
+
+
+def place_of(name: str, run: Path) -> Path:
+    """The file that exists once a step is made (of a base: `run` is its own directory)."""
+    return run / steps.TABLE[name].output
+
+
+def why_stale(name: str, config: BaseModel | None, run: Path) -> str | None:
+    """Why a step has to run, in words; None when it has not. Reads no weights.
+
+    run: the run's directory, of a base model its own. UserError when a published directory has lost
+    or changed a file: it is not rebuilt unasked.
+    """
+    before = recorded(name, run)
+    if before is None:
+        return "not made yet"
+    config = config.of_split("test") if isinstance(config, EvalConfig) else config
+    return before.differs(identity(name, config, run))
+
+
+def recorded(name: str, run: Path, output: Path | None = None) -> Identity | None:
+    """What a step's result says it was made from; None when there is none. `output`: another file of
+    the same kind."""
+    step, place = steps.TABLE[name], output or place_of(name, run)
+    if step.kind in ("base", "stage"):
+        if not is_published(place.parent):
+            return None
+        manifest = artifacts.read_listing(place.parent, name)
+        parents = {n: link.manifest_sha256 for n, link in manifest.parents.items()}
+        return Identity(_deciding(step.config, manifest.config), parents, manifest.inputs)
+    if not place.is_file():
+        return None
+    if step.kind == "result":
+        done = read_json(place)
+        parents = {n: made["manifest_sha256"] for n, made in done.get("artifacts", {}).items()}
+        return Identity(done.get("config", {}), parents, done.get("inputs", {}))
+    found = re.search(_PAGE_MARK.format("(.*?)"), place.read_text(encoding="utf-8"))
+    return Identity(**json.loads(html.unescape(found[1]))) if found else Identity({}, {}, {})
+
+
+def identity(name: str, config: BaseModel | None, run: Path) -> Identity:
+    """What a step would be made from now. UserError for a file that is not there."""
+    step = steps.TABLE[name]
+    values = {} if config is None else _deciding(type(config), config.model_dump(mode="json"))
+    if isinstance(config, StageConfig):
+        made = {n: path for n, path in parents_of(config).items() if is_published(path)}
+        parents = {n: artifacts.manifest_hash(path) for n, path in made.items()}
+    elif step.kind == "base":
+        parents = {}
+    else:
+        fresh, _ = fresh_stages(find_stages(run))
+        parents = {n: stage.manifest_sha256 for n, stage in fresh.items()}
+    if step.kind == "page":
+        return Identity(values, parents, _hashed(page_sources(run)))
+    return Identity(values, parents, inputs_of(config) if isinstance(config, Section) else {})
+
+
+def page_sources(run: Path) -> list[Path]:
+    """Files about a run, besides its artifacts, that a page shows."""
+    names = ("eval/test.json", "eval/validation.json", "overopt/overopt.json")
+    return [path for name in names if (path := run / name).is_file()]
+
+
+def _deciding(kind: type[BaseModel] | None, config: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config without the keys that decide nothing of the result."""
+    cosmetic: set[str] = getattr(kind, "cosmetic", set())
+    return {key: value for key, value in config.items() if key not in cosmetic}
+
+
+# --- earlier artifacts ----------------------------------------------------------------------------
 
 
 def parents_of(config: StageConfig) -> dict[str, Path]:
     """Name -> directory of every artifact the stage reads."""
-    parents: dict[str, Path] = {}
-    if isinstance(config, SFTConfig) and _is_artifact(config.model):
-        parents["base"] = Path(config.model)
-    if isinstance(config, RMConfig | PPOConfig):
-        parents["sft"] = own_or_borrowed(config, "sft")
-    if isinstance(config, PPOConfig):
-        for index, member in enumerate(m for reward in config.rewards for m in reward.members()):
-            if member == "rm":
-                parents["rm"] = own_or_borrowed(config, "rm")
-            elif _is_artifact(member):
-                parents[f"reward_{index}"] = Path(member)
+    own = steps.TABLE[config.stage].after
+    parents = {name: own_or_borrowed(config, name) for name in own}
+    models = [(group, name) for group, kind, name in config.references() if kind is Reads.MODEL]
+    for index, (group, name) in enumerate(models):
+        if name in steps.stages():
+            parents[name] = own_or_borrowed(config, name)
+        elif _is_artifact(name):
+            role = "base" if group is config else f"{type(group).__name__.lower()}_{index}"
+            parents[role] = Path(name)
     return parents
 
 
@@ -50,61 +148,47 @@ def own_or_borrowed(config: StageConfig, stage: str) -> Path:
     return own if config.borrow is None or is_published(own) else config.borrow / stage
 
 
-def inputs_of(config: StageConfig, in_memory: bool = False) -> dict[str, str]:
-    """Everything else the stage reads: file -> SHA-256, hub id -> itself.
+def _is_artifact(name: str) -> bool:
+    """Whether a model is one of ours: published here, or to be published in our folder."""
+    path = Path(name)
+    return is_published(path) or (not path.exists() and checkpoints_root() in path.parents)
 
-    `in_memory`: the stage's main data was given as objects and not by its config.
+
+# --- data, models, code ---------------------------------------------------------------------------
+
+
+def inputs_of(config: Section, in_memory: str | None = None) -> dict[str, str]:
+    """Everything else that a config names: file -> SHA-256, hub id -> itself.
+
+    `in_memory`: hash of the rows that were given as objects in the place of the config's main data.
     """
-    inputs: dict[str, str] = {"dataset": "in memory"} if in_memory else {}
-    for section in _sections(config):
-        if in_memory and section in (
-            getattr(config, "data", None),
-            getattr(config, "prompts", None),
-        ):
-            continue
-        if isinstance(section, Data):
-            inputs |= data_fingerprint(section)
-        if isinstance(section, Reward) and section.function:
-            inputs |= _module(section.function.partition(":")[0])
-        if isinstance(section, Reward):
-            for member in section.members():
-                inputs |= {} if member == "rm" else _model(member)
-        if isinstance(section, Sampling) and section.labeler:
-            inputs |= _module(section.labeler)
-    if isinstance(config, SFTConfig):
-        inputs |= _model(config.model)
-        if config.chat_template:
-            inputs |= _hashed([config.chat_template])
+    inputs: dict[str, str] = {} if in_memory is None else {"dataset": in_memory}
+    replaced = [getattr(config, key, None) for key in ("data", "prompts")] if in_memory else []
+    for group, kind, name in config.references():
+        if kind is Reads.DATA and not any(group is one for one in replaced):
+            inputs |= _data(name)
+        elif kind is Reads.MODEL and name not in steps.stages():
+            inputs |= _model(name)
+        elif kind is Reads.CODE:
+            inputs |= _code(name)
+        elif kind is Reads.FILE:
+            inputs |= _hashed([_there(name)])
     return inputs
 
 
 def data_fingerprint(data: Data) -> dict[str, str]:
     """File -> SHA-256 of a source's files; a hub id -> itself. UserError for a missing file."""
-    found: dict[str, str] = {}
-    for name in [data.path] if isinstance(data.path, str) else data.path:
-        path = Path(name)
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix in DATA_SUFFIXES and p.is_file())
-            found |= _hashed([p for p in inside if not p.name.startswith(".")])
-        elif path.exists():
-            found |= _hashed([path])
-        elif looks_local(name):
-            raise UserError(f"{name}: no such file")
-        else:
-            found[name] = name
-    return found
+    return inputs_of(data)
 
 
-def missing_data(config: BaseModel, coming: list[Path]) -> list[str]:
+def missing_data(config: Section, coming: list[Path]) -> list[str]:
     """Local data files of a config that do not exist, those below `coming` directories excepted."""
     problems = []
-    for section in _sections(config):
-        if isinstance(section, Data):
-            for name in [section.path] if isinstance(section.path, str) else section.path:
-                path = Path(name)
-                awaited = any(folder == path or folder in path.parents for folder in coming)
-                if not awaited and not path.exists() and looks_local(name):
-                    problems.append(f"{name}: no such file")
+    for _, kind, name in config.references():
+        path = Path(name)
+        awaited = any(folder == path or folder in path.parents for folder in coming)
+        if kind is Reads.DATA and not awaited and not path.exists() and looks_local(name):
+            problems.append(f"{name}: no such file")
     return problems
 
 
@@ -116,63 +200,72 @@ def looks_local(name: str) -> bool:
     return name.count("/") != 1 or path.parts[0] == checkpoints_root().name or path.parent.is_dir()
 
 
-def _sections(value: Any) -> Iterator[BaseModel]:
-    """Every group of keys inside a config."""
-    if isinstance(value, BaseModel):
-        yield value
-        for name in type(value).model_fields:
-            yield from _sections(getattr(value, name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _sections(inner)
-
-
-def _is_artifact(name: str) -> bool:
-    """Whether a model is one of ours: published here, or to be published in our folder."""
+def _data(name: str) -> dict[str, str]:
     path = Path(name)
-    return is_published(path) or (not path.exists() and checkpoints_root() in path.parents)
+    if path.is_dir():
+        inside = sorted(p for p in path.iterdir() if p.suffix in DATA_SUFFIXES and p.is_file())
+        return _hashed([p for p in inside if not p.name.startswith(".")])
+    if not path.exists() and not looks_local(name):
+        return {name: name}
+    return _hashed([_there(name)])
+
+
+def _there(name: str) -> Path:
+    if not Path(name).exists():
+        raise UserError(f"{name}: no such file")
+    return Path(name)
 
 
 def _model(name: str) -> dict[str, str]:
-    """A model that is no artifact: its files' hashes, or its hub id."""
+    """A model that is no artifact: the hashes of all files in its folder, or its hub id."""
     path = Path(name)
     if _is_artifact(name):
         return {}  # a parent
     if path.is_dir():
-        return _hashed(sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != "."))
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        return _hashed(list(_visible(path)))
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such model directory")
     return {name: name}
 
 
-def _module(name: str) -> dict[str, str]:
-    """The file of a module given by name, found without importing it."""
-    relative = Path(*name.split("."))
-    for folder in sys.path:
-        for candidate in (relative.with_suffix(".py"), relative / "__init__.py"):
-            path = Path(folder or ".") / candidate
-            if path.is_file():
-                return {candidate.as_posix(): sha256(path)}
-    return {name: name}
+def _visible(folder: Path) -> Iterator[Path]:
+    """Files below a folder, hidden ones and those in hidden folders left out."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _visible(path)
+        else:
+            yield path
+
+
+def _code(name: str) -> dict[str, str]:
+    """The files of a module and of what it imports, by their names below the import path."""
+    module = name.partition(":")[0]
+    found = files_of(module)
+    return {place: sha256(path) for place, path in sorted(found.items())} or {module: module}
 
 
 # --- hashes of big files are kept -----------------------------------------------------------------
 
 
 def _hashed(paths: list[Path]) -> dict[str, str]:
-    """Path -> SHA-256, remembered by size and time stamp for big files."""
+    """Path -> SHA-256, of big files remembered by what changes with every write (`st_ctime` too, which
+    nobody can set back)."""
     store = checkpoints_root() / ".cache" / "hashes.json"
     known = _load(store)
     before = dict(known)
     hashes = {}
     for path in paths:
         stat = path.stat()
-        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        facts = stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        key = f"{path.resolve()} {' '.join(map(str, facts))}"
         hashes[path.as_posix()] = known.get(key) or sha256(path)
-        if stat.st_size >= _WORTH_CACHING and time.time() - stat.st_mtime > _SETTLED:
+        if stat.st_size >= _WORTH_CACHING and time.time() - stat.st_ctime > _SETTLED:
             known[key] = hashes[path.as_posix()]
     if known != before:
-        write_atomically(store, json.dumps(known, indent=0))
+        with contextlib.suppress(OSError):  # where nothing may be written, hashed again next time
+            write_atomically(store, json.dumps(known, indent=0))
     return hashes
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pipeline.errors import UserError
@@ -41,18 +41,20 @@ ACTIONS = {
     "enospc": "no space left on the device",
     "slow": "two seconds of nothing; say it several times for more",
 }
-_STAGES = ("sft", "rm", "ppo")
 _CAN_BE_NAN = ("rollout", "update")
 _SECONDS = 2.0
 
 _planned: dict[tuple[str, int], list[str]] = {}  # (phase, step) -> actions
 
 
-def setup(stage: str) -> None:
-    """Plan this stage's faults from the environment; UserError says what exists."""
+def setup(stage: str, known: Mapping[str, Collection[str]]) -> None:
+    """Plan this stage's faults from the environment; `known`: stage -> its phases.
+
+    UserError says what exists.
+    """
     _planned.clear()
     for word in filter(None, os.environ.get(VARIABLE, "").split(",")):
-        owner, phase, step, action = _parse(word.strip())
+        owner, phase, step, action = _parse(word.strip(), known)
         if owner == stage:
             _planned.setdefault((phase, step), []).append(action)
 
@@ -80,22 +82,26 @@ def watch_gradient(parameter: Any, step: Callable[[], int]) -> None:
         )
 
 
-def _parse(word: str) -> tuple[str, str, int, str]:
+def _parse(word: str, known: Mapping[str, Collection[str]]) -> tuple[str, str, int, str]:
     parts = word.split(":")
     stage, phase, step, action = parts if len(parts) == 4 else ("", "", "", "")
     if (
-        stage not in _STAGES
-        or phase not in PHASES
+        phase not in known.get(stage, ())
         or action not in ACTIONS
         or not (step.isascii() and step.isdigit() and len(step) < 10)
         or (action == "nan" and phase not in _CAN_BE_NAN)
     ):
         raise UserError(
-            f"{VARIABLE}={word}: not stage:phase:step:action\n"
-            f"  stages:  {', '.join(_STAGES)}\n  phases:\n{_listed(PHASES)}\n"
+            f"{VARIABLE}={word}: not stage:phase:step:action{_lacking(stage, phase, known)}\n"
+            f"  stages:  {', '.join(known)}\n  phases:\n{_listed(PHASES)}\n"
             f"  actions:\n{_listed(ACTIONS)}"
         )
     return stage, phase, int(step), action
+
+
+def _lacking(stage: str, phase: str, known: Mapping[str, Collection[str]]) -> str:
+    lacks = stage in known and phase in PHASES and phase not in known[stage]
+    return f"; {stage} has no phase {phase}" if lacks else ""
 
 
 def _listed(meanings: dict[str, str]) -> str:

@@ -3,11 +3,12 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import Any, Self
 
 from pipeline.errors import UserError
 
@@ -28,6 +29,21 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as the text of a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSONL file; [] without one. What a killed process cut short is left out."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):  # cut within a character, too
+            row = json.loads(line.decode("utf-8"))
+            rows += [row] if isinstance(row, dict) else []
+    return rows
 
 
 def sync(path: Path) -> None:

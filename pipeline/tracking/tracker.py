@@ -1,15 +1,13 @@
 """metrics.jsonl first, W&B second: the file is the record, the mirror may fail at any time."""
 
-import json
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import schema
 from pipeline.handoff.artifacts import Manifest
-from pipeline.process.files import sync, write_atomically
+from pipeline.process.files import jsonl, read_jsonl, sync, write_atomically
 from pipeline.process.progress import say
 from pipeline.tracking.mirror import Mirror
 
@@ -81,7 +79,7 @@ class Tracker:
                     for row in read_rows(path)
                     if row["step"] < step or (row["step"] == step and _comes_before_the_save(row))
                 ]
-                write_atomically(path, "".join(_line(row) for row in kept))
+                write_atomically(path, jsonl(kept))
 
     def finish(self, artifact: Path | None = None, manifest: Manifest | None = None) -> None:
         """Close the mirror, with the artifact when one was published. Never raises or hangs."""
@@ -92,7 +90,7 @@ class Tracker:
     def _start_mirror(self) -> None:
         """Start the mirror at the first row; on a resumed run it is given the earlier rows again."""
         if self._mirror and not self._mirror.started:
-            self._mirror.start(list(read_rows(self.metrics_path)))
+            self._mirror.start(read_rows(self.metrics_path))
 
     def _warn_not_finite(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -106,17 +104,9 @@ def _comes_before_the_save(row: dict[str, Any]) -> bool:
     return not is_sample and not any(name.startswith("validation/") for name in row)
 
 
-def read_rows(path: Path) -> Iterable[dict[str, Any]]:
-    """Rows of a JSONL record; a last line cut short by a killed process is left out."""
-    if not path.exists():
-        return
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):  # cut within a character, too
-            continue
-        if isinstance(row, dict) and "step" in row:
-            yield row
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a record; a last line cut short by a killed process is left out."""
+    return [row for row in read_jsonl(path) if "step" in row]
 
 
 def plain(value: Any) -> Any:
@@ -129,8 +119,4 @@ def plain(value: Any) -> Any:
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(_line(row) for row in rows))
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+        file.write(jsonl(rows))

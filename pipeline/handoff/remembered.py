@@ -1,0 +1,96 @@
+"""What a run was made with: `RUN/run.json` keeps the recipe, the run it borrows from, and each step's file
+and settings, so that `make eval RUN=x` alone means that run as it is."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline import steps
+from pipeline.errors import UserError
+from pipeline.process.files import write_atomically
+
+FILE = "run.json"
+DEFAULT_RECIPE = Path("configs/tiny")
+
+
+class Made(BaseModel):
+    """The config file of a step and the words of SET that were put over it."""
+
+    model_config = ConfigDict(extra="forbid")
+    config: str
+    settings: list[str] = []
+
+    def __str__(self) -> str:
+        return self.config + (f' with SET="{" ".join(self.settings)}"' if self.settings else "")
+
+
+class Memory(BaseModel):
+    """The contents of `run.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+    recipe: str | None = None
+    borrow: str | None = None
+    steps: dict[str, Made] = {}
+
+
+def recall(run: Path) -> Memory:
+    """What a run remembers; nothing when it is new."""
+    try:
+        return Memory.model_validate_json((run / FILE).read_bytes())
+    except FileNotFoundError:
+        return Memory()
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{run / FILE}: cannot be read: {reason}\nIt holds the recipe, files and settings of the "
+            "run; remove it to give them anew"
+        ) from None
+
+
+def note(run: Path, name: str, made: Made, recipe: Path | None, borrow: Path | None) -> None:
+    """Remember how a step is made."""
+    memory = recall(run)
+    memory.steps[name] = made
+    memory.recipe = memory.recipe if recipe is None else recipe.as_posix()
+    memory.borrow = memory.borrow if borrow is None else borrow.as_posix()
+    write_atomically(run / FILE, json.dumps(memory.model_dump(), indent=1) + "\n")
+
+
+@dataclass
+class Asked:
+    """What a command line says of a run; the rest is what the run remembers."""
+
+    run: Path
+    recipe: Path | None = None
+    files: dict[str, Path] = field(default_factory=dict)  # step -> config file
+    settings: list[str] = field(default_factory=list)
+    borrow: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.memory = recall(self.run)
+        same = self.recipe is None or self.recipe.as_posix() == self.memory.recipe
+        self._kept = self.memory.steps if same else {}
+        self.recipe = self.recipe or Path(self.memory.recipe or DEFAULT_RECIPE)
+        if self.borrow is None and self.memory.borrow is not None:
+            self.borrow = Path(self.memory.borrow)
+
+    def of(self, name: str) -> Made:
+        """The file and settings of a step: those asked for, over those it was made with."""
+        before = self._kept.get(name)
+        assert self.recipe is not None
+        file = self.files.get(name) or Path(
+            before.config if before else self.recipe / f"{name}.yaml"
+        )
+        words = before.settings if before and Path(before.config) == file else []
+        return Made(
+            config=file.as_posix(),
+            settings=_last_ones([*words, *steps.overrides(name, self.settings)]),
+        )
+
+
+def _last_ones(words: Iterable[str]) -> list[str]:
+    """`key=value` words, of those with the same key the last."""
+    return list({word.partition("=")[0]: word for word in words}.values())
