@@ -50,6 +50,13 @@ def started(config: StageConfig, made: Made, recipe: Path | None) -> None:
     _command = Command(final, _manifest_bytes(final), made, recipe)
 
 
+def _taken(final: Path) -> Command | None:
+    """What a command line has told of this stage, once."""
+    global _command
+    found, _command = _command, None
+    return found if found and found.final == final else None
+
+
 class UpToDate(Exception):
     """Another process has made the stage while this one was starting."""
 
@@ -82,7 +89,7 @@ class StageRun:
         self.links: dict[str, Parent] = {}
         self.tracker: Tracker
         self._lock = Lock(artifacts.lock_path(self.final))
-        self._command = _command if _command and _command.final == self.final else None
+        self._command = _taken(self.final)
 
     def __enter__(self) -> Self:
         faults.setup(self.stage, steps.phases())

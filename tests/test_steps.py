@@ -1,0 +1,298 @@
+"""The table of steps is all there is to a step, and every input of every step is noticed."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from fake_stages import train, write_recipe
+from pipeline import cli, steps
+from pipeline.commands import plan as planning
+from pipeline.commands import status
+from pipeline.config.schema import Data, StageConfig
+from pipeline.errors import UserError
+from pipeline.evaluation import record, report
+from pipeline.handoff import artifacts, lineage
+from pipeline.handoff.remembered import Asked, Made, note
+from pipeline.process.files import jsonl, write_atomically
+from pipeline.steps import Step
+
+RUN, RECIPE = Path("checkpoints/tiny"), Path("configs/tiny")
+
+
+@pytest.fixture(autouse=True)
+def a_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("own_")]:
+        monkeypatch.delitem(sys.modules, name)
+    write_recipe(tmp_path)
+
+
+def plan(goals: str = "ppo eval report") -> list[str]:
+    return planning.to_run(planning.stale(Asked(RUN, RECIPE), goals.split()))
+
+
+# --- a step is an entry of the table --------------------------------------------------------------
+
+
+class ToyConfig(StageConfig):
+    stage = "toy"
+    data: Data
+    """Rows."""
+
+
+TOY = """
+from pipeline.handoff import checkpoint
+from pipeline.process import faults
+from pipeline.run import StageRun
+
+def run(config):
+    with StageRun(config) as stage:
+        newest = checkpoint.newest(stage.work)
+        total = 0 if newest is None else checkpoint.load(newest)["total"]
+        for step in range(total, 4):
+            faults.at("step", step)
+            stage.tracker.log(step + 1, {"total": step + 1})
+            checkpoint.save(stage.work, step + 1, {"total": step + 1})
+        (stage.output / "model.safetensors").write_bytes(b"toy")
+        return stage.publish({"began": total})
+"""
+
+
+def test_a_fourth_step_through_the_table_alone(tmp_path, monkeypatch, capsys):
+    step = Step(
+        "toy", "stage", "own_toy", ToyConfig, "toy/manifest.json", after=("sft",), phases=("step",)
+    )
+    monkeypatch.setattr(steps, "TABLE", {**steps.TABLE, "toy": step})
+    (tmp_path / "own_toy.py").write_text(TOY)
+    (RECIPE / "toy.yaml").write_text("data: {path: rankings.jsonl}\n")
+    assert plan("toy") == ["base", "sft", "toy"]
+    import fake_stages
+
+    fake_stages.make_base(tmp_path)
+    train(fake_stages.config_of(tmp_path, "sft"))
+    assert plan("toy") == ["toy"]
+
+    def call(*words: str) -> int:
+        with pytest.raises(SystemExit) as end:
+            cli.main("toy", ["--run", str(RUN), "--recipe", str(RECIPE), *words])
+        return end.value.code
+
+    monkeypatch.setenv("PIPELINE_FAULT", "toy:step:2:enospc")
+    assert call() == 1  # interrupted: two states are saved
+    monkeypatch.setenv("PIPELINE_FAULT", "toy:rollout:2:kill")
+    assert call() == 2
+    assert "toy has no phase rollout" in capsys.readouterr().err
+    monkeypatch.delenv("PIPELINE_FAULT")
+    status.main(["--run", str(RUN), "--recipe", str(RECIPE)])
+    assert "interrupted after step-000002" in capsys.readouterr().out
+    assert call() == 0  # and goes on
+    assert artifacts.read(RUN / "toy", "toy").metrics["began"] == 2
+    assert call() == 0
+    assert "toy: up to date" in capsys.readouterr().out
+    assert plan("toy") == []
+    status.main(["--run", str(RUN), "--recipe", str(RECIPE)])
+    assert "began 2" in capsys.readouterr().out
+    assert "toy" in [row["name"] for row in report.lineage(record.load_record(RUN))]
+
+    train(fake_stages.config_of(tmp_path, "sft"), b"another")
+    assert plan("toy") == ["toy"]
+    (RUN / "toy" / "model.safetensors").write_bytes(b"tox")
+    with pytest.raises(UserError, match="is corrupt.*make toy RUN=tiny FORCE=toy"):
+        artifacts.read(RUN / "toy")
+
+
+def test_every_name_in_the_table_is_there():
+    for name, step in steps.TABLE.items():
+        assert step.name == name
+        assert set(step.after) <= steps.TABLE.keys()
+        for look in (steps.about, steps.gates):
+            look(name)  # imports what the entry names
+
+
+def test_a_key_that_does_not_say_what_it_names_is_refused_where_it_is_declared():
+    with pytest.raises(TypeError, match=r"Careless\.path: say what this text names"):
+
+        class Careless(StageConfig):
+            stage = "careless"
+            path: str = "x"
+
+
+# --- every input of every step --------------------------------------------------------------------
+
+
+def write(name: str, text: str) -> Path:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def everything() -> None:
+    """A recipe that names something of every kind, made from beginning to end."""
+    (RECIPE / "base.yaml").unlink()
+    for part in ("config.json", "tokenizer.json", "adapter/adapter_model.safetensors"):
+        write(f"models/own/{part}", "{}")
+    write("models/judge/config.json", "{}")
+    for name in ("demonstrations", "prompts", "held_out", "text", "rankings"):
+        write(f"{name}.jsonl", "{}\n")
+    write("template.jinja", "{{ messages }}")
+    write("own_labeler.py", "import own_help\n")
+    write("own_pack/__init__.py", "from . import words\n")
+    write("own_pack/words.py", "")
+    write("own_help.py", "import own_pack.words, json\n")
+    write("own_reward.py", "def f(p, r, rows):\n    from own_help import x\n")
+    write("own_judge.py", "import own_pack\ndef score(*a, **k): ...\n")
+    write(
+        "configs/tiny/sft.yaml",
+        "model: models/own\nchat_template: template.jinja\ndata: {path: demonstrations.jsonl}\n",
+    )
+    write(
+        "configs/tiny/rm.yaml",
+        "sampling: {prompts: {path: prompts.jsonl}, labeler: own_labeler}\n",
+    )
+    write(
+        "configs/tiny/ppo.yaml",
+        "prompts: {path: prompts.jsonl}\n"
+        "rewards: [{model: rm}, {model: models/judge}, {function: 'own_reward:f'}]\n",
+    )
+    write(
+        "configs/tiny/eval.yaml",
+        "prompts: {path: held_out.jsonl}\ndemonstrations: {path: demonstrations.jsonl}\n"
+        "pretraining: {path: text.jsonl}\njudge: own_judge\n",
+    )
+    write("checkpoints/tiny/overopt/overopt.json", "{}")
+    make_what_is_stale()
+    assert plan() == []
+
+
+def make_what_is_stale() -> None:
+    """What the Makefile would run, in a moment."""
+    for step in plan():
+        asked = Asked(RUN, RECIPE)
+        made = asked.of(step) if steps.TABLE[step].config else None
+        config = steps.load(step, made.config, made.settings) if made else None
+        if step in steps.stages():
+            train(config.model_copy(update={"run": RUN}), f"weights {next_number()}".encode())
+            note(RUN, step, made, RECIPE, None)
+        elif step == "eval":
+            evaluated(config.of_split("test"))
+        else:
+            report.write_report(RUN)
+
+
+def next_number() -> int:
+    path = Path("number")
+    path.write_text(str(int(path.read_text() if path.exists() else 0) + 1))
+    return int(path.read_text())
+
+
+def evaluated(config) -> None:
+    """An evaluation's file, as `pipeline.evaluation` writes it."""
+    now = lineage.identity("eval", config, RUN)
+    parents = {name: {"path": "", "manifest_sha256": sha} for name, sha in now.parents.items()}
+    done = {"config": now.config, "artifacts": parents, "inputs": now.inputs}
+    done |= {"split": "test", "prompts": 1}
+    write_atomically(RUN / "eval" / "test.json", jsonl([done]))
+
+
+EDITS = {
+    "models/own/config.json": "sft",
+    "models/own/tokenizer.json": "sft",
+    "models/own/adapter/adapter_model.safetensors": "sft",
+    "template.jinja": "sft",
+    "demonstrations.jsonl": "sft",
+    "prompts.jsonl": "rm",
+    "own_labeler.py": "rm",
+    "own_help.py": "rm",
+    "own_pack/words.py": "rm",
+    "own_pack/__init__.py": "rm",
+    "own_reward.py": "ppo",
+    "models/judge/config.json": "ppo",
+    "held_out.jsonl": "eval",
+    "text.jsonl": "eval",
+    "own_judge.py": "eval",
+    "checkpoints/tiny/overopt/overopt.json": "report",
+}
+"""File -> the first step that is to be made again."""
+
+
+def test_an_edit_of_any_input_is_noticed_by_its_step_and_those_after_it():
+    everything()
+    order = ["sft", "rm", "ppo", "eval", "report"]
+    for name, first in EDITS.items():
+        path = Path(name)
+        path.write_text(path.read_text() + (" " if path.suffix != ".py" else "# edited\n"))
+        assert plan() == order[order.index(first) :], name
+        make_what_is_stale()
+        assert plan() == [], name
+
+
+def test_an_edit_that_changes_nothing_makes_nothing(tmp_path):
+    everything()
+    for path in [*Path(".").rglob("*")]:
+        path.touch()
+    for config in RECIPE.glob("*.yaml"):
+        config.write_text("# a remark\n" + config.read_text().replace(": ", ":  ", 1))
+    assert plan() == []
+    shutil.copytree(".", tmp_path / "copy", ignore=shutil.ignore_patterns("copy"))
+    os.chdir(tmp_path / "copy")
+    assert plan() == []
+
+
+# --- a run remembers ------------------------------------------------------------------------------
+
+
+def test_a_run_means_what_it_was_made_with():
+    everything()
+    write("configs/other/ppo.yaml", "prompts: {path: prompts.jsonl}\nseed: 9\n")
+    note(RUN, "ppo", Made(config="configs/tiny/ppo.yaml", settings=["seed=4"]), RECIPE, None)
+    asked = Asked(RUN)
+    assert asked.recipe == RECIPE
+    assert asked.of("ppo").settings == ["seed=4"]
+    assert Asked(RUN, settings=["ppo.seed=5", "ppo.lam=1"]).of("ppo").settings == [
+        "seed=5",
+        "lam=1",
+    ]
+    other = Asked(RUN, Path("configs/other")).of("ppo")
+    assert (other.config, other.settings) == ("configs/other/ppo.yaml", [])
+
+
+def refused(*settings: str, **options) -> str:
+    made = planning.stale(Asked(RUN, RECIPE, settings=list(settings)), ["ppo"], **options)
+    try:
+        planning.check_replaced(made)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_another_setting_or_file_replaces_nothing_unasked():
+    everything()
+    assert not refused()
+    told = refused("ppo.kl_coef=0.5")
+    assert (
+        "checkpoints/tiny/ppo: made from configs/tiny/ppo.yaml, would be replaced by one from"
+        in told
+    )
+    assert 'SET="kl_coef=0.5"' in told
+    assert "FORCE=ppo" in told
+    assert "sft" in refused("sft.seed=3")
+    assert not refused("ppo.kl_coef=0.5", force=["ppo"])
+    with (RECIPE / "ppo.yaml").open("a") as file:
+        file.write("seed: 7\n")
+    assert not refused()  # an edited file is the same recipe
+    (RUN / "run.json").unlink()
+    assert "does not remember" in refused()
+
+
+def test_a_run_remembers_whom_it_borrows_from():
+    everything()
+    note(Path("checkpoints/b"), "ppo", Made(config="configs/tiny/ppo.yaml"), RECIPE, RUN)
+    asked = Asked(Path("checkpoints/b"))
+    assert asked.borrow == RUN
+    assert planning.to_run(planning.stale(asked, ["ppo"]))[0] == "ppo"
