@@ -11,6 +11,7 @@ import pytest
 
 from fake_stages import make_base, train, write_recipe
 from pipeline import cli, run
+from pipeline.handoff.artifacts import manifest_hash
 from pipeline.process import disk
 
 CALL = ["--config", "configs/tiny/sft.yaml", "--run", "checkpoints/tiny"]
@@ -40,6 +41,36 @@ def test_a_stage_is_run_once_and_then_up_to_date(capsys):
     assert "sft: published checkpoints/tiny/sft" in capsys.readouterr().out
     assert call() == 0
     assert capsys.readouterr().out == "sft: up to date (checkpoints/tiny/sft)\n"
+
+
+def test_of_two_that_start_at_once_one_trains(monkeypatch, capsys):
+    made = []
+
+    def another_was_faster(config):
+        mine, run._command = run._command, None
+        train(config, b"the other's")
+        run._command = mine
+        made.append(train(config))
+
+    install(monkeypatch, another_was_faster)
+    assert call() == 0
+    assert made == []
+    assert "another process has just made it" in capsys.readouterr().out
+    assert Path("checkpoints/tiny/sft/model.safetensors").read_bytes() == b"the other's"
+
+
+def test_made_again_from_the_same_things_nothing_after_it_is_stale():
+    call()
+    before = manifest_hash(Path("checkpoints/tiny/sft"))
+    assert call("--force") == 0
+    assert manifest_hash(Path("checkpoints/tiny/sft")) == before
+
+
+def test_a_run_goes_on_as_it_was_made_when_its_name_alone_is_given(capsys):
+    call("seed=3")
+    with pytest.raises(SystemExit):
+        cli.main("sft", ["--run", "checkpoints/tiny"])
+    assert capsys.readouterr().out.endswith("sft: up to date (checkpoints/tiny/sft)\n")
 
 
 def test_garbage_is_not_looked_for_while_a_stage_is_imported(monkeypatch):

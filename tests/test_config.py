@@ -292,7 +292,7 @@ def test_every_key_says_what_it_does_where_it_is_declared():
         f"{section.__name__}.{key}"
         for section in sections
         for key in section.model_fields
-        if key not in _docs(section)
+        if section.__module__.startswith("pipeline.") and key not in _docs(section)
     ]
     assert len(sections) > 12
     assert silent == []

@@ -24,9 +24,9 @@ def a_recipe(tmp_path, monkeypatch):
     return tmp_path
 
 
-def interrupted(config, step: str = "step-000010") -> Path:
+def interrupted(config, dataset=None, step: str = "step-000010") -> Path:
     """A run that saved a state and was killed."""
-    with pytest.raises(KeyboardInterrupt), StageRun(config) as stage:
+    with pytest.raises(KeyboardInterrupt), StageRun(config, dataset) as stage:
         stage.tracker.log(10, {"loss": 1.0})
         (stage.work / step).mkdir()
         raise KeyboardInterrupt
@@ -184,6 +184,14 @@ def test_an_interrupted_run_with_other_data_or_parents_is_refused(tmp_path):
     train(config_of(tmp_path, "sft"), b"other")
     with pytest.raises(UserError, match="sft has changed"):
         StageRun(config_of(tmp_path, "rm")).__enter__()
+
+
+def test_rows_in_memory_cannot_be_swapped_under_an_interrupted_run(tmp_path):
+    config, rows = config_of(tmp_path, "sft"), [{"text": "a"}]
+    interrupted(config, rows)
+    with pytest.raises(UserError, match="dataset has changed"):
+        StageRun(config, [{"text": "b"}]).__enter__()
+    assert train(config, dataset={"text": ["a"]})  # the same rows, in another container
 
 
 def test_a_run_that_saved_nothing_starts_its_record_anew_and_may_change(tmp_path):

@@ -78,17 +78,15 @@ class Asked:
             self.borrow = Path(self.memory.borrow)
 
     def of(self, name: str) -> Made:
-        """The file and settings of a step: those asked for, over those it was made with."""
-        before = self._kept.get(name)
+        """The file and settings of a step: those asked for, over those it was made with.
+
+        A file that was asked for stands for itself: settings put over it before are not remembered.
+        """
+        before = None if name in self.files else self._kept.get(name)
         assert self.recipe is not None
-        file = self.files.get(name) or Path(
-            before.config if before else self.recipe / f"{name}.yaml"
-        )
-        words = before.settings if before and Path(before.config) == file else []
-        return Made(
-            config=file.as_posix(),
-            settings=_last_ones([*words, *steps.overrides(name, self.settings)]),
-        )
+        own = Path(before.config) if before else self.recipe / f"{name}.yaml"
+        words = [*(before.settings if before else []), *steps.overrides(name, self.settings)]
+        return Made(config=self.files.get(name, own).as_posix(), settings=_last_ones(words))
 
 
 def _last_ones(words: Iterable[str]) -> list[str]:
