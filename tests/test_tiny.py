@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.messages import user_turn
 from pipeline.tiny import files, gold, labeler, world
 
 SMALL = {
@@ -81,7 +82,7 @@ def test_prompt_files_hold_no_answers(rows_of):
 def test_gold_solves_every_prompt_as_the_world_meant_it():
     rng = random.Random(5)
     for case in world.draw_cases(rng, 400, set()):
-        prompt = world.user_text({"instruction": case.instruction, "input": case.input})
+        prompt = user_turn(case.instruction, case.input)
         assert gold.solve(prompt) == case.answer
         # Decoded text has lost its newline.
         assert gold.solve(prompt.replace("\n", " ")) == case.answer
@@ -122,7 +123,7 @@ def test_exact_looks_at_content_alone():
 def test_demonstrators_err_as_often_as_stated():
     rng = random.Random(1)
     cases = world.draw_cases(rng, 4000, set())
-    prompts = [world.user_text({"instruction": c.instruction, "input": c.input}) for c in cases]
+    prompts = [user_turn(c.instruction, c.input) for c in cases]
     readings = [
         gold.read(p, world.demonstrate(c, rng)) for p, c in zip(prompts, cases, strict=True)
     ]

@@ -22,59 +22,19 @@ from dataclasses import dataclass
 FAMILIES = ("question", "summary", "translation", "dialogue")
 LANGUAGES = ("en", "zh")
 
+
+def _pairs(words: str) -> dict[str, str]:
+    english, chinese = words.split()[::2], words.split()[1::2]
+    return dict(zip(english, chinese, strict=True))
+
+
 # English word -> Chinese word, by class. A word belongs to one class, and translation is word for word.
-NAMES = {
-    "tom": "汤姆",
-    "anna": "安娜",
-    "ben": "本恩",
-    "lily": "莉莉",
-    "sam": "山姆",
-    "kate": "凯特",
-}  # fmt: skip
-PLACES = {
-    "paris": "巴黎",
-    "rome": "罗马",
-    "london": "伦敦",
-    "berlin": "柏林",
-    "madrid": "马德里",
-    "tokyo": "东京",
-}  # fmt: skip
-THINGS = {
-    "apples": "苹果",
-    "eggs": "鸡蛋",
-    "books": "书",
-    "flowers": "花",
-    "cakes": "蛋糕",
-    "cups": "杯子",
-    "maps": "地图",
-    "shoes": "鞋",
-}  # fmt: skip
-ADJECTIVES = {
-    "red": "红",
-    "blue": "蓝",
-    "green": "绿",
-    "white": "白",
-    "new": "新",
-    "old": "旧",
-    "small": "小",
-    "big": "大",
-}  # fmt: skip
-VERBS = {
-    "bought": "买了",
-    "sold": "卖了",
-    "saw": "看见",
-    "found": "找到",
-    "lost": "丢了",
-    "made": "做了",
-}
-NUMBERS = {
-    "two": "两",
-    "three": "三",
-    "four": "四",
-    "five": "五",
-    "six": "六",
-    "ten": "十",
-}
+NAMES = _pairs("tom 汤姆 anna 安娜 ben 本恩 lily 莉莉 sam 山姆 kate 凯特")
+PLACES = _pairs("paris 巴黎 rome 罗马 london 伦敦 berlin 柏林 madrid 马德里 tokyo 东京")
+THINGS = _pairs("apples 苹果 eggs 鸡蛋 books 书 flowers 花 cakes 蛋糕 cups 杯子 maps 地图 shoes 鞋")
+ADJECTIVES = _pairs("red 红 blue 蓝 green 绿 white 白 new 新 old 旧 small 小 big 大")
+VERBS = _pairs("bought 买了 sold 卖了 saw 看见 found 找到 lost 丢了 made 做了")
+NUMBERS = _pairs("two 两 three 三 four 四 five 五 six 六 ten 十")
 
 CLASSES = {
     "name": NAMES,
@@ -111,26 +71,9 @@ INSTRUCTIONS = {
 
 # The words that hold sentences together, beyond the classes above.
 WORDS_OF_FORM = (
-    *("what", "is", "the", "item", "number", "kind", "in", "?", "this", "morning", "went", "with"),
-    *(
-        "to",
-        "and",
-        "i",
-        "would",
-        "like",
-        "can",
-        "have",
-        "do",
-        "you",
-        "here",
-        "are",
-        "yes",
-        "no",
-        "=",
-    ),
-    *("物品", "数量", "样子", "是", "什么", "在", "？", "今天", "早上", "和", "去", "我", "想要"),
-    *("能", "给", "你们", "有", "个", "吗", "这是", "对", "不对"),
-)
+    "what is the item number kind in ? this morning went with to and i would like can have do you here are yes "
+    "no = 物品 数量 样子 是 什么 在 ？ 今天 早上 和 去 我 想要 能 给 你们 有 个 吗 这是 对 不对"
+).split()
 
 # What the demonstrators do. They err on purpose: a reward model can only teach what its samples vary in.
 OMISSION_RATE = 0.15  # a content word is left out
@@ -170,11 +113,6 @@ def reply_language(family: str, language: str) -> str:
     if family != "translation":
         return language
     return "zh" if language == "en" else "en"
-
-
-def user_text(row: dict) -> str:
-    """The user turn of a row: the instruction, and the input on a line of its own where there is one."""
-    return f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
 
 
 def words_of(kind: str, language: str) -> list[str]:
