@@ -1,5 +1,6 @@
 """The frame of a stage: lock, verified parents, what an interrupted run leaves, publication."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -290,3 +291,12 @@ def test_hashes_of_big_files_are_remembered_until_the_file_changes(tmp_path, mon
     big.write_bytes(b"y" * 2_000_000)
     os.utime(big, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size and time
     assert data_fingerprint(Data(path=str(big))) != before
+
+
+def test_looking_at_a_folder_that_may_only_be_read_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(lineage, "_SETTLED", -1.0)
+    big = tmp_path / "big.jsonl"
+    big.write_bytes(b"x" * 2_000_000)
+    refusal = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(lineage, "write_atomically", lambda *_: (_ for _ in ()).throw(refusal))
+    assert len(data_fingerprint(Data(path=str(big)))) == 1

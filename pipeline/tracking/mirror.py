@@ -134,7 +134,7 @@ class Mirror:
             group=self.run.name,
             job_type=self.stage,
             dir=str(self.run),
-            config=self.config,
+            config=self.config | {"parents": {n: _alias(p) for n, p in self.parents.items()}},
             resume="allow",
             mode=mode,
             settings=settings,
@@ -237,10 +237,11 @@ def _quietly(function: Callable[[], None]) -> None:
 def stable_id(work: Path, name: str) -> str:
     """`name` and a random tail, kept in `work`: a resumed run goes on under its id, a new one does not.
 
-    Without the tail a repeated run would be appended to the earlier one of the same name.
+    Without the tail a repeated run would be appended to the earlier one of the same name. In a copy of a
+    run's folder under another name, the id it was copied with is not its own.
     """
     file = work / "wandb_id"
-    if not file.exists():
+    if not file.exists() or file.read_text().rpartition("-")[0] != name:
         write_atomically(file, f"{name}-{os.urandom(3).hex()}")
     return file.read_text()
 
