@@ -74,6 +74,14 @@ def test_a_number_in_e_notation_serves_for_integers(tmp_path):
     assert load_config(SFTConfig, path).learning_rate == 1e-5
 
 
+def test_a_duplicate_key_hides_no_other_mistake(tmp_path):
+    told = complaint(
+        tmp_path, SFTConfig, SFT + "seed: 1\nseed: 2\nlerning_rate: 1\nepochs: 1\nepochs: 2"
+    )
+    for part in (":4: duplicate key `seed`", "lerning_rate: unknown", "duplicate key `epochs`"):
+        assert part in told
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -181,7 +181,9 @@ def test_a_resumed_run_tells_the_mirror_the_earlier_rows_and_keeps_its_id(tmp_pa
     assert [(step, m["loss"]) for step, m in run.logged] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert mirror.stable_id(first.metrics_path.parent, "tiny-ppo") == name
     assert mirror.stable_id(tmp_path, "tiny-ppo") != name
-    copied = mirror.stable_id(first.metrics_path.parent, "copy-ppo")  # the folder under another name
+    copied = mirror.stable_id(
+        first.metrics_path.parent, "copy-ppo"
+    )  # the folder under another name
     assert copied.startswith("copy-ppo-")
 
 

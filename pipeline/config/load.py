@@ -37,8 +37,9 @@ def load_config(
     `others` are configs, by name, that a misplaced key may belong to.
     """
     path = Path(path)
-    raw = strict_yaml.read_mapping(path)
-    problems = [problem for word in overrides if (problem := _override(raw, word))]
+    problems: list[str] = []
+    raw = strict_yaml.read_mapping(path, problems)
+    problems += [problem for word in overrides if (problem := _override(raw, word))]
     problems += [f"{path}: {key}: not a finite number" for key in _not_finite(raw)]
     raw = _defaults_as_text(cls) | _relocated(raw)
     try:

@@ -23,6 +23,10 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str | None, list] = {}
     depth = 0
 
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.duplicates: list[tuple[int, str]] = []  # line and words of each
+
     def compose_node(self, parent, index):
         self.depth += 1
         if self.depth > _DEEPEST:
@@ -53,9 +57,8 @@ class _Loader(yaml.SafeLoader):
                     None, None, "a key must be one word", key_node.start_mark
                 )
             if key_node.value in result:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key `{key_node.value}`", key_node.start_mark
-                )
+                said = f"duplicate key `{key_node.value}`"
+                self.duplicates.append((key_node.start_mark.line + 1, said))
             result[key_node.value] = self.construct_object(value_node, deep=True)
         return result
 
@@ -90,12 +93,22 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.floating)
 
 
-def parse(text: str, where: str) -> Any:
-    """The value of a YAML text; UserError `where:line: reason`."""
+def parse(text: str, where: str, problems: list[str] | None = None) -> Any:
+    """The value of a YAML text; UserError `where:line: reason`.
+
+    With a list of `problems`, duplicate keys are told there and the text is read on.
+    """
     if len(text) > _LONGEST:
         raise UserError(f"{where}: {len(text)} characters are too many for a config")
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        value = loader.get_single_data()
+        told = [f"{where}:{line}: {said}" for line, said in sorted(loader.duplicates)]
+        if problems is None and told:
+            raise UserError("\n".join(told))
+        problems = [] if problems is None else problems
+        problems += told
+        return value
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -104,8 +117,8 @@ def parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping."""
+def read_mapping(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping. `problems` as in `parse`."""
     try:
         if path.stat().st_size > 4 * _LONGEST:
             raise UserError(f"{path}: {path.stat().st_size} bytes are too many for a config")
@@ -114,7 +127,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    value = parse(text, str(path))
+    value = parse(text, str(path), problems)
     if value is None:
         return {}
     if not isinstance(value, dict):
