@@ -15,7 +15,7 @@ from pipeline.config.schema import StageConfig
 from pipeline.errors import UserError
 from pipeline.handoff.lineage import inputs_of, why_stale
 from pipeline.handoff.remembered import Asked
-from pipeline.process import disk, faults, memory, stopping
+from pipeline.process import disk, faults, launch, memory, stopping
 from pipeline.process.progress import is_main_process, say
 
 
@@ -29,6 +29,7 @@ def main(stage: str, argv: list[str] | None = None) -> None:
     with reporting_errors():
         args = parser(stage).parse_args(argv)
         faults.setup(stage, steps.phases())
+        launch.check_environment()
         asked = request(stage, args)
         config = configured(stage, asked)
         run.started(config, asked.of(stage), asked.recipe)

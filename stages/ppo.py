@@ -9,7 +9,6 @@ if __name__ == "__main__":
     cli.main("ppo")  # checks config and data before the slow imports below
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from pipeline.models.adapters import merged
 from pipeline.models.loading import prepare_cpu, quiet
 from pipeline.ppo import preflight
 from pipeline.ppo.alarms import Alarms
-from pipeline.ppo.build import build_ppo
+from pipeline.ppo.build import build_ppo, check_divides
 from pipeline.ppo.measures import Clock
 from pipeline.ppo.rollout import PromptStream, Query
 from pipeline.ppo.trainer import PPO
@@ -41,6 +40,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
 
     `dataset` replaces `config.prompts` by prompts in memory.
     """
+    check_divides(config)
     prompts = load_prompts(given(config.prompts, dataset, "prompts"))
     with StageRun(config, dataset) as stage:
         preflight.check(config, stage.parents)
@@ -145,7 +145,7 @@ def _save(ppo: PPO, output: Path) -> None:
 
 def _summary(record: Path) -> dict[str, float]:
     """First iteration against the mean of the last five, from the run's own record."""
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    lines = read_rows(record)
     last = lines[-5:]
 
     def after(name: str) -> float:

@@ -32,15 +32,9 @@ from pipeline.evaluation.rankings import Scored, measure, write_scored
 from pipeline.feedback.comparisons import sampled_rankings
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import ADAPTER, add_lora, merged, save_adapter
-from pipeline.models.loading import (
-    last_real,
-    load_tokenizer,
-    prepare_cpu,
-    reward_from_policy,
-    score_head,
-    score_sequences,
-    scores_at,
-)
+from pipeline.models.forward import last_real, score_head, score_sequences, scores_at
+from pipeline.models.loading import load_tokenizer, prepare_cpu, reward_from_policy
+from pipeline.models.tokens import pad_id
 from pipeline.process import faults
 from pipeline.process.progress import say, tracked
 from pipeline.run import StageRun, given
@@ -106,7 +100,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
                     remove_unused_columns=False,
                 )
             ),
-            data_collator=KwiseCollator(int(tokenizer.pad_token_id)),  # type: ignore[arg-type]
+            data_collator=KwiseCollator(pad_id(tokenizer)),
             train_dataset=Dataset.from_list(training_rows),
             processing_class=tokenizer,
         )
@@ -219,9 +213,9 @@ def _score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
 ) -> list[Scored]:
     """Held-out rankings with the model's scores."""
-    flat = [ids for row in rows for ids in row["sequences"]]
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    scores = iter(score_sequences(model, flat, pad, progress="rm: scoring held-out responses"))
+    prompts, responses = _apart(rows)
+    pad, bar = pad_id(tokenizer), "rm: scoring held-out responses"
+    scores = iter(score_sequences(model, prompts, responses, pad, progress=bar))
     return [
         Scored(
             prompt=row["prompt"],
@@ -234,18 +228,26 @@ def _score(
     ]
 
 
+def _apart(rows: list[dict]) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of all prompts and of all responses, as often as there are responses."""
+    whole = [(ids, row["prompt_length"]) for row in rows for ids in row["sequences"]]
+    return [ids[:n] for ids, n in whole], [ids[n:] for ids, n in whole]
+
+
 def _demonstration_mean(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RMConfig, sft: Path
 ) -> float:
     """Mean score of demonstrations, less the model's bias: before there is one, the bias itself."""
     source = config.demonstrations or Data(path=str(sft / "demonstrations.jsonl"))
     items = load_demonstrations(source)[: config.demonstrations_limit]
-    sequences = []
-    for item in items:
-        prompt, response = encode_demonstration(tokenizer, item.messages)
-        sequences.append((prompt + response)[-config.max_length :])
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    scores = score_sequences(model, sequences, pad, progress="rm: scoring demonstrations")
+    encoded = [encode_demonstration(tokenizer, item.messages) for item in items]
+    room = [max(config.max_length - len(response), 0) for _, response in encoded]
+    prompts = [
+        ids[len(ids) - min(n, len(ids)) :] for (ids, _), n in zip(encoded, room, strict=True)
+    ]
+    responses = [response[-config.max_length :] for _, response in encoded]
+    pad, bar = pad_id(tokenizer), "rm: scoring demonstrations"
+    scores = score_sequences(model, prompts, responses, pad, progress=bar)
     return sum(scores) / len(scores)
 
 
@@ -256,10 +258,9 @@ def _padding_gap(
 
     UserError above `PADDING_TOLERANCE`: such a model does not heed its mask.
     """
-    sequences = [ids for row in rows[:4] for ids in row["sequences"]]
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    together = score_sequences(model, sequences, pad)
-    alone = score_sequences(model, sequences, pad, batch_size=1)
+    prompts, responses = _apart(rows[:4])
+    together = score_sequences(model, prompts, responses, pad_id(tokenizer))
+    alone = score_sequences(model, prompts, responses, pad_id(tokenizer), batch_size=1)
     gap = max((abs(a - b) for a, b in zip(together, alone, strict=True)), default=0.0)
     if gap > PADDING_TOLERANCE:
         raise UserError(

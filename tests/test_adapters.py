@@ -16,7 +16,8 @@ from pipeline.models.adapters import (
     merged,
     save_adapter,
 )
-from pipeline.models.loading import load_reward, reward_from_policy, score_sequences
+from pipeline.models.forward import score_sequences
+from pipeline.models.loading import load_reward, reward_from_policy
 from pipeline.ppo.build import build_ppo
 from pipeline.ppo.rewards import model_reward
 from pipeline.ppo.rollout import Query
@@ -137,10 +138,11 @@ def test_one_base_serves_all_and_only_the_adapters_train(run):
 def test_the_reference_stays_the_base_and_the_reward_stays_the_reward(run):
     ppo = shared(run)
     sequences = [q.ids + [10, 11, 4] for q in QUERIES]
-    wanted = score_sequences(load_reward(run / "rm"), sequences, 0)
+    wanted = score_sequences(load_reward(run / "rm"), [[]] * len(sequences), sequences, 0)
     for _ in range(2):
         rollout = ppo.rollout(QUERIES)
-        ids, mask = rollout.inputs()
+        ids = torch.cat([rollout.queries, rollout.responses], dim=1)
+        mask = torch.cat([rollout.query_mask, rollout.response_mask], dim=1).long()
         base = tiny_models.policy(0)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = base(ids, attention_mask=mask, position_ids=positions).logits

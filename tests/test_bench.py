@@ -100,7 +100,7 @@ def test_the_floor_counts_what_torch_counts():
 
 def test_our_responses_have_the_drawn_lengths():
     work, trainer = draw(XS), ours.ppo_of(XS, CASES["fp32"])
-    trainer.forced_lengths = torch.tensor(work.lengths)
+    trainer.sampler.forced_lengths = torch.tensor(work.lengths)
     rollout = trainer.rollout([Query(ids) for ids in work.prompts])
     assert rollout.response_mask.sum(dim=1).tolist() == work.lengths
     ends = (rollout.responses == EOS) & rollout.response_mask

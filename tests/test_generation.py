@@ -7,8 +7,9 @@ import tiny_models
 from pipeline.errors import UserError
 from pipeline.models import decoding
 from pipeline.models.decoding import CachedDecoder, Decoder, PackedDecoder, survivors
-from pipeline.models.generation import drawn, generate, left_pad, sample, stops
+from pipeline.models.generation import drawn, generate, sample, stops
 from pipeline.models.packing import enable_packing
+from pipeline.models.tokens import left_pad
 
 PAD, EOS = 0, 4
 PROMPTS = [[2, 7, 8, 3], [2, 9, 3], [2, 5, 6, 7, 11, 3], [2, 12, 13, 3], [3], [2, 6, 6, 3]]

@@ -7,13 +7,13 @@ import torch
 
 import tiny_models
 from pipeline.errors import UserError
+from pipeline.models.forward import score_head
 from pipeline.models.loading import (
     disable_dropout,
     load_policy,
     load_reward,
     load_tokenizer,
     reward_from_policy,
-    score_head,
 )
 
 

@@ -5,7 +5,7 @@ import torch
 
 import tiny_models
 from pipeline.models import packing
-from pipeline.models.loading import (
+from pipeline.models.forward import (
     hidden_at,
     last_real,
     logits_at,
@@ -16,6 +16,7 @@ from pipeline.models.loading import (
     scores_at,
 )
 from pipeline.models.packing import enable_packing, inner, pack, pack_if_possible, packs
+from pipeline.models.sequences import Sequences
 
 IDS = torch.tensor(
     [
@@ -36,6 +37,9 @@ MASK = torch.tensor(
     ]
 )
 WIDTH = 5
+SEQUENCES = Sequences(
+    IDS[:, :-WIDTH], MASK[:, :-WIDTH].bool(), IDS[:, -WIDTH:], MASK[:, -WIDTH:].bool()
+)
 
 
 def _gradients(model, loss) -> dict[str, torch.Tensor]:
@@ -71,7 +75,7 @@ def test_packed_logprobs_and_gradients_equal_padded_ones(kind):
         if packed:
             assert enable_packing(model) is None
             assert packs(model)
-        logprobs = response_logprobs(model, IDS, MASK, WIDTH, temperature=0.7)
+        logprobs = response_logprobs(model, SEQUENCES, temperature=0.7)
         weights = torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs)
         found.append((logprobs.detach(), _gradients(model, (logprobs * weights).sum())))
     (padded, before), (packed_logprobs, after) = found
@@ -101,7 +105,7 @@ def test_scores_are_read_at_the_last_real_token_of_each_sequence():
     assert last_real(MASK).long().argmax(1).tolist() == [9, 6, 10, 5, 7]
     together = scores_at(model, IDS, MASK, last_real(MASK))
     alone = [
-        score_sequences(model, [IDS[b][MASK[b].bool()].tolist()], pad_token_id=0)[0]
+        score_sequences(model, [[]], [IDS[b][MASK[b].bool()].tolist()], pad_token_id=0)[0]
         for b in range(len(IDS))
     ]
     assert together.tolist() == pytest.approx(alone, abs=1e-5)
@@ -128,7 +132,7 @@ def test_tokens_from_which_nothing_is_predicted_are_not_computed():
     seen = []
     layer = model.model.layers[0]
     layer.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
-    response_logprobs(model, IDS, MASK, WIDTH, 1.0)
+    response_logprobs(model, SEQUENCES, 1.0)
     hidden_at(model, IDS, MASK, where)
     assert seen == [32 - 4, 32 - 4]
 
@@ -140,21 +144,21 @@ def test_gradient_checkpointing_changes_no_gradient():
         enable_packing(model)
         if checkpointing:
             model.gradient_checkpointing_enable()
-        found.append(_gradients(model, response_logprobs(model, IDS, MASK, WIDTH, 1.0).sum()))
+        found.append(_gradients(model, response_logprobs(model, SEQUENCES, 1.0).sum()))
     _close(*found, 1e-5)
 
 
 @pytest.mark.parametrize("kind", tiny_models.PADDED)
 def test_what_cannot_be_packed_keeps_padded_batches_and_says_so_once(kind, capsys):
     model = tiny_models.causal(kind)
-    wanted = response_logprobs(model, IDS, MASK, WIDTH, 1.0)
+    wanted = response_logprobs(model, SEQUENCES, 1.0)
     packing._say_once.cache_clear()
     for _ in range(2):
         pack_if_possible(model)
     assert not packs(model)
     told = [line for line in capsys.readouterr().out.splitlines() if "stay padded" in line]
     assert len(told) == 1 and type(inner(model)).__name__ in told[0]
-    assert torch.equal(response_logprobs(model, IDS, MASK, WIDTH, 1.0), wanted)
+    assert torch.equal(response_logprobs(model, SEQUENCES, 1.0), wanted)
 
 
 def test_a_model_that_answers_differently_when_packed_is_found_out(monkeypatch):

@@ -1,5 +1,6 @@
 """Two processes on CPU (gloo) get the numbers of one."""
 
+import operator
 import os
 import socket
 import subprocess
@@ -29,7 +30,9 @@ def sampled_share(rank: int, processes: int) -> tuple[list[list[int]], list[torc
     """Responses that this process samples to its share of the queries, and weights after it."""
     ppo = exact.make(old_logprobs="sampler")
     ppo.iteration = 1  # the reference differs from the policy on purpose
-    ppo.score = lambda episodes: [float(len(ids)) for ids in episodes.sequences]
+    ppo.score = lambda episodes: [
+        float(len(ids)) for ids in map(operator.add, episodes.queries, episodes.response_ids)
+    ]
     queries = [Query(ids) for ids in exact.QUERIES]
     share = len(queries) // processes
     torch.manual_seed(3)

@@ -71,8 +71,13 @@ def recorded(ppo: PPO, extra_left: int = 0, extra_right: int = 0, pad: int = 0) 
         ref_logprobs=torch.zeros(4, t),
         values=torch.zeros(4, t),
     )
-    ppo._evaluate(rollout)
-    return rollout
+    return evaluated(ppo, rollout)
+
+
+@torch.no_grad()
+def evaluated(ppo: PPO, rollout: Rollout) -> Rollout:
+    old, reference, values = ppo._evaluate(rollout, rollout.sampler_logprobs)
+    return replace(rollout, old_logprobs=old, ref_logprobs=reference, values=values)
 
 
 # --- the reference -------------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def test_an_empty_response_changes_nothing():
             ]
             both = {n: torch.cat([getattr(rollout, n), getattr(row, n)]) for n in names}
             rollout = replace(rollout, **both)
-            ppo._evaluate(rollout)
+            rollout = evaluated(ppo, rollout)
             assert rollout.old_logprobs[4].eq(0).all() and rollout.values[4].eq(0).all()
         metrics = ppo.update(rollout)
         assert all(math.isfinite(value) for value in metrics.values())
@@ -265,7 +270,7 @@ def test_scores_reach_the_reward_with_the_sampled_tokens():
     ppo.iteration = 1
     ppo.score = lambda episodes: seen.append(episodes) or SCORES
     rollout = ppo.rollout([Query(ids, f"p{i}", {"n": i}) for i, ids in enumerate(QUERIES)])
-    assert seen[0].sequences == [
-        q + r for q, r in zip(QUERIES, rollout.response_ids(), strict=True)
-    ]
+    closed = [ids if ids[-1] == EOS else [*ids, EOS] for ids in rollout.response_ids()]
+    assert closed != rollout.response_ids()  # one was cut off, and is read with the end it lacks
+    assert seen[0].queries == QUERIES and seen[0].response_ids == closed
     assert seen[0].prompts == ["p0", "p1", "p2", "p3"] and seen[0].rows[2] == {"n": 2}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.config.schema import PPOConfig
+from pipeline.models.sequences import Sequences
 from pipeline.ppo.losses import Minibatch, losses
 from pipeline.ppo.networks import Outputs
 from pipeline.ppo.ptx import PtxBatch
@@ -76,8 +77,12 @@ def test_values_are_pushed_to_their_returns_by_their_coefficient(coef):
     torch.testing.assert_close(found, wanted)
 
 
+def texts(ids):
+    return Sequences.of_texts(ids, torch.ones_like(ids))
+
+
 def test_the_text_is_made_more_likely_by_its_coefficient():
-    text = PtxBatch(torch.ones(2, 3), torch.ones(2, 3), torch.tensor(8.0), ratio=1)
+    text = PtxBatch(texts(torch.ones(2, 3)), torch.tensor(8.0), ratio=1)
     found = gradient(
         "likelihood",
         batch(ptx=text),
@@ -109,8 +114,8 @@ def test_the_mismatch_is_measured_before_the_first_step_alone():
 
 
 def test_a_micro_batch_has_its_own_rows_and_the_steps_tokens():
-    text = PtxBatch(torch.arange(8).view(4, 2), torch.ones(4, 2), torch.tensor(4.0), ratio=2)
+    text = PtxBatch(texts(torch.arange(8).view(4, 2)), torch.tensor(4.0), ratio=2)
     part = batch(ptx=text).rows(slice(1, 2))
     assert part.tokens == TOKENS and len(part.rollout) == 1
     assert part.advantages[0, 0] == 0.5 and part.returns[0, 0] == pytest.approx(0.1)
-    assert part.ptx.ids.tolist() == [[4, 5], [6, 7]] and part.ptx.tokens == 4
+    assert part.ptx.texts.responses.tolist() == [[5], [7]] and part.ptx.tokens == 4

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.models import tokens
 from pipeline.ppo import maths
 
 NAN = float("nan")
@@ -22,7 +23,7 @@ def random_batch(seed: int, rows: int = 4, width: int = 6):
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, width + 1, (rows,), generator=g)
     lengths[0] = width  # at least one whole row
-    mask = maths.mask_from_lengths(lengths, width)
+    mask = tokens.mask_from_lengths(lengths, width)
     x = torch.randn(rows, width, generator=g, dtype=torch.float64)
     return torch.where(mask, x, NAN), mask
 
@@ -34,7 +35,7 @@ seeds = st.integers(0, 10_000)
 
 
 def test_mask_is_true_on_real_tokens_only():
-    assert maths.mask_from_lengths(torch.tensor([0, 1, 3]), 3).tolist() == [
+    assert tokens.mask_from_lengths(torch.tensor([0, 1, 3]), 3).tolist() == [
         [F, F, F],
         [T, F, F],
         [T, T, T],
@@ -42,7 +43,7 @@ def test_mask_is_true_on_real_tokens_only():
 
 
 def test_positions_count_real_tokens_from_zero():
-    assert maths.position_ids(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])).tolist() == [
+    assert tokens.position_ids(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])).tolist() == [
         [0, 0, 0, 1, 2],
         [0, 1, 2, 2, 2],
     ]
@@ -102,15 +103,15 @@ def test_whitened_values_have_mean_0_and_variance_1(seed):
 
 def test_logprobs_divide_logits_by_the_temperature():
     logits = torch.log(torch.tensor([[[1.0, 4.0]]]))
-    one = maths.logprobs_of(logits, torch.tensor([[1]]), 1.0)
-    half = maths.logprobs_of(logits, torch.tensor([[1]]), 0.5)  # odds 1:16
+    one = tokens.logprobs_of(logits, torch.tensor([[1]]), 1.0)
+    half = tokens.logprobs_of(logits, torch.tensor([[1]]), 0.5)  # odds 1:16
     assert one.item() == pytest.approx(math.log(0.8), abs=1e-6)
     assert half.item() == pytest.approx(math.log(16 / 17), abs=1e-6)
 
 
 def test_entropy_of_a_fair_and_of_a_loaded_coin():
     logits = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]))
-    fair, loaded = maths.entropy_of(logits, 1.0)[0].tolist()
+    fair, loaded = tokens.entropy_of(logits, 1.0)[0].tolist()
     assert fair == pytest.approx(math.log(2), abs=1e-6)
     assert loaded == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1), abs=1e-6)
 
@@ -120,7 +121,7 @@ def test_entropy_of_a_fair_and_of_a_loaded_coin():
 def test_one_walk_over_the_logits_gives_logprobs_gradient_and_entropy(
     rows_at_a_time, dtype, monkeypatch
 ):
-    monkeypatch.setattr(maths._TokenLogprobs, "FLOATS", 11 * rows_at_a_time)
+    monkeypatch.setattr(tokens._TokenLogprobs, "FLOATS", 11 * rows_at_a_time)
     torch.manual_seed(0)
     logits = (3 * torch.randn(7, 11)).to(dtype)
     ids, weights = torch.randint(11, (7,)), torch.randn(7)
@@ -128,7 +129,7 @@ def test_one_walk_over_the_logits_gives_logprobs_gradient_and_entropy(
     got = []
     for entropy_grad in (False, True):  # True = the two plain formulas
         x = logits.clone().requires_grad_()
-        logprobs, entropies = maths.logprobs_and_entropy(x, ids, 0.7, entropy_grad)
+        logprobs, entropies = tokens.logprobs_and_entropy(x, ids, 0.7, entropy_grad)
         assert entropies.requires_grad == entropy_grad
         (logprobs * weights).sum().backward()
         got.append((logprobs.detach(), entropies.detach(), x.grad))

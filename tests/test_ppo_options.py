@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 import tiny_models
 from pipeline.config.schema import PPOConfig
 from pipeline.errors import UserError
+from pipeline.models.sequences import Sequences
 from pipeline.ppo import gates, maths
 from pipeline.ppo.build import _ptx
 from pipeline.ppo.rollout import PromptStream, Query
@@ -150,8 +151,8 @@ def test_adaptive_kl_moves_the_coefficient_after_each_iteration():
     ],
 )
 def test_learning_rate_schedules(schedule, warmup, factors):
-    ppo = make(schedule=schedule, warmup_ratio=warmup, iterations=4)
-    assert [ppo._lr_factor(step) for step in range(4)] == pytest.approx(factors)
+    found = [maths.lr_factor(4, warmup, schedule, step) for step in range(4)]
+    assert found == pytest.approx(factors)
 
 
 def test_stop_tokens_end_responses_besides_eos():
@@ -206,7 +207,7 @@ def with_text(ppo, rows):
 
     def batch(step, count):
         ids = torch.tensor(rows)[torch.arange(count) % len(rows)]
-        return ids, (ids != 0).long()
+        return Sequences.of_texts(ids, ids != 0)
 
     ppo.ptx = batch
     return ppo
@@ -223,7 +224,7 @@ def test_ptx_adds_the_text_likelihood_whatever_the_micro_batch():
         ppo = make(max_grad_norm=1e9, **changes)
         if name != "off":
             with_text(ppo, rows)
-        ppo.optimizer.step = lambda: None
+        ppo.optimizer.step, ppo.optimizer_steps = lambda: None, 1
         held = []
         zero = ppo.optimizer.zero_grad
         ppo.optimizer.zero_grad = lambda held=held, ppo=ppo, zero=zero: (
@@ -250,9 +251,9 @@ def test_ptx_texts_are_cut_at_their_longest(tmp_path):
     for longest in (5, 9):
         data = {"ptx_coef": 0.5, "ptx_data": {"path": str(path)}, "ptx_max_length": longest}
         config = PPOConfig(prompts={"path": "none"}, **data)
-        ids, mask = _ptx(config, tiny_models.tokenizer(), Accelerator())(0, 3)
-        assert ids.shape == mask.shape == (3, longest)
-        assert mask.all()
+        texts = _ptx(config, tiny_models.tokenizer(), Accelerator())(0, 3)
+        assert texts.responses.shape == texts.response_mask.shape == (3, longest - 1)
+        assert texts.query_mask.all() and texts.response_mask.all()
 
 
 def test_ptx_examples_come_in_the_configured_ratio():

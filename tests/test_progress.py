@@ -6,8 +6,8 @@ import pytest
 
 import tiny_models
 from pipeline.evaluation.evaluate import sequence_logprobs
+from pipeline.models.forward import score_sequences
 from pipeline.models.generation import generate
-from pipeline.models.loading import score_sequences
 from pipeline.process import progress
 from pipeline.training.trainers import ShowsEvaluation
 
@@ -72,7 +72,7 @@ def test_sampling_scoring_and_likelihoods_tell_where_they_are(capsys):
     model, tokenizer = tiny_models.policy(0), tiny_models.tokenizer()
     prompts = [[2, 7, 3], [2, 8, 3], [2, 9, 3]]
     generate(model, tokenizer, prompts, max_new_tokens=2, batch_size=1, progress="answers")
-    score_sequences(tiny_models.reward(1), prompts, 0, batch_size=1, progress="scores")
+    score_sequences(tiny_models.reward(1), prompts, [[4]] * 3, 0, batch_size=1, progress="scores")
     sequence_logprobs(model, prompts, [[4]] * 3, pad_id=0)
     told = capsys.readouterr().out.splitlines()
     assert told[:3] == ["answers  1/3", "answers  2/3", "answers  3/3"]

@@ -18,14 +18,15 @@ import tiny_models
 from pipeline.config.schema import Reward
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
-from pipeline.models.loading import score_sequences
+from pipeline.models.forward import score_sequences
 from pipeline.ppo import build, maths, rewards
 from pipeline.ppo.rewards import Episodes, RunningScale
 from pipeline.ppo.rollout import Query
 from test_ppo_exact import QUERIES, RESPONSES, make, recorded
 
 EPISODES = Episodes(
-    sequences=[[2, 7, 3, 10, 4], [2, 8, 9, 3, 11, 12, 4]],
+    queries=[[2, 7, 3], [2, 8, 9, 3]],
+    response_ids=[[10, 4], [11, 12, 4]],
     prompts=["w2", "w3 w4"],
     responses=["w5", "w6 w7"],
     rows=[{"answer": "w5"}, {"answer": "w8"}],
@@ -165,12 +166,12 @@ def test_ppo_asks_for_token_rewards_of_the_real_tokens_alone(own):
 
     ppo = make()
     ppo.token_score = rewards.token_function(own(place))
-    rollout = recorded(ppo, extra_right=2)
-    ppo._score(rollout, [Query(ids, text="p") for ids in QUERIES])
+    width = recorded(ppo, extra_right=2).responses.shape[1]
+    episodes = ppo.episodes([Query(ids, text="p") for ids in QUERIES], RESPONSES)
+    found = ppo._token_scores(episodes, width)
     assert [len(row) for row in seen] == [len(row) for row in RESPONSES]
-    width = rollout.responses.shape[1]
     expected = [[i + 1.0 if i < len(r) else 0.0 for i in range(width)] for r in RESPONSES]
-    assert rollout.token_scores.tolist() == expected
+    assert found.tolist() == expected
 
 
 def test_ppo_adds_token_rewards_at_their_tokens_and_nowhere_else(monkeypatch):
@@ -358,7 +359,9 @@ def other_tokenizer(monkeypatch):
 
 def test_a_model_with_the_policys_tokenizer_reads_the_sampled_tokens(tmp_path):
     rm = saved(tmp_path, tiny_models.tokenizer(), bias=0.5)
-    expected = score_sequences(tiny_models.reward(1, bias=0.5), EPISODES.sequences, 0)
+    expected = score_sequences(
+        tiny_models.reward(1, bias=0.5), EPISODES.queries, EPISODES.response_ids, 0
+    )
     for name, given in ((rm, None), ("rm", tmp_path)):
         scores = terms(given).build(Reward(model=name))(EPISODES)
         assert scores == pytest.approx(expected, abs=1e-6)
@@ -370,9 +373,9 @@ def test_a_model_with_another_tokenizer_reads_the_text_by_its_own(tmp_path, othe
     for messages, response in zip(EPISODES.messages, EPISODES.responses, strict=True):
         prompt, (reply,) = encode_responses(other_tokenizer, messages, [response])
         sequences.append(prompt + reply)
-    assert sequences[0] != EPISODES.sequences[0]
+    assert sequences[0] != EPISODES.queries[0] + EPISODES.response_ids[0]
     assert sequences[0][-1] == other_tokenizer.eos_token_id
-    expected = score_sequences(tiny_models.reward(1), sequences, 0)
+    expected = score_sequences(tiny_models.reward(1), [[]] * len(sequences), sequences, 0)
     assert terms().build(Reward(model=path))(EPISODES) == pytest.approx(expected, abs=1e-6)
     direct = rewards.text_model_reward(tiny_models.reward(1), other_tokenizer, 8)(EPISODES)
     assert direct == pytest.approx(expected, abs=1e-6)
@@ -467,7 +470,8 @@ def test_a_reward_model_from_elsewhere_scores_as_transformers_does(tmp_path):
         other.save_pretrained(folder)
         terms = _Terms(None, tiny_models.tokenizer(), torch.device("cpu"), 8)
         episodes = rewards.Episodes(
-            sequences=[[0], [0]],
+            queries=[[0], [0]],
+            response_ids=[[], []],
             prompts=["w1", "w2 w3"],
             responses=["w4 w5", "w6"],
             rows=[{}, {}],

@@ -20,7 +20,8 @@ import tiny_models
 from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts
-from pipeline.models.loading import load_reward, score_sequences
+from pipeline.models.forward import score_sequences
+from pipeline.models.loading import load_reward
 from pipeline.process import progress
 from pipeline.training.trainers import one_gpu
 from stages import ppo, rm, sft
@@ -220,7 +221,9 @@ def test_so_many_demonstrations_centre_the_reward_model(base, tmp_path):
             tokenizer.encode(f"<user> {row['prompt']} <bot> {row['completion']} <end>")
             for row in rows[:limit]
         ]
-        assert statistics.fmean(score_sequences(reward, ids, 0)) == pytest.approx(0, abs=1e-5)
+        assert statistics.fmean(score_sequences(reward, [[]] * len(ids), ids, 0)) == pytest.approx(
+            0, abs=1e-5
+        )
 
 
 def test_a_small_reward_model_trains_its_head_alone(base, tmp_path):

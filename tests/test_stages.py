@@ -22,8 +22,9 @@ from pipeline.data.forms import load_demonstrations
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts
+from pipeline.models.forward import score_sequences
 from pipeline.models.generation import generate
-from pipeline.models.loading import load_policy, load_reward, load_tokenizer, score_sequences
+from pipeline.models.loading import load_policy, load_reward, load_tokenizer
 from pipeline.ppo import preflight
 from pipeline.ppo.alarms import meanings
 from stages import ppo, rm, sft
@@ -149,7 +150,9 @@ def test_the_reward_model_loads_plainly_and_scores_the_same_in_a_batch(run):
     )
     with torch.no_grad():
         plain = model(**batch).logits[:, 0] - model.config.reward_bias
-    ours = score_sequences(load_reward(run / "rm"), sequences, tokenizer.pad_token_id)
+    ours = score_sequences(
+        load_reward(run / "rm"), [[]] * len(sequences), sequences, tokenizer.pad_token_id
+    )
     assert plain.tolist() == pytest.approx(ours, abs=1e-4)
 
 
@@ -159,6 +162,7 @@ def test_demonstrations_score_zero_on_average(run):
     assert model.config.reward_bias != 0
     scores = score_sequences(
         model,
+        [[]] * len(shown),
         [ids_of(tokenizer, d.messages[0]["content"], d.messages[1]["content"]) for d in shown],
         tokenizer.pad_token_id,
     )

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.models.generation import Stop, left_pad, sample
+from pipeline.models.generation import Stop, sample
+from pipeline.models.tokens import left_pad
 
 VERSION = "0.27.0"  # one that TRL's helper knows
 LOADED: list["LLM"] = []

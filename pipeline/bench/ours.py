@@ -30,6 +30,7 @@ from pipeline.models.loading import disable_dropout, prepare_cpu
 from pipeline.models.packing import pack_if_possible
 from pipeline.ppo.rewards import model_reward
 from pipeline.ppo.rollout import Query
+from pipeline.ppo.sampler import PolicySampler
 from pipeline.ppo.trainer import PPO
 from pipeline.training.kwise import KwiseCollator
 from pipeline.training.trainers import arguments, quiet
@@ -48,10 +49,11 @@ def ppo(size: Size, case: Case, turns: Turns) -> None:
     """Iterations of PPO, for ever."""
     work = draw(size, case.full)
     trainer = ppo_of(size, case)
-    trainer.forced_lengths = torch.tensor(work.lengths, device=trainer.device)
-    turns.timed(trainer, "_generate", "generation")
+    assert isinstance(trainer.sampler, PolicySampler)
+    trainer.sampler.forced_lengths = torch.tensor(work.lengths, device=trainer.device)
+    turns.timed(trainer, "sampler", "generation")
     turns.timed(trainer, "_reference_logprobs", "reference")
-    turns.timed(trainer, "_score", "reward and value")
+    turns.timed(trainer, "_scores", "reward and value")
     turns.timed(trainer, "_evaluate", "reward and value")
     turns.timed(trainer, "update", "optimisation")
     queries = [Query(ids) for ids in work.prompts]

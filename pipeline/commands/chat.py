@@ -124,8 +124,9 @@ class Room:
         import torch
 
         from pipeline.data.template import encode_prompt
+        from pipeline.models.forward import score_sequences
         from pipeline.models.generation import generate
-        from pipeline.models.loading import score_sequences
+        from pipeline.models.tokens import pad_id
 
         messages = [{"role": "user", "content": prompt}]
         if self.system:
@@ -145,8 +146,8 @@ class Room:
             )
             score = None
             if self.reward is not None:
-                pad = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
-                [score] = score_sequences(self.reward, [ids + response.ids], pad)
+                pad = pad_id(self.tokenizer)
+                [score] = score_sequences(self.reward, [ids], [response.ids], pad)
             answers.append((name, response.text, response.ended, score))
         return answers
 

@@ -569,6 +569,11 @@ class PPOConfig(StageConfig):
             raise ValueError("; ".join(problems))
         return self
 
+    def value_lr(self) -> float:
+        """The value network's learning rate at its highest."""
+        own = self.value_learning_rate
+        return self.learning_rate if own is None else own
+
     def recompute(self) -> bool:
         """Whether old logprobs come from a forward pass like the update's, not from the sampler."""
         if self.old_logprobs is None:

@@ -154,3 +154,10 @@ def user_turn(instruction: str, extra: str) -> str:
     if not extra.strip():
         return instruction
     return f"{instruction}\n{extra}" if instruction.strip() else extra
+
+
+def prompt_text(messages: list[Message]) -> str:
+    """A prompt as callables and judges read it: the user's words, or a transcript of several turns."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.evaluation import EvalConfig, Split
 from pipeline.data.forms import Prompt, load_demonstrations, load_prompts, load_texts
+from pipeline.data.messages import prompt_text
 from pipeline.data.template import encode_demonstration, encode_prompt
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics, tallies
@@ -18,18 +19,16 @@ from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.evaluation.rankings import Scored, read_scored
 from pipeline.evaluation.tallies import Answers
 from pipeline.handoff.found import Stage
-from pipeline.models.generation import Response, generate, left_pad
+from pipeline.models.forward import response_logprobs, score_sequences
+from pipeline.models.generation import Response, generate
 from pipeline.models.loading import (
     load_policy,
     load_reward,
     load_tokenizer,
     prepare_cpu,
     quiet,
-    response_logprobs,
-    score_sequences,
 )
-from pipeline.ppo.maths import mask_from_lengths
-from pipeline.ppo.rollout import prompt_text
+from pipeline.models.sequences import Sequences
 from pipeline.process.progress import say, tracked
 from pipeline.steps import policies
 
@@ -185,8 +184,8 @@ def references(rows: Sequence[dict], key: str) -> list[str]:
 def _scores(
     reward: nn.Module, asked: Asked, responses: list[Response], tokenizer: PreTrainedTokenizerBase
 ) -> list[float]:
-    sequences = [prompt + r.ids for prompt, r in zip(asked.ids, responses, strict=True)]
-    return score_sequences(reward, sequences, _pad(tokenizer), 256, progress="eval: scoring")
+    replies = [r.ids for r in responses]
+    return score_sequences(reward, asked.ids, replies, _pad(tokenizer), 256, "eval: scoring")
 
 
 def _comparisons(
@@ -290,13 +289,9 @@ def sequence_logprobs(
     size = max(1, LOGITS_AT_ONCE // (width * vocabulary))
     out: list[float] = []
     for start in tracked(range(0, len(prompts), size), "eval: likelihoods"):
-        queries, query_mask = left_pad(prompts[start : start + size], pad_id)
-        batch = responses[start : start + size]
-        padded = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in batch])
-        mask = mask_from_lengths(torch.tensor([len(ids) for ids in batch]), width)
-        ids = torch.cat([queries, padded], dim=1).to(device)
-        attention_mask = torch.cat([query_mask, mask], dim=1).long().to(device)
-        out += response_logprobs(model, ids, attention_mask, width, temperature).sum(dim=1).tolist()
+        rows = slice(start, start + size)
+        s = Sequences.of(prompts[rows], responses[rows], pad_id).to(device)
+        out += response_logprobs(model, s, temperature).sum(dim=1).tolist()
     return out
 
 

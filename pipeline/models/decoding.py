@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from pipeline.models.loading import accepts
+from pipeline.models.forward import accepts
 from pipeline.models.packing import Model, inner, pack, packs
-from pipeline.ppo.maths import position_ids
+from pipeline.models.tokens import position_ids
 
 
 def decoder(model: Model, queries: Tensor, query_mask: Tensor, max_new_tokens: int) -> "Decoder":

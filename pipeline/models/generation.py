@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import UserError
 from pipeline.models.decoding import decoder, survivors
 from pipeline.models.packing import Model
-from pipeline.ppo.maths import logprobs_of, scaled
+from pipeline.models.tokens import left_pad, logprobs_of, pad_id, scaled
 from pipeline.process.progress import tracked
 
 
@@ -35,7 +35,7 @@ class Sampled:
 
 @dataclass
 class Stop:
-    """What ends a response: token ids, and strings of several tokens."""
+    """What ends a response: token ids, and strings looked for in its text."""
 
     ids: list[int]
     strings: list[str]
@@ -57,7 +57,8 @@ class Stop:
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str] = ()) -> Stop:
-    """EOS and the configured stop tokens: one token each, or strings looked for in the text."""
+    """EOS and the configured stop tokens: special tokens by their ids, all else by its text, since the
+    same text may be spelled by other tokens."""
     ids: list[int] = [tokenizer.eos_token_id]  # type: ignore[list-item]
     strings = []
     for string in stop_tokens:
@@ -66,17 +67,9 @@ def stops(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str] = ()) -
             raise UserError(f"stop_tokens: this tokenizer cannot spell {string!r}")
         if len(encoded) == 1:
             ids += encoded
-        else:
+        if len(encoded) > 1 or encoded[0] not in tokenizer.all_special_ids:
             strings.append(string)
     return Stop(list(dict.fromkeys(ids)), strings, tokenizer)
-
-
-def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> ids (B, Q), left-padded, and a bool mask of the real ones."""
-    width = max(len(ids) for ids in sequences)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in sequences])
-    lengths = torch.tensor([len(row) for row in sequences])
-    return ids, torch.arange(width)[None, :] >= width - lengths[:, None]
 
 
 def joined(parts: list[Sampled], pad_id: int) -> Sampled:
@@ -179,10 +172,10 @@ def generate(
     """One response to each tokenised prompt, in the order of the prompts; `progress` names its bar."""
     device = next(model.parameters()).device
     stop = stops(tokenizer, stop_tokens)
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad = pad_id(tokenizer)
     out: list[Response] = []
     for start in tracked(range(0, len(prompts), batch_size), progress):
-        queries, mask = left_pad(prompts[start : start + batch_size], pad_id)
+        queries, mask = left_pad(prompts[start : start + batch_size], pad)
         sampled = sample(
             model,
             queries.to(device),
@@ -190,7 +183,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             stop=stop,
-            pad_id=pad_id,
+            pad_id=pad,
             greedy=greedy,
         )
         rows = zip(

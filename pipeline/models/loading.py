@@ -5,34 +5,28 @@ All are plain transformers models; what is published loads with `AutoModelForCau
 and trains with another is not on-policy (invariant 2).
 """
 
-import contextlib
-import inspect
 import math
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from pipeline.data.template import prepare_tokenizer
 from pipeline.errors import UserError
-from pipeline.models.adapters import AdapterScorer
-from pipeline.models.packing import Model, inner, pack, pack_if_possible, packs, trunk
-from pipeline.ppo.maths import logprobs_and_entropy, position_ids
+from pipeline.models.forward import score_head
+from pipeline.models.packing import pack_if_possible
 from pipeline.process import memory
-from pipeline.process.progress import tracked
 
 # --- the process ---------------------------------------------------------------------------------
 
@@ -91,7 +85,7 @@ def load_policy(
     Truncated sampling or penalties that a model ships with (top-k 50, repetition penalty) would make
     the rollout distribution differ from the one PPO computes logprobs of (trl#6789).
     """
-    if AutoConfig_of(path).is_encoder_decoder:
+    if config_of(path).is_encoder_decoder:
         raise UserError(f"{path}: an encoder-decoder model; this stage needs a causal one")
     model = _load(AutoModelForCausalLM, path, dtype=torch.float32)
     model.generation_config = GenerationConfig(
@@ -133,7 +127,7 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def AutoConfig_of(path: str | Path):
+def config_of(path: str | Path):
     """The config of a model directory or hub id."""
     return _load(AutoConfig, path)
 
@@ -176,165 +170,3 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(value, float) and (name.endswith(("dropout", "pdrop", "dropout_rate"))):
             setattr(model.config, name, 0.0)
     return model
-
-
-# --- forward passes -----------------------------------------------------------------------------
-#
-# Batches come padded, (B, W) ids and their mask, with real tokens of a row side by side. Models that
-# can be packed (see `pipeline.models.packing`) see the real tokens alone.
-
-
-def accepts(model: Model, argument: str) -> bool:
-    """Whether the model's forward takes an argument (peft wrappers are looked through)."""
-    return argument in inspect.signature(inner(model).forward).parameters
-
-
-def predicting(mask: Tensor, width: int) -> Tensor:
-    """Where the real ones of the last `width` tokens are predicted: (B, W) -> (B, W) bool.
-
-    The output at position t predicts token t + 1.
-    """
-    where = torch.zeros_like(mask, dtype=torch.bool)
-    where[:, -width - 1 : -1] = mask[:, -width:].bool()
-    return where
-
-
-def needed(mask: Tensor, where: Tensor) -> Tensor:
-    """The real tokens that outputs at `where` come from, (B, W) bool: none after a row's last of them.
-
-    What predicts a response never reads its last token. A row of which nothing is asked stays whole.
-    """
-    upto = where.flip(1).cumsum(1).flip(1) > 0
-    return mask.bool() & (upto | ~where.any(dim=1, keepdim=True))
-
-
-def logits_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
-    """Logits (n, V) at the n positions of `where` (B, W), row by row."""
-    return _output_at(model, ids, mask, where)[0]
-
-
-def logits_and_hidden_at(
-    model: Model, ids: Tensor, mask: Tensor, where: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Logits (n, V) and the last hidden states (n, d) they come from."""
-    logits, out = _output_at(model, ids, mask, where, output_hidden_states=True)
-    hidden = out.hidden_states[-1]
-    return logits, hidden.squeeze(0)[where[needed(mask, where)]] if packs(model) else hidden[where]
-
-
-def _output_at(
-    model: Model, ids: Tensor, mask: Tensor, where: Tensor, **kwargs: Any
-) -> tuple[Tensor, Any]:
-    """Logits (n, V) at the positions of `where` (B, W), and the model's whole output."""
-    if packs(model):
-        packed = pack(ids, needed(mask, where))
-        out = model(**packed.inputs(), logits_to_keep=packed.index[where], **kwargs)
-        return out.logits.squeeze(0), out
-    first = int(where.any(dim=0).int().argmax())  # before it no logits are needed
-    if accepts(model, "logits_to_keep"):
-        kwargs["logits_to_keep"] = where.shape[1] - first
-    kwargs |= _positions(model, mask)
-    out = model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
-    return out.logits[:, first - where.shape[1] :][where[:, first:]], out
-
-
-def hidden_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
-    """Last hidden states (n, d) at the n positions of `where` (B, W), row by row."""
-    body = trunk(model)
-    if packs(model):
-        packed = pack(ids, needed(mask, where))
-        return body(**packed.inputs()).last_hidden_state.squeeze(0)[packed.index[where]]
-    out = body(input_ids=ids, attention_mask=mask, use_cache=False, **_positions(body, mask))
-    return out.last_hidden_state[where]
-
-
-def response_logprobs(
-    model: Model, ids: Tensor, mask: Tensor, width: int, temperature: float
-) -> Tensor:
-    """log pi of the last `width` tokens at a temperature; (B, W) -> (B, width), 0 on padding."""
-    logits = logits_at(model, ids, mask, predicting(mask, width))
-    real = mask[:, -width:].bool()
-    tokens = ids[:, -width:][real]
-    return spread(logprobs_and_entropy(logits, tokens, temperature, False)[0], real)
-
-
-def spread(flat: Tensor, real: Tensor) -> Tensor:
-    """(n,) numbers onto the n true places of `real` (B, T), row by row; 0 elsewhere."""
-    return flat.new_zeros(real.shape).masked_scatter(real, flat)
-
-
-def score_head(model: Model) -> nn.Linear:
-    """The linear layer of a decoder-only classifier that turns a hidden state into its score."""
-    bare = _scorer(model)
-    if _scores_hidden_states(model):
-        head = bare.score
-        return getattr(head, "modules_to_save", {"default": head})["default"]  # peft's copy, if any
-    raise UserError(
-        f"{type(bare).__name__}: no linear `score` head on its last hidden state; "
-        "use a decoder-only sequence classifier (Llama, Qwen, GPT-2, GPT-NeoX, ...)"
-    )
-
-
-def _scorer(model: Model) -> Model:
-    return model if isinstance(model, AdapterScorer) else inner(model)
-
-
-def _scores_hidden_states(model: Model) -> bool:
-    """Whether the score is a linear function of one token's last hidden state, as in decoders."""
-    head = getattr(_scorer(model), "score", None)
-    return isinstance(getattr(head, "modules_to_save", {"default": head})["default"], nn.Linear)
-
-
-def scores_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
-    """A sequence classifier's head, less its stored bias, at the n positions of `where`; (n,)."""
-    shared = isinstance(model, AdapterScorer)
-    with model.active() if shared else contextlib.nullcontext():
-        hidden = hidden_at(model, ids, mask, where)
-    scores = score_head(model)(hidden).squeeze(-1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return scores - (model.reward_bias if shared else reward_bias(inner(model).config))
-
-
-def reward_bias(config: PreTrainedConfig) -> float:
-    """What is taken off a reward model's scores, so that demonstrations average 0."""
-    return getattr(config, "reward_bias", 0.0)
-
-
-def last_real(mask: Tensor) -> Tensor:
-    """(B, W) -> (B, W) bool, True on the last real token of each row."""
-    after = nn.functional.pad(mask[:, 1:].bool(), (0, 1))
-    return mask.bool() & ~after
-
-
-def _positions(model: Model, mask: Tensor) -> dict[str, Tensor]:
-    return {"position_ids": position_ids(mask)} if accepts(model, "position_ids") else {}
-
-
-def score_sequences(
-    model: Model,
-    sequences: list[list[int]],
-    pad_token_id: int,
-    batch_size: int = 64,
-    progress: str | None = None,
-) -> list[float]:
-    """Score of each sequence (prompt ids + response ids), read at its last token; `progress` names
-    its bar.
-
-    The last token is known from the carried length, not from `ids != pad`, so pad == eos is safe.
-    A classifier that pools otherwise (an encoder such as DeBERTa) scores the sequence its own way.
-    """
-    device = next(model.parameters()).device
-    scores: list[float] = []
-    for start in tracked(range(0, len(sequences), batch_size), progress):
-        rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        with torch.no_grad():
-            if _scores_hidden_states(model):
-                ids, mask = ids.to(device), mask.to(device)
-                scores += scores_at(model, ids, mask, last_real(mask)).tolist()
-            else:
-                logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-                scores += logits[:, 0].tolist()
-    return scores

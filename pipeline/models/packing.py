@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pipeline.ppo.maths import position_ids
+from pipeline.models.tokens import position_ids
 from pipeline.process.progress import say
 
 Model = Any
@@ -215,6 +215,9 @@ def _unpackable(model: Model) -> str | None:
         kind != "full_attention" for kind in getattr(config, "layer_types", None) or []
     ):
         return "sliding windows or another attention than full"
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if {"dynamic", "longrope"} & {str(value) for value in ropes.values()}:
+        return "its positions depend on the longest sequence of a batch"
     if any("softcap" in key and value for key, value in config.to_dict().items()):
         return "soft-capped logits"
     return None

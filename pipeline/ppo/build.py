@@ -4,23 +4,27 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.state import AcceleratorState
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import PPOConfig, Reward
 from pipeline.data.forms import load_texts
-from pipeline.data.template import tokenizer_hash
+from pipeline.data.template import template_hash, tokenizer_hash
+from pipeline.errors import UserError
 from pipeline.models.adapters import add_lora, scorers_on
+from pipeline.models.forward import reward_bias
 from pipeline.models.loading import (
-    AutoConfig_of,
+    config_of,
     fit_tokenizer,
     load_policy,
     load_reward,
     load_tokenizer,
-    reward_bias,
     reward_from_policy,
 )
 from pipeline.models.packing import Model
+from pipeline.models.sequences import Sequences
+from pipeline.models.tokens import pad_id, right_pad
 from pipeline.ppo.ptx import Ptx
 from pipeline.ppo.rewards import (
     Score,
@@ -34,8 +38,10 @@ from pipeline.ppo.rewards import (
     weighted_sum,
 )
 from pipeline.ppo.rollout import generator
+from pipeline.ppo.sampler import Sampler
 from pipeline.ppo.trainer import PPO
 from pipeline.ppo.vllm import VLLMSampler, require_vllm
+from pipeline.process import launch
 
 
 def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
@@ -46,7 +52,15 @@ def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
     """
     if config.vllm is not None:
         require_vllm()
+    check_divides(config)
+    for name, place in {"sft": sft, "rm": rm}.items():
+        if not isinstance(place, str | Path | None):
+            raise UserError(f"build_ppo: {name}: a folder of a model, not a {type(place).__name__}")
+    if rm is None and any("rm" in reward.members() for reward in config.rewards):
+        raise UserError("build_ppo: rewards name rm: give its folder, rm=..., or other rewards")
+    AcceleratorState._reset_state()  # what another PPO in this process was built with
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    launch.check_supported(accelerator.distributed_type)
     tokenizer = load_tokenizer(sft)
     policy = add_lora(load_policy(sft, tokenizer), config.lora, "CAUSAL_LM")
     terms = _Terms(rm, tokenizer, accelerator.device, config.rollout_batch_size or 64)
@@ -71,6 +85,19 @@ def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
         accelerator=accelerator,
         sampler=_sampler(config, policy, tokenizer, accelerator),
     )
+
+
+def check_divides(config: PPOConfig) -> None:
+    """UserError unless every process gets as many episodes of each minibatch."""
+    processes = launch.world_size()
+    unit = config.minibatches * processes
+    if config.batch_size % unit:
+        below = config.batch_size // unit * unit
+        fit = " or ".join(str(size) for size in (below, below + unit) if size)
+        raise UserError(
+            f"ppo: batch_size {config.batch_size} does not divide by minibatches "
+            f"{config.minibatches} x {processes} processes; {fit} would"
+        )
 
 
 class _Terms:
@@ -112,15 +139,19 @@ class _Terms:
 
     def _score(self, model: nn.Module, own: PreTrainedTokenizerBase) -> Score:
         model.to(self.device)
-        if tokenizer_hash(own) == tokenizer_hash(self.tokenizer):
-            return model_reward(model, int(own.pad_token_id), self.batch_size)  # type: ignore[arg-type]
+        mine, other = self.tokenizer, own
+        if (tokenizer_hash(mine), template_hash(mine)) == (
+            tokenizer_hash(other),
+            template_hash(other),
+        ):
+            return model_reward(model, pad_id(own), self.batch_size)
         return text_model_reward(model, own, self.batch_size)
 
 
 def _on_shared_base(policy: Model, config: PPOConfig, rm: Path | None, terms: _Terms) -> nn.Module:
     """The value network, and the reward model if there is one, as adapters on the policy's base."""
     assert config.lora is not None, "checked by the schema"
-    bias = 0.0 if rm is None else reward_bias(AutoConfig_of(rm))
+    bias = 0.0 if rm is None else reward_bias(config_of(rm))
     reward, value = scorers_on(policy, rm, config.lora, bias)
     if reward is not None:
         terms.add("rm", reward)
@@ -142,7 +173,7 @@ def _value(
 
 def _sampler(
     config: PPOConfig, policy: Model, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
-) -> VLLMSampler | None:
+) -> Sampler | None:
     """vLLM if it is asked for; None for the policy's own decoding."""
     if config.vllm is None:
         return None
@@ -152,23 +183,20 @@ def _sampler(
 def _ptx(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> Ptx | None:
-    """Batches of pretraining text, a function of the optimizer step and the process alone."""
+    """Batches of pretraining text, a function of the optimizer step alone."""
     if config.ptx_data is None:
         return None
     texts = [
         tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
         for text in load_texts(config.ptx_data)
     ]
-    rows = [torch.tensor(ids[: config.ptx_max_length]) for ids in texts if len(ids) > 1]
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    rows = [ids[: config.ptx_max_length] for ids in texts if len(ids) > 1]
+    processes, mine = accelerator.num_processes, accelerator.process_index
 
-    def batch(step: int, count: int) -> tuple[Tensor, Tensor]:
-        key = (config.seed, step, accelerator.process_index)
-        picked = torch.randint(len(rows), (count,), generator=generator(*key)).tolist()
-        lengths = torch.tensor([len(rows[i]) for i in picked])
-        padded = [rows[i] for i in picked]
-        ids = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=pad)
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        return ids.to(accelerator.device), mask.long().to(accelerator.device)
+    def batch(step: int, count: int) -> Sequences:
+        draws = generator(config.seed, step, 0)  # every process draws for all and takes its share
+        picked = torch.randint(len(rows), (count * processes,), generator=draws).tolist()
+        own = [rows[i] for i in picked[mine * count : (mine + 1) * count]]
+        return Sequences.of_texts(*right_pad(own, pad_id(tokenizer))).to(accelerator.device)
 
     return batch

@@ -22,6 +22,11 @@ class Ema:
         if self.decay is not None:
             torch._foreach_lerp_(self.shadow, [p.detach() for p in parameters], 1 - self.decay)
 
+    def load(self, shadow: list[Tensor], parameters: list[nn.Parameter]) -> None:
+        """Go on from a saved average, on the devices of the parameters."""
+        pairs = zip(shadow, parameters, strict=bool(shadow))
+        self.shadow = [average.to(p.device) for average, p in pairs]
+
     @contextlib.contextmanager
     def swapped_in(self, parameters: list[nn.Parameter]) -> Iterator[None]:
         """Within, the parameters hold the average."""

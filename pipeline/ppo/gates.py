@@ -1,10 +1,16 @@
 """Invariants checked while PPO runs; each error names the step and the likely cause."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pipeline.errors import UserError
-from pipeline.ppo.maths import masked_mean
+from pipeline.ppo.maths import AllSum, masked_mean, one_process
+from pipeline.ppo.rollout import Rollout
+from pipeline.ppo.sampler import Sampler
 
 
 class InvariantError(UserError):
@@ -51,6 +57,56 @@ def starts_at_reference(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, to
         raise InvariantError(
             f"ppo: iteration 0: policy and reference differ by {gap.item():.2e} nats per token "
             f"(allowed {tolerance:.0e}); they must start from the same weights."
+        )
+
+
+def sampler_is_the_policy(
+    rollout: Rollout, sampler: Sampler, step: int, all_sum: AllSum = one_process
+) -> None:
+    """The sampler's weights are the policy's, as far as its precision lets anybody see (trl#5312).
+
+    The ratio cannot show it where old logprobs are recomputed: they are the policy's own.
+    """
+    off = (rollout.old_logprobs - rollout.sampler_logprobs).abs()
+    gap = masked_mean(off, rollout.response_mask, all_sum)
+    if not gap <= sampler.mismatch:
+        raise InvariantError(
+            f"ppo: iteration {step}: {sampler.name} sampled from other weights than the policy's: its "
+            f"logprobs differ by {gap.item():.2e} nats per token (allowed {sampler.mismatch:.0e})"
+        )
+
+
+def something_to_train(networks: dict[str, list[nn.Parameter]]) -> None:
+    """Every network has a trainable parameter."""
+    for name, parameters in networks.items():
+        if not parameters:
+            raise InvariantError(
+                f"ppo: the {name} network has nothing to train: all of it is frozen"
+            )
+
+
+@contextlib.contextmanager
+def moves(
+    networks: dict[str, list[nn.Parameter]], optimizer: Optimizer, step: int
+) -> Iterator[None]:
+    """Within, the first optimizer step moves each network whose gradient is not 0 (trl#3926).
+
+    Looks at one number a parameter, the one with the largest gradient: no copy of the weights.
+    """
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    looked_at = []
+    for name, parameters in networks.items() if step == 0 else ():
+        for p in parameters:
+            if p.grad is not None and rates.get(id(p), 1.0) > 0 and bool(p.grad.any()):
+                place = p.grad.abs().argmax()
+                looked_at.append((name, p, place, p.detach().flatten()[place].clone()))
+    yield
+    moved = {name for name, p, i, before in looked_at if bool(p.detach().flatten()[i] != before)}
+    if still := {name for name, *_ in looked_at} - moved:
+        raise InvariantError(
+            f"ppo: the first optimizer step left the {' and the '.join(sorted(still))} network as it was "
+            "though its gradient is not 0: the optimizer has other tensors, or learning_rate is too small "
+            "for these weights"
         )
 
 

@@ -85,7 +85,7 @@ def _value(values: Tensor, batch: Minibatch, config: PPOConfig) -> tuple[Tensor,
 def _pretraining(likelihood: Tensor, ptx: PtxBatch, config: PPOConfig) -> tuple[Tensor, Sums]:
     return -config.ptx_coef * likelihood / ptx.tokens, {
         "ptx_likelihood": likelihood,
-        "ptx_tokens": ptx.mask[:, 1:].sum(),
+        "ptx_tokens": ptx.texts.response_mask.sum(),
     }
 
 

@@ -7,6 +7,7 @@ and statistics are *sums* over real tokens; whoever calls divides by the global 
 neither micro-batches nor processes change a number.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,17 +22,9 @@ def one_process(x: Tensor) -> Tensor:
     return x
 
 
-# --- masks and lengths --------------------------------------------------------------------------
-
-
-def mask_from_lengths(lengths: Tensor, width: int) -> Tensor:
-    """lengths (B,) -> (B, width) bool, True on the first lengths[b] positions of row b."""
-    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, 0 at the first; (B, L) -> (B, L)."""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+def precise(x: Tensor) -> Tensor:
+    """In float64 where the device has it (Apple's has not)."""
+    return x if x.device.type == "mps" else x.double()
 
 
 # --- masked reductions --------------------------------------------------------------------------
@@ -62,77 +55,7 @@ def masked_whiten(
     return torch.where(mask, white + mean, 0.0) if keep_mean else white
 
 
-# --- distributions ------------------------------------------------------------------------------
-
-
-def logprobs_of(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """log pi(ids) at a temperature, in float32 at least; logits (..., V), ids (...) -> (...)."""
-    flat = scaled(logits, temperature).flatten(end_dim=-2)
-    losses = torch.nn.functional.cross_entropy(flat, ids.flatten(), reduction="none")
-    return -losses.view(ids.shape)
-
-
-def logprobs_and_entropy(
-    logits: Tensor, ids: Tensor, temperature: float, entropy_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """log pi(ids) and the entropy of their distributions; logits (n, V), ids (n,) -> (n,) and (n,).
-
-    Without a gradient of the entropy both come from one walk over the logits, a few rows at a time,
-    and no other tensor of their size is kept: on large vocabularies that is what memory goes to.
-    """
-    if entropy_grad:
-        return logprobs_of(logits, ids, temperature), entropy_of(logits, temperature)
-    return _TokenLogprobs.apply(logits, ids, temperature)
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities, with their gradient, and entropies, without."""
-
-    FLOATS = 2**19  # of logits at a time: what a core's cache holds
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        logprobs, entropies = torch.empty(2, len(logits), dtype=precise, device=logits.device)
-        for rows in _TokenLogprobs.slices(logits):
-            every = torch.log_softmax(scaled(logits[rows], temperature), dim=-1)
-            logprobs[rows] = every.gather(1, ids[rows, None]).squeeze(1)
-            entropies[rows] = -every.exp().mul_(every).sum(dim=-1)
-        chosen = scaled(logits.gather(1, ids[:, None]).squeeze(1), temperature)
-        ctx.save_for_backward(logits, ids, chosen - logprobs)  # the last: log of the partition sum
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
-        logits, ids, log_z = ctx.saved_tensors
-        grad = grad / ctx.temperature
-        out = torch.empty_like(logits)
-        for rows in _TokenLogprobs.slices(logits):
-            part = scaled(logits[rows], ctx.temperature) - log_z[rows, None]
-            out[rows] = part.exp_().mul_(-grad[rows, None])
-        out.scatter_add_(1, ids[:, None], grad[:, None].to(out.dtype))
-        return out, None, None
-
-    @staticmethod
-    def slices(logits: Tensor) -> list[slice]:
-        """Rows to work on at a time."""
-        size = max(1, _TokenLogprobs.FLOATS // logits.shape[1])
-        return [slice(start, start + size) for start in range(0, len(logits), size)]
-
-
-def entropy_of(logits: Tensor, temperature: float) -> Tensor:
-    """Entropy in nats of each next-token distribution; (..., V) -> (...)."""
-    logits = scaled(logits, temperature)
-    log_z = logits.logsumexp(dim=-1)
-    return log_z - (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
-
-
-def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Logits divided by a temperature, in float32 at least."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if temperature == 1.0 else logits / temperature
+# --- distance to the reference --------------------------------------------------------------------
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
@@ -282,3 +205,15 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, hor
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
+
+
+def lr_factor(total: int, warmup_ratio: float, schedule: str, step: int) -> float:
+    """Share of the highest learning rate at a step of `total`: a rise in a line, then constant, linear or
+    cosine to 0."""
+    warmup = int(warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    if schedule == "linear":
+        return max(1 - done, 0.0)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0))) if schedule == "cosine" else 1.0

@@ -31,7 +31,7 @@ def of_rollout(
     dense = 0.0 if rollout.token_scores is None else rollout.token_scores.sum(dim=1)
 
     def mean(x: Tensor) -> float:
-        return (all_sum(x.double().sum()) / episodes).item()
+        return (all_sum(maths.precise(x).sum()) / episodes).item()
 
     kl = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl_estimator)
     penalty = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl_penalty)

@@ -5,17 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.loading import (
-    hidden_at,
-    logits_and_hidden_at,
-    logits_at,
-    predicting,
+from pipeline.models.forward import (
+    response_hidden,
+    response_logits,
+    response_logits_and_hidden,
     response_logprobs,
-    scores_at,
+    response_scores,
     spread,
 )
 from pipeline.models.packing import Model
-from pipeline.ppo.maths import logprobs_and_entropy
+from pipeline.models.sequences import Sequences
+from pipeline.models.tokens import logprobs_and_entropy
 
 
 class Outputs(NamedTuple):
@@ -31,7 +31,7 @@ class Outputs(NamedTuple):
 class PolicyAndValue(nn.Module):
     """A causal policy with its value function: a separate network, or a head on the policy's trunk.
 
-    `value` is a sequence classifier (see `pipeline.models.loading.scores_at`), maybe on the policy's base, or
+    `value` is a sequence classifier (see `pipeline.models.forward.scores_at`), maybe on the policy's base, or
     None for a head on the policy's trunk, which starts at zero.
     """
 
@@ -40,7 +40,9 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value = value
         if value is None:
-            self.value_head = nn.Linear(policy.config.hidden_size, 1, dtype=policy.dtype)
+            # not config.hidden_size: some models project their last states (OPT-350M)
+            width = policy.get_output_embeddings().weight.shape[1]
+            self.value_head = nn.Linear(width, 1, dtype=policy.dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
@@ -54,29 +56,25 @@ class PolicyAndValue(nn.Module):
 
     def forward(
         self,
-        ids: Tensor,
-        mask: Tensor,
-        width: int,
+        s: Sequences,
         temperature: float,
         entropy_grad: bool = False,
-        ptx: tuple[Tensor, Tensor] | None = None,
+        ptx: Sequences | None = None,
     ) -> Outputs:
-        """Everything. ids and mask (B, Q + T), T = width; `ptx` is a batch of pretraining text (ids
-        and mask, right-padded)."""
+        """Everything; `ptx` is a batch of pretraining text."""
         if self.value is not None:
-            out = _of_policy(self.policy, ids, mask, width, temperature, entropy_grad, ptx)
-            return out._replace(values=self.values(ids, mask, width))
-        logits, hidden = logits_and_hidden_at(self.policy, ids, mask, predicting(mask, width))
-        out = _of_logits(logits, ids, mask, width, temperature, entropy_grad)
-        values = spread(self._head(hidden), mask[:, -width:].bool())
+            out = _of_policy(self.policy, s, temperature, entropy_grad, ptx)
+            return out._replace(values=self.values(s))
+        logits, hidden = response_logits_and_hidden(self.policy, s)
+        out = _of_logits(logits, s, temperature, entropy_grad)
+        values = spread(self._head(hidden), s.response_mask)
         return out._replace(values=values, likelihood=_likelihood(self.policy, ptx))
 
-    def values(self, ids: Tensor, mask: Tensor, width: int) -> Tensor:
+    def values(self, s: Sequences) -> Tensor:
         """Values (B, T) alone, without the policy's logits."""
         if self.value is not None:
-            return _values(self.value, ids, mask, width)
-        hidden = hidden_at(self.policy, ids, mask, predicting(mask, width))
-        return spread(self._head(hidden), mask[:, -width:].bool())
+            return response_scores(self.value, s)
+        return spread(self._head(response_hidden(self.policy, s)), s.response_mask)
 
     def _head(self, hidden: Tensor) -> Tensor:
         """(n, d) -> (n,)"""
@@ -94,6 +92,10 @@ class PolicyAndValue(nn.Module):
         module = self.value_head if self.value is None else self.value
         return [p for p in module.parameters() if p.requires_grad]
 
+    def trained_by_network(self) -> dict[str, list[nn.Parameter]]:
+        """Those of each network by name."""
+        return {"policy": self.policy_parameters(), "value": self.value_parameters()}
+
     def trained(self) -> dict[str, Tensor]:
         """Trainable parameters by name: what training changes, and so what a saved state needs."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
@@ -108,15 +110,13 @@ class PolicyPass(nn.Module):
 
     def forward(
         self,
-        ids: Tensor,
-        mask: Tensor,
-        width: int,
+        s: Sequences,
         temperature: float,
         entropy_grad: bool = False,
-        ptx: tuple[Tensor, Tensor] | None = None,
+        ptx: Sequences | None = None,
     ) -> Outputs:
         """Everything but values."""
-        return _of_policy(self.policy, ids, mask, width, temperature, entropy_grad, ptx)
+        return _of_policy(self.policy, s, temperature, entropy_grad, ptx)
 
 
 class ValuePass(nn.Module):
@@ -126,42 +126,31 @@ class ValuePass(nn.Module):
         super().__init__()
         self.value = value
 
-    def forward(self, ids: Tensor, mask: Tensor, width: int, *_, **__) -> Outputs:
-        """Values alone; what else the policy is told makes no difference here."""
-        return Outputs(values=_values(self.value, ids, mask, width))
-
-
-def _values(value: Model, ids: Tensor, mask: Tensor, width: int) -> Tensor:
-    return spread(scores_at(value, ids, mask, predicting(mask, width)), mask[:, -width:].bool())
+    def forward(
+        self,
+        s: Sequences,
+        temperature: float,
+        entropy_grad: bool = False,
+        ptx: Sequences | None = None,
+    ) -> Outputs:
+        """Values alone; what the policy is told besides makes no difference here."""
+        return Outputs(values=response_scores(self.value, s))
 
 
 def _of_policy(
-    policy: Model,
-    ids: Tensor,
-    mask: Tensor,
-    width: int,
-    temperature: float,
-    entropy_grad: bool,
-    ptx: tuple[Tensor, Tensor] | None,
+    policy: Model, s: Sequences, temperature: float, entropy_grad: bool, ptx: Sequences | None
 ) -> Outputs:
-    logits = logits_at(policy, ids, mask, predicting(mask, width))
-    out = _of_logits(logits, ids, mask, width, temperature, entropy_grad)
+    out = _of_logits(response_logits(policy, s), s, temperature, entropy_grad)
     return out._replace(likelihood=_likelihood(policy, ptx))
 
 
-def _of_logits(
-    logits: Tensor, ids: Tensor, mask: Tensor, width: int, temperature: float, entropy_grad: bool
-) -> Outputs:
-    """Logits (n, V) that predict the n real ones of the last `width` tokens."""
-    real = mask[:, -width:].bool()
-    tokens = ids[:, -width:][real]
+def _of_logits(logits: Tensor, s: Sequences, temperature: float, entropy_grad: bool) -> Outputs:
+    """Logits (n, V) that predict the n real tokens of the responses."""
+    tokens = s.responses[s.response_mask]
     logprobs, entropies = logprobs_and_entropy(logits, tokens, temperature, entropy_grad)
-    return Outputs(spread(logprobs, real), spread(entropies, real))
+    return Outputs(spread(logprobs, s.response_mask), spread(entropies, s.response_mask))
 
 
-def _likelihood(policy: Model, ptx: tuple[Tensor, Tensor] | None) -> Tensor | None:
-    """Sum of log pi(x_t | x_<t) over the real tokens of right-padded text, temperature 1."""
-    if ptx is None:
-        return None
-    ids, mask = ptx
-    return response_logprobs(policy, ids, mask, ids.shape[1] - 1, 1.0).sum()
+def _likelihood(policy: Model, ptx: Sequences | None) -> Tensor | None:
+    """Sum of log pi(x_t | x_<t) over the real tokens of texts, temperature 1."""
+    return None if ptx is None else response_logprobs(policy, ptx, 1.0).sum()

@@ -16,21 +16,28 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.config.schema import PPOConfig
 from pipeline.data.messages import message
 from pipeline.data.template import encode_demonstration
 from pipeline.errors import UserError
-from pipeline.models.loading import score_sequences
+from pipeline.models.forward import score_sequences
+from pipeline.models.tokens import pad_id
+from pipeline.ppo import maths
+from pipeline.ppo.rollout import Rollout
 
 
 @dataclass
 class Episodes:
     """What a reward may look at, B of each."""
 
-    sequences: list[list[int]]
-    """Prompt and response token ids, for models that share the tokenizer."""
+    queries: list[list[int]]
+    """Token ids of the prompts, for models that share the tokenizer."""
+    response_ids: list[list[int]]
+    """Of the responses, each closed by one EOS."""
     prompts: list[str]
     responses: list[str]
     rows: list[dict]
@@ -49,9 +56,9 @@ TokenScore = Callable[[Episodes], list[list[float]]]
 # --- models --------------------------------------------------------------------------------------
 
 
-def model_reward(model: nn.Module, pad_id: int, batch_size: int) -> Score:
+def model_reward(model: nn.Module, pad: int, batch_size: int) -> Score:
     """A reward model with the policy's tokenizer: it reads the very tokens that were sampled."""
-    return lambda episodes: score_sequences(model, episodes.sequences, pad_id, batch_size)
+    return lambda e: score_sequences(model, e.queries, e.response_ids, pad, batch_size)
 
 
 def text_model_reward(
@@ -60,12 +67,13 @@ def text_model_reward(
     """A reward model with another tokenizer: it reads text through its own template."""
 
     def score(episodes: Episodes) -> list[float]:
-        sequences = []
+        prompts, replies = [], []
         for messages, response in zip(episodes.messages, episodes.responses, strict=True):
             whole = [*messages, message("assistant", response)]
             prompt, reply = encode_demonstration(tokenizer, whole)
-            sequences.append(prompt + reply)
-        return score_sequences(model, sequences, int(tokenizer.pad_token_id), batch_size)  # type: ignore[arg-type]
+            prompts.append(prompt)
+            replies.append(reply)
+        return score_sequences(model, prompts, replies, pad_id(tokenizer), batch_size)
 
     return score
 
@@ -191,7 +199,7 @@ def remote_reward(url: str, timeout: float | None, retries: int) -> Score:
             "rows": episodes.rows,
         }
         request = urllib.request.Request(
-            url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            url, json.dumps(body, default=str).encode(), {"Content-Type": "application/json"}
         )
         for attempt in range(retries + 1):
             try:
@@ -269,3 +277,20 @@ class RunningScale:
     def std(self) -> float:
         """At least 1e-4, so that equal scores stay finite."""
         return max(math.sqrt(self.m2 / max(self.count - 1, 1.0)), 1e-4)
+
+
+def shaped_scores(
+    rollout: Rollout, config: PPOConfig, scale: RunningScale, all_sum: maths.AllSum
+) -> Tensor:
+    """Scores (B,) after scaling, clipping, the missing-EOS rule and the length penalty."""
+    scores = rollout.scores
+    if config.scale_scores:
+        moments = torch.stack([torch.ones_like(scores), scores, scores.square()])
+        scale.update(*all_sum(maths.precise(moments).sum(dim=1)).tolist())
+        scores = scores / scale.std
+    if config.clip_scores is not None:
+        scores = scores.clamp(-config.clip_scores, config.clip_scores)
+    scores = maths.missing_eos_scores(
+        scores, rollout.ended, config.missing_eos, config.missing_eos_penalty
+    )
+    return scores - config.length_penalty * rollout.response_mask.sum(dim=1)

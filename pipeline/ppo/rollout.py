@@ -1,10 +1,20 @@
 """The record of one batch of episodes, and how prompts become one."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.forms import Prompt
+from pipeline.data.messages import message, prompt_text
+from pipeline.data.template import encode_prompt
+from pipeline.errors import UserError
+from pipeline.models.sequences import Sequences
+from pipeline.process.progress import tracked
 
 
 @dataclass
@@ -17,18 +27,29 @@ class Query:
     messages: list[dict[str, str]] = field(default_factory=list)
 
 
-@dataclass
-class Rollout:
-    """B episodes: Q prompt tokens (left-padded), T response tokens (right-padded).
+def queries_of(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt] | Sequence[str]
+) -> list[Query]:
+    """Prompts, or plain user texts, as token ids. UserError for anything else."""
+    if isinstance(prompts, str) or not prompts:
+        raise UserError(f"queries: a list of prompts or of texts, not {prompts!r}")
+    found = []
+    for p in tracked(prompts, "ppo: encoding prompts"):
+        prompt = Prompt([message("user", p)], {}, "") if isinstance(p, str) else p
+        if not isinstance(prompt, Prompt):
+            raise UserError(f"queries: {p!r}: neither a text nor a `Prompt` (see load_prompts)")
+        ids = encode_prompt(tokenizer, prompt.messages)
+        found.append(Query(ids, prompt_text(prompt.messages), prompt.row, prompt.messages))
+    return found
 
-    The response mask is made once, from lengths, and never changes its meaning: True = a real
-    token, the EOS that ends a response included.
+
+@dataclass
+class Rollout(Sequences):
+    """B episodes, with all that an update needs of them.
+
+    The response mask is made once, from lengths, and never changes its meaning.
     """
 
-    queries: Tensor  # (B, Q) ids
-    query_mask: Tensor  # (B, Q) bool
-    responses: Tensor  # (B, T) ids
-    response_mask: Tensor  # (B, T) bool
     ended: Tensor  # (B,) bool, a stop token was sampled
     scores: Tensor  # (B,) from the reward, before any rule
     sampler_logprobs: Tensor  # (B, T) as the tokens were drawn, at the sampler's precision
@@ -39,35 +60,34 @@ class Rollout:
     prompts: list[str] | None = None
     texts: list[str] | None = None
 
-    def __len__(self) -> int:
-        return len(self.queries)
-
-    def rows(self, indices: Tensor | slice) -> "Rollout":
-        """The episodes at `indices`, tensors only."""
-        picked = {
-            f.name: getattr(self, f.name)[indices]
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **picked, prompts=None, texts=None)
-
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        """What the networks read: ids (B, Q + T) and their attention mask."""
-        ids = torch.cat([self.queries, self.responses], dim=1)
-        return ids, torch.cat([self.query_mask, self.response_mask], dim=1).long()
-
     def response_ids(self) -> list[list[int]]:
         """Real response tokens of each episode."""
-        return [
-            row[real].tolist() for row, real in zip(self.responses, self.response_mask, strict=True)
-        ]
+        return real_rows(self.responses, self.response_mask)
 
 
-def prompt_text(messages: list[dict[str, str]]) -> str:
-    """A prompt as callables and judges read it: the user's words, or a transcript of several turns."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+def everywhere(accelerator: Accelerator, rollout: Rollout, *others: Tensor) -> tuple[Any, ...]:
+    """The episodes of all processes in every process, in their order, tensors alone; `others` (B, T) too.
+
+    So a minibatch is the same episodes whatever the number of processes.
+    """
+    if accelerator.num_processes == 1:
+        return rollout, *others
+
+    def gathered(x: Tensor, left: bool = False) -> Tensor:
+        whole = x.to(torch.uint8) if x.dtype == torch.bool else x  # gloo gathers no bool
+        if x.dim() > 1:
+            whole = accelerator.pad_across_processes(whole, dim=1, pad_first=left)
+        return accelerator.gather(whole).to(x.dtype)
+
+    values = {name: x for name, x in vars(rollout).items() if isinstance(x, Tensor)}
+    mine = {name: gathered(x, left=name in ("queries", "query_mask")) for name, x in values.items()}
+    whole = replace(rollout, **mine, prompts=None, texts=None)
+    return whole, *(gathered(x) for x in others)
+
+
+def real_rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The real ids of each row, as lists."""
+    return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
 
 
 class PromptStream:

@@ -5,9 +5,8 @@ Source of the recipe: arXiv 2203.02155 (InstructGPT) appendix C.4 and openai/lm-
 """
 
 import contextlib
-import math
+import functools
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -17,22 +16,20 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import Prompt
-from pipeline.data.template import encode_prompt
 from pipeline.models.adapters import adapter_off
-from pipeline.models.generation import Sampled, joined, left_pad, sample, stops
-from pipeline.models.loading import response_logprobs
+from pipeline.models.forward import response_logprobs
+from pipeline.models.generation import stops
 from pipeline.models.packing import pack_if_possible
+from pipeline.models.sequences import Sequences
+from pipeline.models.tokens import left_pad, mask_from_lengths, pad_id
 from pipeline.ppo import gates, maths, measures
 from pipeline.ppo.ema import Ema
 from pipeline.ppo.losses import Minibatch, Sums, losses
 from pipeline.ppo.networks import Outputs, PolicyAndValue
 from pipeline.ppo.ptx import Ptx, PtxBatch
-from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore
-from pipeline.ppo.rollout import Query, Rollout, generator, prompt_text
-from pipeline.process.progress import tracked
-
-Sampler = Callable[[list[list[int]]], Sampled]
-"""Responses to tokenised prompts, one each."""
+from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore, shaped_scores
+from pipeline.ppo.rollout import Query, Rollout, everywhere, generator, queries_of, real_rows
+from pipeline.ppo.sampler import PolicySampler, Sampler
 
 
 class PPO:
@@ -59,13 +56,12 @@ class PPO:
     ):
         self.config, self.tokenizer = config, tokenizer
         self.score, self.token_score, self.ptx = score, token_score, ptx
-        self.sampler = sampler or self._decode
         self.accelerator = accelerator or Accelerator(
             mixed_precision="bf16" if config.precision == "bf16" else "no"
         )
         self.device = self.accelerator.device
         self.stop = stops(tokenizer, config.stop_tokens)
-        self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        self.sampler = sampler or PolicySampler(config, policy, tokenizer, self.accelerator)
         self.reference = (
             None if reference is None else reference.requires_grad_(False).to(self.device)
         )
@@ -73,9 +69,10 @@ class PPO:
             if model is not None:
                 pack_if_possible(model)
         networks = PolicyAndValue(policy, value).eval()
+        gates.something_to_train(networks.trained_by_network())
         groups = [
             {"params": networks.policy_parameters(), "lr": config.learning_rate},
-            {"params": networks.value_parameters(), "lr": self._value_lr()},
+            {"params": networks.value_parameters(), "lr": config.value_lr()},
         ]
         optimizer = torch.optim.AdamW(
             groups, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
@@ -83,124 +80,60 @@ class PPO:
         self.networks = networks.to(self.device)
         *self.passes, self.optimizer = self.accelerator.prepare(*networks.passes(), optimizer)
         self.total_steps = config.iterations * config.ppo_epochs * config.minibatches
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        rate = functools.partial(
+            maths.lr_factor, self.total_steps, config.warmup_ratio, config.schedule
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         self.ema = Ema(self.networks.policy_parameters(), config.ema_decay)
         self.iteration, self.optimizer_steps = 0, 0
         self.kl_coef, self.scale = config.kl_coef, RunningScale()
-        self.forced_lengths: Tensor | None = None
-        """(B,) lengths that all responses get, to time equal work."""
 
     def queries(self, prompts: list[Prompt] | list[str]) -> list[Query]:
         """Prompts, or plain user texts, tokenised as in every stage."""
-        as_prompts = [
-            Prompt([{"role": "user", "content": p}], {}, "") if isinstance(p, str) else p
-            for p in prompts
-        ]
-        return [
-            Query(
-                encode_prompt(self.tokenizer, p.messages),
-                prompt_text(p.messages),
-                p.row,
-                p.messages,
-            )
-            for p in tracked(as_prompts, "ppo: encoding prompts")
-        ]
+        return queries_of(self.tokenizer, prompts)
 
     # --- rollout: queries → generate → score → logprobs and values -----------------------------
 
+    @torch.no_grad()
     def rollout(self, queries: list[Query]) -> Rollout:
         """Sample one response to each query and record all that the update needs."""
-        rollout = self._generate(queries)
-        gates.mask_is_prefix(
-            rollout.response_mask,
-            rollout.responses,
-            rollout.ended,
-            self.stop.ids,
-            strings=bool(self.stop.strings),
+        prompts = [query.ids for query in queries]
+        sampled = self.sampler(prompts)
+        width = sampled.responses.shape[1]
+        ids, query_mask = left_pad(prompts, pad_id(self.tokenizer))
+        mask = mask_from_lengths(sampled.lengths, width)
+        s = Sequences(ids, query_mask, sampled.responses, mask).to(self.device)
+        strings = bool(self.stop.strings)
+        gates.mask_is_prefix(mask, sampled.responses, sampled.ended, self.stop.ids, strings)
+        episodes = self.episodes(queries, real_rows(sampled.responses, mask))
+        old, reference, values = self._evaluate(s, sampled.logprobs)
+        rollout = Rollout(
+            **vars(s),
+            ended=sampled.ended,
+            scores=self._scores(episodes),
+            sampler_logprobs=sampled.logprobs,
+            old_logprobs=old,
+            ref_logprobs=reference,
+            values=values,
+            token_scores=self._token_scores(episodes, width),
+            prompts=episodes.prompts,
+            texts=episodes.responses,
         )
-        self._score(rollout, queries)
-        self._evaluate(rollout)
+        gates.sampler_is_the_policy(rollout, self.sampler, self.iteration, self._all_sum)
         if self.iteration == 0:
-            gates.starts_at_reference(
-                rollout.old_logprobs, rollout.ref_logprobs, rollout.response_mask, self._tolerance
-            )
+            gates.starts_at_reference(old, reference, mask, self._tolerance)
         return rollout
 
-    @torch.no_grad()
-    def _generate(self, queries: list[Query]) -> Rollout:
-        """Sampled responses with the sampler's logprobs; the rest is blank."""
-        prompts = [query.ids for query in queries]
-        ids, mask = left_pad(prompts, self.pad_id)
-        sampled = self.sampler(prompts)
-        blank = torch.zeros_like(sampled.logprobs)
-        return Rollout(
-            queries=ids.to(self.device),
-            query_mask=mask.to(self.device),
-            responses=sampled.responses,
-            response_mask=maths.mask_from_lengths(sampled.lengths, blank.shape[1]),
-            ended=sampled.ended,
-            scores=blank[:, 0],
-            sampler_logprobs=sampled.logprobs,
-            old_logprobs=blank,
-            ref_logprobs=blank,
-            values=blank,
-        )
-
-    def _decode(self, prompts: list[list[int]]) -> Sampled:
-        """The policy's own responses, in rollout batches."""
-        uniforms = self._uniforms(len(prompts))
-        parts = []
-        for rows in self._slices(len(prompts), self.config.rollout_batch_size):
-            ids, mask = left_pad(prompts[rows], self.pad_id)
-            with self.accelerator.autocast():
-                parts.append(
-                    sample(
-                        self.networks.policy,
-                        ids.to(self.device),
-                        mask.to(self.device),
-                        max_new_tokens=self.config.max_new_tokens,
-                        temperature=self.config.temperature,
-                        stop=self.stop,
-                        pad_id=self.pad_id,
-                        uniforms=uniforms[rows],
-                        lengths=None if self.forced_lengths is None else self.forced_lengths[rows],
-                    )
-                )
-        return joined(parts, self.pad_id)
-
-    def _uniforms(self, episodes: int) -> Tensor:
-        """Random numbers (B, T) for this process's episodes.
-
-        Every process draws those of all and takes its share, so that neither their number nor the
-        rollout batches change a response.
-        """
-        processes, mine = self.accelerator.num_processes, self.accelerator.process_index
-        drawn = torch.rand(episodes * processes, self.config.max_new_tokens)
-        return drawn[mine * episodes : (mine + 1) * episodes]
-
-    def _score(self, rollout: Rollout, queries: list[Query]) -> None:
-        """Fill in scores, one per response, and token scores where a reward gives them."""
-        episodes = self.episodes(queries, rollout.response_ids())
-        with self.accelerator.autocast():
-            scores = torch.tensor(self.score(episodes), dtype=torch.float32, device=self.device)
-        gates.finite_scores(scores, self.iteration, episodes.prompts, episodes.responses)
-        rollout.scores, rollout.prompts, rollout.texts = (
-            scores,
-            episodes.prompts,
-            episodes.responses,
-        )
-        if self.token_score is not None:
-            rows = [torch.tensor(row) for row in self.token_score(episodes)]
-            dense = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
-            width = rollout.responses.shape[1]
-            rollout.token_scores = nn.functional.pad(dense, (0, width - dense.shape[1]))
-            sums = rollout.token_scores.sum(dim=1)
-            gates.finite_scores(sums, self.iteration, episodes.prompts, episodes.responses)
-
     def episodes(self, queries: list[Query], responses: list[list[int]]) -> Episodes:
-        """Queries and the real tokens of their responses, as rewards look at them."""
+        """Queries and the real tokens of their responses, as rewards look at them.
+
+        Reward models read every response closed by one EOS, as they were trained, one that was cut off
+        too: what it means that it did not end is the missing-EOS rule's to say.
+        """
+        eos = self.tokenizer.eos_token_id
         return Episodes(
-            sequences=[q.ids + ids for q, ids in zip(queries, responses, strict=True)],
+            queries=[q.ids for q in queries],
+            response_ids=[ids if ids[-1:] == [eos] else [*ids, eos] for ids in responses],
             prompts=[q.text for q in queries],
             responses=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses],
             rows=[q.row for q in queries],
@@ -210,62 +143,67 @@ class PPO:
             else [],
         )
 
-    @torch.no_grad()
-    def _evaluate(self, rollout: Rollout) -> None:
-        """Fill in reference logprobs, values, and old logprobs by the forward pass of the update,
-        or as the sampler gave them."""
-        parts = defaultdict(list)
-        ids, mask = rollout.inputs()
-        width, temperature = rollout.responses.shape[1], self.config.temperature
-        recompute = self.config.recompute()
-        for rows in self._slices(len(rollout), self._at_once(len(rollout))):
-            batch = ids[rows], mask[rows], width
-            with self.accelerator.autocast():
-                if recompute:
-                    out: Outputs = self.networks(*batch, temperature)
-                    assert out.logprobs is not None and out.values is not None
-                    parts["old"].append(out.logprobs)
-                    parts["values"].append(out.values)
-                else:
-                    parts["values"].append(self.networks.values(*batch))
-                parts["ref"].append(self._reference_logprobs(*batch))
-        rollout.old_logprobs = torch.cat(parts["old"]) if recompute else rollout.sampler_logprobs
-        rollout.ref_logprobs = torch.cat(parts["ref"])
-        rollout.values = torch.cat(parts["values"])
+    def _scores(self, episodes: Episodes) -> Tensor:
+        """(B,) one score a response."""
+        with self.accelerator.autocast():
+            scores = torch.tensor(self.score(episodes), dtype=torch.float32, device=self.device)
+        gates.finite_scores(scores, self.iteration, episodes.prompts, episodes.responses)
+        return scores
 
-    def _reference_logprobs(self, ids: Tensor, mask: Tensor, width: int) -> Tensor:
+    def _token_scores(self, episodes: Episodes, width: int) -> Tensor | None:
+        """(B, T) where a reward scores tokens, 0 on padding; None without such a reward."""
+        if self.token_score is None:
+            return None
+        rows = [torch.tensor(row) for row in self.token_score(episodes)]
+        dense = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        dense = nn.functional.pad(dense, (0, width - dense.shape[1]))
+        sums = dense.sum(dim=1)
+        gates.finite_scores(sums, self.iteration, episodes.prompts, episodes.responses)
+        return dense
+
+    def _evaluate(self, s: Sequences, sampled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Old logprobs, by the forward pass of the update or as the sampler gave them, reference logprobs
+        and values; (B, T) each."""
+        old, reference, values = [], [], []
+        for rows in self._slices(len(s), self._at_once(len(s))):
+            batch = s.rows(rows)
+            with self.accelerator.autocast():
+                if self.config.recompute():
+                    out: Outputs = self.networks(batch, self.config.temperature)
+                    assert out.logprobs is not None and out.values is not None
+                    old.append(out.logprobs)
+                    values.append(out.values)
+                else:
+                    values.append(self.networks.values(batch))
+                reference.append(self._reference_logprobs(batch))
+        return torch.cat(old) if old else sampled, torch.cat(reference), torch.cat(values)
+
+    def _reference_logprobs(self, s: Sequences) -> Tensor:
         if self.reference is not None:
-            return response_logprobs(self.reference, ids, mask, width, self.config.temperature)
+            return response_logprobs(self.reference, s, self.config.temperature)
         with adapter_off(self.networks.policy):
-            return response_logprobs(
-                self.networks.policy, ids, mask, width, self.config.temperature
-            )
+            return response_logprobs(self.networks.policy, s, self.config.temperature)
 
     # --- update: token rewards → advantages → minibatches → losses → step ----------------------
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Optimise on one rollout; returns this iteration's metrics."""
-        config = self.config
-        scores = self._shaped_scores(rollout)
+        config, mask = self.config, rollout.response_mask
+        scores = shaped_scores(rollout, config, self.scale, self._all_sum)
         kl = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl_penalty)
-        rewards = maths.token_rewards(scores, kl, rollout.response_mask, self.kl_coef)
+        rewards = maths.token_rewards(scores, kl, mask, self.kl_coef)
         if rollout.token_scores is not None:
             rewards = rewards + rollout.token_scores
         if config.whiten_rewards:
-            rewards = maths.masked_whiten(
-                rewards, rollout.response_mask, keep_mean=True, all_sum=self._all_sum
-            )
-        advantages, returns = maths.gae(
-            rewards, rollout.values, rollout.response_mask, config.gamma, config.lam
-        )
+            rewards = maths.masked_whiten(rewards, mask, keep_mean=True, all_sum=self._all_sum)
+        advantages, returns = maths.gae(rewards, rollout.values, mask, config.gamma, config.lam)
         metrics: dict[str, float] = measures.of_rollout(
             rollout, scores, advantages, returns, config, self.kl_coef, self._all_sum
         )
         metrics["episode"] = (self.iteration + 1) * config.batch_size
         if config.whiten_advantages:
-            advantages = maths.masked_whiten(
-                advantages, rollout.response_mask, all_sum=self._all_sum
-            )
+            advantages = maths.masked_whiten(advantages, mask, all_sum=self._all_sum)
+        rollout, advantages, returns = everywhere(self.accelerator, rollout, advantages, returns)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         self.networks.train()  # for gradient checkpointing alone; dropout is off
         for number, indices in enumerate(self._minibatches(len(rollout))):
@@ -282,36 +220,24 @@ class PPO:
         metrics["lr"] = float(self.schedule.get_last_lr()[0])
         self.iteration += 1
         if config.kl_target:
+            kl_now, size = metrics["objective/kl"], config.batch_size
             self.kl_coef = maths.adapted_kl_coef(
-                self.kl_coef,
-                metrics["objective/kl"],
-                config.kl_target,
-                config.batch_size,
-                config.kl_horizon,
+                self.kl_coef, kl_now, config.kl_target, size, config.kl_horizon
             )
         return metrics
 
-    def _shaped_scores(self, rollout: Rollout) -> Tensor:
-        """Scores (B,) after scaling, clipping, the missing-EOS rule and the length penalty."""
-        config, scores = self.config, rollout.scores
-        if config.scale_scores:
-            moments = torch.stack([torch.ones_like(scores), scores, scores.square()]).double()
-            self.scale.update(*self._all_sum(moments.sum(dim=1)).tolist())
-            scores = scores / self.scale.std
-        if config.clip_scores is not None:
-            scores = scores.clamp(-config.clip_scores, config.clip_scores)
-        scores = maths.missing_eos_scores(
-            scores, rollout.ended, config.missing_eos, config.missing_eos_penalty
-        )
-        return scores - config.length_penalty * rollout.response_mask.sum(dim=1)
-
     def _minibatches(self, episodes: int):
-        """Index tensors; each epoch is a permutation drawn from (seed, iteration, epoch) alone."""
+        """Index tensors, this process's share of each minibatch of the `episodes` of all processes.
+
+        Each epoch is a permutation drawn from (seed, iteration, epoch) alone.
+        """
         size = episodes // self.config.minibatches
+        share, mine = size // self.accelerator.num_processes, self.accelerator.process_index
         for epoch in range(self.config.ppo_epochs):
             key = (self.config.seed, self.iteration, epoch)
             order = torch.randperm(episodes, generator=generator(*key)).to(self.device)
-            yield from order[: size * self.config.minibatches].split(size)
+            for minibatch in order[: size * self.config.minibatches].split(size):
+                yield minibatch[mine * share : (mine + 1) * share]
 
     def _step(
         self, rollout: Rollout, advantages: Tensor, returns: Tensor, first: bool
@@ -336,17 +262,15 @@ class PPO:
                     totals[name] = totals[name] + value
         summed = {name: self._all_sum(value) for name, value in totals.items()}
         summed["tokens"] = tokens
+        trained = self.networks.trained_by_network()
         norms = {
-            "policy/grad_norm": clip_grad_norm_(
-                self.networks.policy_parameters(), self.config.max_grad_norm
-            ),
-            "value/grad_norm": clip_grad_norm_(
-                self.networks.value_parameters(), self.config.max_grad_norm
-            ),
+            f"{name}/grad_norm": clip_grad_norm_(parameters, self.config.max_grad_norm)
+            for name, parameters in trained.items()
         }
         seen = {"policy loss": summed["policy_loss"], "value loss": summed["value_loss"]}
         gates.finite_step(seen, norms, self.optimizer_steps)
-        self.optimizer.step()
+        with gates.moves(trained, self.optimizer, self.optimizer_steps):
+            self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         self.ema.update(self.networks.policy_parameters())
@@ -357,19 +281,18 @@ class PPO:
         """The pretraining text that goes with a minibatch, `ptx_ratio` examples an episode."""
         if self.ptx is None:
             return None
-        ids, mask = self.ptx(self.optimizer_steps, episodes * self.config.ptx_ratio)
-        return PtxBatch(ids, mask, self._all_sum(mask[:, 1:].sum()), self.config.ptx_ratio)
+        texts = self.ptx(self.optimizer_steps, episodes * self.config.ptx_ratio)
+        return PtxBatch(texts, self._all_sum(texts.response_mask.sum()), self.config.ptx_ratio)
 
     def _losses(self, networks: nn.Module, batch: Minibatch) -> tuple[Tensor, Sums]:
         """A micro-batch through the policy, the value network, or both."""
         rollout, ptx = batch.rollout, batch.ptx
         with self.accelerator.autocast():
             outputs: Outputs = networks(
-                *rollout.inputs(),
-                rollout.response_mask.shape[1],
+                rollout,
                 self.config.temperature,
                 entropy_grad=self.config.entropy_coef > 0,
-                ptx=None if ptx is None else (ptx.ids, ptx.mask),
+                ptx=None if ptx is None else ptx.texts,
             )
         if batch.first and outputs.logprobs is not None:
             gates.ratio_is_one(
@@ -401,7 +324,7 @@ class PPO:
         self.networks.load_state_dict(state["networks"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.ema.shadow = state["ema"]
+        self.ema.load(state["ema"], self.networks.policy_parameters())
         self.iteration, self.optimizer_steps = state["iteration"], state["optimizer_steps"]
         self.kl_coef = state["kl_coef"]
         vars(self.scale).update(state["scale"])
@@ -424,18 +347,3 @@ class PPO:
     @property
     def _tolerance(self) -> float:
         return 1e-3 if self.config.precision == "fp32" else 0.25
-
-    def _value_lr(self) -> float:
-        lr = self.config.value_learning_rate
-        return self.config.learning_rate if lr is None else lr
-
-    def _lr_factor(self, step: int) -> float:
-        warmup = int(self.config.warmup_ratio * self.total_steps)
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(self.total_steps - warmup, 1)
-        if self.config.schedule == "linear":
-            return max(1 - done, 0.0)
-        if self.config.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-        return 1.0

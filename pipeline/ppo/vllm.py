@@ -16,7 +16,8 @@ from pipeline.config.schema import PPOConfig
 from pipeline.errors import UserError
 from pipeline.models.generation import Sampled, stops
 from pipeline.models.packing import Model
-from pipeline.ppo.maths import mask_from_lengths
+from pipeline.models.tokens import mask_from_lengths, pad_id
+from pipeline.ppo.sampler import MISMATCH
 
 
 def require_vllm() -> None:
@@ -43,8 +44,9 @@ class VLLMSampler:
 
         self.stop = stops(tokenizer, config.stop_tokens)
         self.device = accelerator.device
-        self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        self.pad_id = pad_id(tokenizer)
         keys = config.vllm
+        self.name = f"vLLM ({keys.mode})"
         if accelerator.num_processes % keys.tensor_parallel:
             raise UserError(
                 f"vllm.tensor_parallel {keys.tensor_parallel} does not divide the number of processes, "
@@ -70,6 +72,12 @@ class VLLMSampler:
                 "include_stop_str_in_output": True,
             },
         )
+        self.mismatch = MISMATCH["fp32" if self._dtype() == torch.float32 else "half"]
+
+    def _dtype(self) -> torch.dtype | None:
+        """Of its weights, where that can be seen: in this process."""
+        engine = getattr(getattr(self.engine, "llm", None), "llm_engine", None)
+        return getattr(getattr(engine, "model_config", None), "dtype", None)
 
     def __call__(self, prompts: list[list[int]]) -> Sampled:
         """One response to each prompt (lists of token ids)."""

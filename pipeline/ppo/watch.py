@@ -42,6 +42,9 @@ class Watch:
         )
         episodes = self.ppo.episodes(self.queries, [r.ids for r in responses])
         scores = self.ppo.score(episodes)
+        if self.ppo.token_score is not None:
+            sums = map(sum, self.ppo.token_score(episodes))
+            scores = [score + more for score, more in zip(scores, sums, strict=True)]
         return [
             {"prompt": q.text, "response": r.text, "score": s, "ended": r.ended}
             for q, r, s in zip(self.queries, responses, scores, strict=True)

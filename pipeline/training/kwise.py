@@ -1,10 +1,12 @@
-"""InstructGPT's K-wise ranking loss and what is measured on rankings; torch alone."""
+"""InstructGPT's K-wise ranking loss and what is measured on rankings."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from pipeline.models.tokens import right_pad
 
 
 def kwise_loss(scores: Tensor, ranks: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,13 +36,12 @@ class KwiseCollator:
     pad_token_id: int
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        sequences = [torch.tensor(ids) for row in rows for ids in row["sequences"]]
-        lengths = torch.tensor([len(ids) for ids in sequences])
+        flat = [ids for row in rows for ids in row["sequences"]]
+        ids, mask = right_pad(flat, self.pad_token_id)
         sizes = torch.tensor([len(row["sequences"]) for row in rows])
-        pad = torch.nn.utils.rnn.pad_sequence
         return {
-            "input_ids": pad(sequences, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "input_ids": ids,
+            "attention_mask": mask.long(),
             "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
             "groups": torch.repeat_interleave(torch.arange(len(rows)), sizes),
         }

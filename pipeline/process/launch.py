@@ -1,0 +1,31 @@
+"""How this process was started beside others, from the environment that launchers set."""
+
+import os
+
+from pipeline.errors import UserError
+
+_ENGINES = {"USE_FSDP": "FSDP", "USE_DEEPSPEED": "DEEPSPEED", "USE_MEGATRON_LM": "MEGATRON_LM"}
+_SUPPORTED = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU")
+"""accelerate's names of one process, and of several that each hold whole models (DDP)."""
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_environment() -> None:
+    """UserError when a launcher config asks for an engine that would shard the models."""
+    for variable, engine in _ENGINES.items():
+        if os.environ.get(f"ACCELERATE_{variable}", "").lower() in ("1", "true", "yes"):
+            check_supported(engine)
+
+
+def check_supported(distributed_type: str) -> None:
+    """UserError unless every process holds whole models: nobody here gathers shards."""
+    name = str(getattr(distributed_type, "value", distributed_type))
+    if name not in _SUPPORTED:
+        raise UserError(
+            f"distributed_type {name}: not supported. One process is, and several that each hold whole "
+            "models (DDP: distributed_type MULTI_GPU in the launcher's config, as configs/engines/cpu2.yaml)"
+        )
