@@ -11,14 +11,36 @@ import pytest
 import torch
 
 import test_ppo_exact as exact
+from pipeline.models.sequences import Sequences
+from pipeline.models.tokens import right_pad
 from pipeline.ppo.rollout import Query, Rollout
 
-CHANGES = {"whiten_rewards": True, "scale_scores": True, "ppo_epochs": 2, "micro_batch_size": 1}
+CHANGES = [
+    {"whiten_rewards": True, "scale_scores": True, "ppo_epochs": 2, "micro_batch_size": 1},
+    {"minibatches": 2, "ppo_epochs": 2},
+    {"minibatches": 2, "ptx_coef": 0.5, "ptx_data": {"path": "none"}, "ptx_ratio": 2},
+]
 
 
-def updated_share(rank: int, processes: int) -> tuple[list[torch.Tensor], dict[str, float]]:
+def texts(ppo) -> None:
+    """A stream of pretraining text, each process its share of it."""
+    rows = [[5, 6, 7, 4], [8, 9, 4], [10, 4], [11, 12, 13, 14, 4]]
+    processes, mine = ppo.accelerator.num_processes, ppo.accelerator.process_index
+
+    def batch(step, count):
+        picked = [rows[(step + i) % 4] for i in range(count * processes)]
+        return Sequences.of_texts(*right_pad(picked[mine * count : (mine + 1) * count], 0))
+
+    ppo.ptx = batch
+
+
+def updated_share(
+    changes: dict, rank: int, processes: int
+) -> tuple[list[torch.Tensor], dict[str, float]]:
     """Weights and metrics after an update in which this process holds its share of the episodes."""
-    ppo = exact.make(**CHANGES)
+    ppo = exact.make(**changes)
+    if changes.get("ptx_coef"):
+        texts(ppo)
     whole = exact.recorded(ppo)
     share = len(whole) // processes
     mine: Rollout = whole.rows(slice(rank * share, (rank + 1) * share))
@@ -56,12 +78,13 @@ def test_two_processes_equal_one(tmp_path):
         command = [sys.executable, __file__, str(rank), str(tmp_path / f"{rank}.pt")]
         workers.append(subprocess.Popen(command, env=env, cwd=Path(__file__).parent.parent))
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    weights, metrics = updated_share(0, 1)
-    for rank in range(2):
-        theirs = torch.load(tmp_path / f"{rank}.pt")
-        for mine, other in zip(weights, theirs["weights"], strict=True):
-            torch.testing.assert_close(other, mine, rtol=1e-9, atol=1e-12)
-        assert theirs["metrics"] == pytest.approx(metrics, rel=1e-6, abs=1e-9)
+    for number, changes in enumerate(CHANGES):
+        weights, metrics = updated_share(changes, 0, 1)
+        for rank in range(2):
+            theirs = torch.load(tmp_path / f"{rank}.pt")
+            for mine, other in zip(weights, theirs["weights"][number], strict=True):
+                torch.testing.assert_close(other, mine, rtol=1e-9, atol=1e-12)
+            assert theirs["metrics"][number] == pytest.approx(metrics, rel=1e-6, abs=1e-9)
     responses, weights = sampled_share(0, 1)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert both[0]["responses"] + both[1]["responses"] == responses
@@ -71,7 +94,8 @@ def test_two_processes_equal_one(tmp_path):
 
 
 if __name__ == "__main__":
-    weights, metrics = updated_share(int(sys.argv[1]), 2)
+    shares = [updated_share(changes, int(sys.argv[1]), 2) for changes in CHANGES]
+    weights, metrics = zip(*shares, strict=True)
     responses, sampled = sampled_share(int(sys.argv[1]), 2)
     found = {"responses": responses, "sampled_weights": sampled}
     torch.save({"weights": weights, "metrics": metrics, **found}, sys.argv[2])
