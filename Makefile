@@ -4,6 +4,7 @@
 # handed to the rules below as PLAN; time stamps play no part. Stages are run by `exec python`, so
 # that a signal to make reaches them.
 
+#: base-RECIPE      the base model of another recipe, such as make base-smollm2
 #: RECIPE=tiny      folder of configs: configs/RECIPE/{base,sft,rm,ppo,eval}.yaml
 #: RUN=name         the run's directory is CKPT/RUN (default: the recipe's name)
 #: FROM=other       borrow the earlier stages of another run
