@@ -11,6 +11,7 @@ from pipeline.data import load_demonstrations, load_rankings, read_rows, rows_fr
 from pipeline.data.problems import Report
 from pipeline.data.sources import hub_rows
 from pipeline.errors import UserError
+from pipeline.handoff.lineage import data_fingerprint, missing_data
 
 GOOD = {"instruction": "Add 1 and 2.", "output": "3"}
 
@@ -335,3 +336,53 @@ def test_a_share_of_bad_rows_may_be_allowed_and_is_counted(tmp_path):
     assert len(kept) == 9 and "1 bad rows dropped" in notes[0]
     strict = data.model_copy(update={"bad_rows": 0.05})
     assert "1 problem in 10 rows" in failure(load_demonstrations, strict)
+
+
+# --- what a path stands for -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", b"a,b", "write it as JSON lines, e.g. pandas.read_csv"),
+        ("a.jsonl.gz", b"\x1f\x8b", "unpack it first"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", "packed by gzip; unpack it first"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
+        ("a.bin", b"", "unknown kind of file"),
+    ],
+)
+def test_a_file_that_holds_no_rows_is_told_by_its_name_and_first_bytes(
+    tmp_path, name, content, reason
+):
+    (tmp_path / name).write_bytes(content)
+    data = Data(path=str(tmp_path / name))
+    assert reason in failure(read_rows, data)
+    assert reason in failure(data_fingerprint, data)  # before anything slow starts
+    (told,) = missing_data(data, [])  # and before an earlier stage is trained
+    assert reason in told
+
+
+def test_an_address_is_not_mangled_into_a_path():
+    message = failure(read_rows, Data(path="https://example.org/rows.jsonl"))
+    assert message.startswith("https://example.org/rows.jsonl: addresses are not read; fetch")
+    hub = Data(path="https://huggingface.co/datasets/tatsu-lab/alpaca/tree/main")
+    assert "give the hub id: tatsu-lab/alpaca" in failure(data_fingerprint, hub)
+
+
+def test_what_lies_unread_in_a_folder_is_told(tmp_path, capsys):
+    data = write_lines(tmp_path / "a.jsonl", GOOD).model_copy(update={"path": str(tmp_path)})
+    read_rows(data)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "b.csv").write_text("instruction,output\n")
+    (tmp_path / "more").mkdir()
+    read_rows(data)
+    assert "read a.jsonl; not read: b.csv, more/" in capsys.readouterr().out
+    assert list(data_fingerprint(data)) == [f"{tmp_path}/a.jsonl"]
+
+
+def test_a_row_in_another_encoding_says_how_to_recode(tmp_path):
+    line = json.dumps({"instruction": "问题", "output": "答"}, ensure_ascii=False).encode("gbk")
+    message = failure(read_rows, write_lines(tmp_path / "a.jsonl", line))
+    assert "a.jsonl:1: not UTF-8: byte 0xce at byte 18" in message
+    assert "iconv -f GB18030 -t UTF-8" in message

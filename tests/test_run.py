@@ -12,7 +12,8 @@ from pipeline.config.schema import Data, Reward
 from pipeline.errors import UserError
 from pipeline.handoff import lineage
 from pipeline.handoff.artifacts import manifest_hash, read
-from pipeline.handoff.lineage import data_fingerprint, inputs_of, looks_local, parents_of
+from pipeline.handoff.datafiles import is_hub_id
+from pipeline.handoff.lineage import data_fingerprint, inputs_of, parents_of
 from pipeline.run import StageRun, start_again
 
 
@@ -272,11 +273,12 @@ def test_fingerprints_of_files_folders_and_hub_ids(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "local"),
-    [("a/b.jsonl", True), ("./a/b", True), ("a/b/c", True), ("owner/name", False), ("/a", True)],
+    ("name", "hub"),
+    [("a/b.jsonl", False), ("./a/b", False), ("a/b/c", False), ("owner/name", True), ("/a", False)]
+    + [("owner/name:config", True), ("checkpoints/x", False)],
 )
-def test_what_is_meant_as_a_path(name, local):
-    assert looks_local(name) == local
+def test_what_is_meant_as_a_path(name, hub):
+    assert is_hub_id(name) == hub
 
 
 def test_hashes_of_big_files_are_remembered_until_the_file_changes(tmp_path, monkeypatch):

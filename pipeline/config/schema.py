@@ -80,7 +80,8 @@ class Data(Section):
     """Where rows come from and how their columns are named."""
 
     path: DataName | list[DataName]
-    """A file, a folder or a list of them (.jsonl, .json, .parquet), or a hub id such as `tatsu-lab/alpaca`."""
+    """A file, a folder or a list of them (.jsonl, .json, .parquet; .txt for plain text), or a hub id such as
+    `tatsu-lab/alpaca`."""
     split: Text = "train"
     """Split of a hub dataset; local files have none."""
     columns: dict[Text, Text] = {}

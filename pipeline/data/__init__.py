@@ -12,7 +12,8 @@ from pipeline.data.forms import (
 )
 from pipeline.data.messages import Message
 from pipeline.data.rankings import Ranking, load_rankings
-from pipeline.data.sources import Row, read_rows, rows_from_memory
+from pipeline.data.readers import Row
+from pipeline.data.sources import read_rows, rows_from_memory
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
     encode_demonstration,

@@ -31,7 +31,8 @@ from pipeline.data.messages import (
     user_turn,
 )
 from pipeline.data.problems import BadRow, kind
-from pipeline.data.sources import Row, report_for, scan, source_name
+from pipeline.data.readers import Row
+from pipeline.data.sources import report_for, scan, source_name
 
 Item = TypeVar("Item")
 

@@ -1,26 +1,16 @@
-"""Rows from files, folders, hub ids and memory, each with the place it came from.
-
-Files: .jsonl (an object a line), .json (an array of objects, or lines as in .jsonl), .parquet, and
-.txt for plain text (paragraphs between blank lines become rows with a `text`). A folder stands for
-its .jsonl, .json and .parquet files in sorted order, or for its .txt files if it has no others.
-"""
+"""Rows from files, folders, hub ids and memory, each with the place it came from."""
 
 import difflib
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Data
-from pipeline.data.problems import BadRow, Report, kind
-from pipeline.data.strict_json import end_of, parse_line, parse_object, skip_space
+from pipeline.data.problems import Report, kind
+from pipeline.data.readers import READERS, Row
 from pipeline.errors import UserError
-
-MAX_LINE = 10_000_000
-"""Bytes; a longer line is taken for a mistake, not for a row."""
+from pipeline.handoff import datafiles
 
 # fmt: off
 STANDARD_COLUMNS = frozenset((
@@ -30,16 +20,6 @@ STANDARD_COLUMNS = frozenset((
 ))
 # fmt: on
 """Every column that some form reads (see `pipeline.data.forms` and `.rankings`)."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
-
-
-@dataclass(slots=True)
-class Row:
-    """A row under standard column names, and its place: `file:line`, `file: item N`, ..."""
-
-    values: dict[str, Any]
-    where: str
 
 
 def read_rows(data: Data) -> list[Row]:
@@ -82,10 +62,14 @@ def scan(source: Any, report: Report) -> Iterator[Row]:
 def _scan_files(data: Data, report: Report) -> Iterator[Row]:
     known = STANDARD_COLUMNS | set(data.columns.values())
     for path in [data.path] if isinstance(data.path, str) else data.path:
-        if not Path(path).exists() and _looks_like_hub_id(path):
+        if datafiles.is_hub_id(path):
             yield from hub_rows(path, data.split)
             continue
-        for file in _files(Path(path), report):
+        files, aside = datafiles.files(path)
+        if len(files) > 1 or aside:
+            unread = f"; not read: {', '.join(aside)}" if aside else ""
+            report.remarks.append(f"read {', '.join(file.name for file in files)}{unread}")
+        for file in files:
             yield from _watch_keys(READERS[file.suffix](file, report), known, report)
 
 
@@ -122,157 +106,6 @@ def _from_columns(columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
         raise UserError(f"dataset: columns of different lengths: {lengths}")
     for cells in zip(*lists.values(), strict=True):
         yield dict(zip(lists, cells, strict=True))
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def _files(path: Path, report: Report) -> list[Path]:
-    """The file itself, or the files of a folder in sorted order."""
-    if not path.exists():
-        raise UserError(_missing(path))
-    if not path.is_dir():
-        if path.suffix not in READERS:
-            raise UserError(f"{path}: unknown kind of file; known are {', '.join(READERS)}")
-        return [path]
-    inside = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-    files = [file for file in inside if file.suffix in READERS and file.suffix != ".txt"]
-    files = files or [file for file in inside if file.suffix == ".txt"]
-    if not files:
-        raise UserError(f"{path}: no {', '.join(READERS)} file in this folder")
-    if len(files) > 1:
-        report.remarks.append("read " + ", ".join(file.name for file in files))
-    return files
-
-
-def _missing(path: Path) -> str:
-    """`path: no such file`, with what lies nearest to it."""
-    parent = path
-    while not parent.is_dir():
-        missing, parent = parent, parent.parent
-    names = [entry.name for entry in parent.iterdir()]
-    near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {parent / near[0]}?" if near else f"{parent} has no `{missing.name}`"
-    return f"{path}: no such file or folder, and not a hub id (owner/name): {hint}"
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    """`owner/name` or `owner/name:config`, unless it is a mistyped path into an existing folder."""
-    if not _HUB_ID.fullmatch(path) or Path(path).suffix in READERS:
-        return False
-    return not Path(path).parent.exists()
-
-
-def read_jsonl(path: Path, report: Report) -> Iterator[Row]:
-    """One object a line. Lines end at \\n alone: U+2028 may stand inside a text."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            where = f"{path}:{number}"
-            try:
-                if len(line) > MAX_LINE:
-                    _skip_line(file, line)
-                    raise BadRow(f"a line of more than {MAX_LINE // 1_000_000} MB")
-                text = _decoded(line).strip(" \t\r\n")
-                if text:
-                    yield Row(parse_line(text), where)
-            except BadRow as error:
-                report.rows += 1
-                report.problem(where, error)
-
-
-def _skip_line(file: Any, line: bytes) -> None:
-    while line and not line.endswith(b"\n"):
-        line = file.readline(MAX_LINE)
-
-
-def _decoded(raw: bytes) -> str:
-    try:
-        return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRow(
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}"
-        ) from error
-
-
-def read_json(path: Path, report: Report) -> Iterator[Row]:
-    """An array of objects; lines of objects under this ending are read as JSONL."""
-    try:
-        text = _decoded(path.read_bytes())
-    except BadRow as error:
-        raise UserError(f"{path}: {error}") from error
-    start = skip_space(text, 0)
-    if text[start : start + 1] == "[":
-        yield from _items(path, text, report)
-        return
-    end = end_of(text, start)
-    if end is not None and "\n" in text[start:end]:
-        raise UserError(f"{path}: one object; a .json file holds an array of rows, or a row a line")
-    del text
-    yield from read_jsonl(path, report)
-
-
-def _items(path: Path, text: str, report: Report) -> Iterator[Row]:
-    at, number = skip_space(text, skip_space(text, 0) + 1), 0
-    while at < len(text) and text[at] != "]":
-        number += 1
-        where = f"{path}: item {number}"
-        try:
-            values, end = parse_object(text, at)
-            yield Row(values, where)
-        except BadRow as error:
-            report.rows += 1
-            report.problem(where, error)
-            if (after := end_of(text, at)) is None:
-                return  # nothing behind a syntax error can be told apart
-            end = after
-        at = skip_space(text, end)
-        if text[at : at + 1] == ",":
-            at = skip_space(text, at + 1)
-        elif text[at : at + 1] != "]":
-            break
-    if text[at : at + 1] != "]":
-        report.problem(path.as_posix(), f"bad JSON: no comma or closing ] after item {number}")
-
-
-def read_parquet(path: Path, report: Report) -> Iterator[Row]:
-    """Rows of a Parquet file, numbered from 1."""
-    import pyarrow.parquet  # slow to import
-
-    try:
-        number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(values, f"{path}: row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {error}") from error
-
-
-def read_text(path: Path, report: Report) -> Iterator[Row]:
-    """Paragraphs of a plain text file as rows {text}; the place is a paragraph's first line."""
-    try:
-        lines = _decoded(path.read_bytes()).split("\n")
-    except BadRow as error:
-        raise UserError(f"{path}: {error}") from error
-    start, paragraph = 0, list[str]()
-    for number, line in enumerate([*lines, ""], 1):
-        if line.strip():
-            start = start or number
-            paragraph.append(line.rstrip("\r"))
-        elif paragraph:
-            yield Row({"text": "\n".join(paragraph)}, f"{path}:{start}")
-            start, paragraph = 0, []
-
-
-READERS: dict[str, Callable[[Path, Report], Iterator[Row]]] = {
-    ".jsonl": read_jsonl,
-    ".json": read_json,
-    ".parquet": read_parquet,
-    ".txt": read_text,
-}
 
 
 def hub_rows(name: str, split: str) -> Iterator[Row]:

@@ -21,13 +21,12 @@ from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import checkpoints_root, differences
 from pipeline.config.schema import Data, Reads, Section, StageConfig
 from pipeline.errors import UserError
-from pipeline.handoff import artifacts
+from pipeline.handoff import artifacts, datafiles
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.found import find_stages, fresh_stages, read_json
 from pipeline.handoff.sources import files_of
 from pipeline.process.files import sha256, write_atomically
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _WORTH_CACHING = 1_000_000  # bytes; a smaller file is hashed as fast as it is looked up
 _SETTLED = 2.0  # seconds; a younger file may still change within one tick of its time stamp
 _PAGE_MARK = '<meta name="made-from" content="{}">'
@@ -182,36 +181,22 @@ def data_fingerprint(data: Data) -> dict[str, str]:
 
 
 def missing_data(config: Section, coming: list[Path]) -> list[str]:
-    """Local data files of a config that do not exist, those below `coming` directories excepted."""
+    """What is wrong with the data paths of a config, those below `coming` directories excepted."""
     problems = []
     for _, kind, name in config.references():
         path = Path(name)
         awaited = any(folder == path or folder in path.parents for folder in coming)
-        if kind is Reads.DATA and not awaited and not path.exists() and looks_local(name):
-            problems.append(f"{name}: no such file")
+        if kind is Reads.DATA and not awaited and (problem := datafiles.problem(name)):
+            problems.append(problem)
     return problems
 
 
-def looks_local(name: str) -> bool:
-    """Whether a name that does not exist was meant as a path and not as a hub id."""
-    path = Path(name)
-    if path.is_absolute() or name.startswith((".", "~")) or path.suffix in DATA_SUFFIXES:
-        return True
-    return name.count("/") != 1 or path.parts[0] == checkpoints_root().name or path.parent.is_dir()
-
-
 def _data(name: str) -> dict[str, str]:
-    path = Path(name)
-    if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.suffix in DATA_SUFFIXES and p.is_file())
-        return _hashed([p for p in inside if not p.name.startswith(".")])
-    if not path.exists() and not looks_local(name):
-        return {name: name}
-    return _hashed([_there(name)])
+    return {name: name} if datafiles.is_hub_id(name) else _hashed(datafiles.files(name)[0])
 
 
 def _there(name: str) -> Path:
-    if not Path(name).exists():
+    if not Path(name).is_file():
         raise UserError(f"{name}: no such file")
     return Path(name)
 

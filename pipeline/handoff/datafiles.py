@@ -1,0 +1,101 @@
+"""Which files a data path stands for, found by their names and first bytes: before anything slow starts.
+
+A folder stands for its .jsonl, .json and .parquet files in sorted order, or for its .txt files if it
+has no others.
+"""
+
+import difflib
+import re
+from pathlib import Path
+
+from pipeline.config.load import checkpoints_root
+from pipeline.errors import UserError
+
+KINDS = (".jsonl", ".json", ".parquet", ".txt")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+_HUB_URL = re.compile(r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)")
+_TABLE = "write it as JSON lines, e.g. pandas.{}(IN).to_json(OUT, orient='records', lines=True)"
+_REMEDY = {
+    ".csv": _TABLE.format("read_csv"),
+    ".tsv": _TABLE.format("read_table"),
+    ".xlsx": _TABLE.format("read_excel"),
+    ".arrow": "write it with datasets' to_json",
+    ".ndjson": "name it .jsonl",
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"), "unpack it first"),
+}
+_NO_ROWS = {
+    b"\x1f\x8b": "packed by gzip; unpack it first",
+    b"PK\x03\x04": "packed by zip; unpack it first",
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself; fetch it (git lfs pull)",
+    b"\xff\xfe": "UTF-16; recode it: iconv -f UTF-16 -t UTF-8 IN > OUT",
+    b"\xfe\xff": "UTF-16; recode it: iconv -f UTF-16 -t UTF-8 IN > OUT",
+}
+"""First bytes of what is no file of rows, whatever its name."""
+
+
+def is_hub_id(name: str) -> bool:
+    """`owner/name` or `owner/name:config`, unless it is a mistyped path into an existing folder."""
+    path = Path(name)
+    if path.exists() or not _HUB_ID.fullmatch(name) or path.suffix in KINDS:
+        return False
+    return path.parts[0] != checkpoints_root().name and not path.parent.exists()
+
+
+def files(name: str) -> tuple[list[Path], list[str]]:
+    """The files behind a name that is no hub id, and what lies beside them in their folder unread.
+
+    UserError: nothing there, or a kind of file that is not read, with what to do.
+    """
+    path = Path(name)
+    if "://" in name:
+        hub = _HUB_URL.match(name)
+        remedy = f"give the hub id: {hub[1]}" if hub else "fetch the file and give its path"
+        raise UserError(f"{name}: addresses are not read; {remedy}")
+    if not path.exists():
+        raise UserError(_missing(path))
+    if not path.is_dir():
+        if path.suffix not in KINDS:
+            remedy = _REMEDY.get(path.suffix.lower(), "write it as one of those")
+            raise UserError(f"{path}: unknown kind of file; known are {', '.join(KINDS)}: {remedy}")
+        return [_looked_at(path)], []
+    inside = sorted(entry for entry in path.iterdir() if entry.name[0] != ".")
+    found = [entry for entry in inside if entry.suffix in KINDS and entry.is_file()]
+    rows = [file for file in found if file.suffix != ".txt"] or found
+    aside = [entry.name + "/" * entry.is_dir() for entry in inside if entry not in rows]
+    if not rows:
+        raise UserError(f"{path}: no {', '.join(KINDS)} file in this folder{_shown(aside)}")
+    return [_looked_at(file) for file in rows], aside
+
+
+def problem(name: str) -> str | None:
+    """Why a data path cannot be read, as far as names and first bytes tell; None when it can."""
+    try:
+        None if is_hub_id(name) else files(name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _looked_at(path: Path) -> Path:
+    with path.open("rb") as file:
+        head = file.read(32)
+    for begin, what in _NO_ROWS.items():
+        if head.startswith(begin):
+            raise UserError(f"{path}: {what}")
+    return path
+
+
+def _shown(names: list[str]) -> str:
+    return f"; there are {', '.join(names[:8])}{', ...' * (len(names) > 8)}" if names else ""
+
+
+def _missing(path: Path) -> str:
+    """`path: no such file`, with what lies nearest to it."""
+    parent = path
+    while not parent.is_dir():
+        missing, parent = parent, parent.parent
+    names = [entry.name for entry in parent.iterdir()]
+    near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {parent / near[0]}?" if near else f"{parent} has no `{missing.name}`"
+    return f"{path}: no such file or folder, and not a hub id (owner/name): {hint}"
