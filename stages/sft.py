@@ -154,7 +154,7 @@ def _encode(
     rows, dropped = [], 0
     for item in tracked(items, f"sft: encoding {name} examples"):
         for turn, message in enumerate(item.messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or turn in item.context:
                 continue
             prompt, response = encode_demonstration(tokenizer, item.messages[: turn + 1])
             if len(prompt) + len(response) > max_length:

@@ -9,6 +9,7 @@ from pipeline.data import (
     Prompt,
     load_demonstrations,
     load_prompts,
+    load_rankings,
     load_texts,
     split_by_prompt,
 )
@@ -218,6 +219,75 @@ def test_texts_are_kept_and_demonstrations_are_written_out():
 
 def test_every_column_that_is_read_can_be_mapped():
     assert {*PROMPTS, *REPLIES, "input", "system", "history"} <= STANDARD_COLUMNS
+
+
+# --- columns that change what a row means ---------------------------------------------------------
+
+KTO = [
+    {"prompt": "q", "completion": "good", "label": True},
+    {"prompt": "q", "completion": "bad", "label": False},
+    {"messages": turns("q", "bad"), "label": False},
+    {"messages": turns("q", "fine"), "label": None},
+    {"prompt": "q", "response": "bad", "chosen": False},
+]
+
+
+def test_answers_labelled_false_are_not_learnt():
+    notes: list[str] = []
+    learnt = load_demonstrations(KTO, notes)
+    assert [item.messages[-1]["content"] for item in learnt] == ["good", "fine"]
+    assert "3 rows labelled false left out" in notes[0]
+    assert load_texts(KTO, notes) == ["User: q\n\nAssistant: good", "User: q\n\nAssistant: fine"]
+    assert len(load_prompts(KTO)) == 5  # their prompts are as good as any
+    with pytest.raises(UserError, match="nothing to use in 1 rows .1 rows labelled false"):
+        load_demonstrations(KTO[1:2])
+
+
+def test_a_label_of_another_kind_is_told():
+    notes: list[str] = []
+    assert len(load_demonstrations([{"prompt": "q", "completion": "a", "label": 0}], notes)) == 1
+    assert "1 rows with a `label` that is neither true nor false" in notes[0]
+
+
+@pytest.mark.parametrize("load", [load_demonstrations, load_prompts, load_texts, load_rankings])
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("images", ["a.png"], "`images` is filled: only text is read"),
+        ("image", {"bytes": "", "path": "a.png"}, "`image` is filled"),
+        ("audio", "a.wav", "`audio` is filled"),
+        ("tools", [{"name": "f"}], "`tools` is filled: no stage trains on tools"),
+        ("tools", '[{"name": "f"}]', "no stage trains on tools"),
+        ("parent_id", "x", "a message of a tree"),
+    ],
+)
+def test_a_row_that_is_more_than_its_text_is_refused(load, column, value, reason):
+    row = {"prompt": "q", "response": "a", "chosen": "a", "rejected": "b", column: value}
+    row |= {"role": "assistant"} if column == "parent_id" else {}
+    with pytest.raises(UserError) as error:
+        load([row])
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("empty", [None, [], "", "[]", [None], {}])
+def test_an_empty_column_changes_nothing(empty):
+    row = {"prompt": "q", "response": "a", "images": empty, "tools": empty, "audio": empty}
+    assert len(load_demonstrations([row])) == 1
+
+
+def test_turns_that_are_only_read_are_no_demonstrations():
+    said = turns("q", "a", "r", "b", "s", "c")
+    for mark in ({"weight": 0}, {"train": False}):
+        messages = [said[0], said[1] | mark, *said[2:5], said[5] | mark]
+        (item,) = load_demonstrations([{"messages": messages, "system": "x"}])
+        assert item.messages == [{"role": "system", "content": "x"}, *said[:4]]
+        assert 2 in item.context and 4 not in item.context
+    notes: list[str] = []
+    row = {"messages": [said[0], said[1] | {"weight": 0}]}
+    assert len(load_demonstrations([row, {"messages": said}], notes)) == 1
+    assert "1 conversations left out: none of their turns" in notes[0]
+    with pytest.raises(UserError, match="`weight` is 0.5"):
+        load_demonstrations([{"messages": [said[0], said[1] | {"weight": 0.5}]}])
 
 
 # --- splits ---------------------------------------------------------------------------------------

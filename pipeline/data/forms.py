@@ -9,7 +9,8 @@ A row has a prompt under one of `PROMPTS` and, for a demonstration, a reply unde
     chosen (+ rejected)           a pair's better answer; alone, HH's whole transcripts
     system, history               beside any of them: text; a list of [user, assistant]
 
-Where several are there, the first in this order counts. A null cell counts as absent.
+Where several are there, the first in this order counts. A null cell counts as absent. Columns that
+change what a row means are used rightly or refused: see `pipeline.data.meaning`.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
+from pipeline.data.meaning import check_whole, is_context, is_rejected
 from pipeline.data.messages import (
     Message,
     is_transcript,
@@ -30,7 +32,7 @@ from pipeline.data.messages import (
     transcript_messages,
     user_turn,
 )
-from pipeline.data.problems import BadRow, kind
+from pipeline.data.problems import BadRow, Report, kind
 from pipeline.data.readers import Row
 from pipeline.data.sources import report_for, scan, source_name
 
@@ -43,6 +45,8 @@ class Demonstration:
 
     messages: list[Message]
     where: str
+    context: frozenset[int] = frozenset()
+    """Earlier assistant messages, by index, that are read and not learnt."""
 
 
 @dataclass(slots=True)
@@ -60,32 +64,68 @@ def load_demonstrations(source: Any, notes: list[str] | None = None) -> list[Dem
     UserError: the first 20 rows without a prompt or a reply, with `file:line: reason`. What was
     dropped or merged is appended to `notes`, or printed if that is None.
     """
-    return _load(source, notes, lambda row: Demonstration(demonstration(row.values), row.where))
+    return load(source, notes, _demonstration)
 
 
 def load_prompts(source: Any, notes: list[str] | None = None) -> list[Prompt]:
     """Prompts of any form; replies in the file are ignored. Errors as in load_demonstrations."""
-    return _load(source, notes, lambda row: Prompt(prompt(row.values), row.values, row.where))
+    return load(source, notes, lambda row, _: Prompt(prompt(row.values), row.values, row.where))
 
 
 def load_texts(source: Any, notes: list[str] | None = None) -> list[str]:
     """Plain texts for the pretraining mix: `text` as it is, demonstrations as plain dialogues."""
-    return _load(source, notes, lambda row: plain_text(row.values))
+    return load(source, notes, _plain_text)
 
 
-def _load(source: Any, notes: list[str] | None, convert: Callable[[Row], Item]) -> list[Item]:
+def load(
+    source: Any, notes: list[str] | None, convert: Callable[[Row, Report], Item | None]
+) -> list[Item]:
+    """What `convert` makes of each row; of some it makes nothing, and counts them in the report."""
     report = report_for(source)
     items = []
     for row in scan(source, report):
         try:
-            items.append(convert(row))
+            check_whole(row.values)
+            item = convert(row, report)
         except BadRow as error:
             report.problem(row.where, error)
+        else:
+            items += [] if item is None else [item]
     report.close(source_name(source), len(items), notes)
     return items
 
 
 # --- one row --------------------------------------------------------------------------------------
+
+
+def _demonstration(row: Row, report: Report) -> Demonstration | None:
+    if is_rejected(row.values):
+        report.count("rows labelled false left out: their answers are not to be learnt")
+        return None
+    if not isinstance(row.values.get("label"), bool | None):
+        report.count("rows with a `label` that is neither true nor false: it is not heeded")
+    messages, context = demonstration(row.values), _context(row.values)
+    if len(messages) - 1 in context:  # what follows the last turn to be learnt is of no use
+        learnt = [
+            at
+            for at, item in enumerate(messages)
+            if item["role"] == "assistant" and at not in context
+        ]
+        if not learnt:
+            report.count("conversations left out: none of their turns is to be learnt")
+            return None
+        messages = messages[: learnt[-1] + 1]
+        check_prompt(messages[:-1])
+    return Demonstration(messages, row.where, context)
+
+
+def _context(values: dict[str, Any]) -> frozenset[int]:
+    """Which messages of a row are only read, as marks on a conversation's own turns say."""
+    name = first_of(values, PROMPTS)
+    turns = values[name] if name in WHOLE else ()
+    marked = [at for at, turn in enumerate(turns) if is_context(turn)]
+    before = len(find_prompt(values) or []) - len(turns) if marked else 0
+    return frozenset(before + at for at in marked)
 
 
 def demonstration(values: dict[str, Any]) -> list[Message]:
@@ -127,12 +167,13 @@ def without_reply(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def plain_text(values: dict[str, Any]) -> str:
+def _plain_text(row: Row, report: Report) -> str | None:
     """`text`, or a demonstration as "User: ...", a blank line, "Assistant: ..."."""
-    if values.get("text") is None:
-        messages = demonstration(values)
-        return "\n\n".join(f"{item['role'].capitalize()}: {item['content']}" for item in messages)
-    text = text_of(values["text"], "text")
+    if row.values.get("text") is None:
+        item = _demonstration(row, report)
+        said = [(m["role"].capitalize(), m["content"]) for m in item.messages] if item else []
+        return "\n\n".join(f"{who}: {words}" for who, words in said) or None
+    text = text_of(row.values["text"], "text")
     if not text.strip():
         raise BadRow("`text` is empty")
     return text

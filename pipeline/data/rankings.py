@@ -21,12 +21,12 @@ from pipeline.data.forms import (
     complete,
     find_prompt,
     first_of,
+    load,
     missing,
     without_reply,
 )
 from pipeline.data.messages import Message
 from pipeline.data.problems import BadRow, Report, kind
-from pipeline.data.sources import report_for, scan, source_name
 
 MAX_K = 9
 LISTS = ("responses", "completions", "answers")
@@ -52,17 +52,7 @@ def load_rankings(source: Any, notes: list[str] | None = None) -> list[Ranking]:
     ties are dropped; both are counted, in `notes` or printed. UserError: the first 20 rows that are
     malformed, contradict themselves (the same response at two ranks) or have more than 9 responses.
     """
-    report = report_for(source)
-    rankings = []
-    for row in scan(source, report):
-        try:
-            found = ranking(row.values, row.where, report)
-        except BadRow as error:
-            report.problem(row.where, error)
-        else:
-            rankings += [found] if found else []
-    report.close(source_name(source), len(rankings), notes)
-    return rankings
+    return load(source, notes, lambda row, report: ranking(row.values, row.where, report))
 
 
 def ranking(values: dict[str, Any], where: str, report: Report) -> Ranking | None:
