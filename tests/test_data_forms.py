@@ -49,6 +49,7 @@ DEMONSTRATIONS = [
     ({"prompt": "q", "completion": {"role": "assistant", "content": "a"}}, turns("q", "a")),
     ({"prompt": "q", "response": "a"}, turns("q", "a")),
     ({"query": "q", "response": "a"}, turns("q", "a")),
+    ({"input": "q", "output": "a"}, turns("q", "a")),
     ({"messages": turns("q", "a", "r", "b", system="s")}, turns("q", "a", "r", "b", system="s")),
     ({"messages": turns("q", "a", system=" ")}, turns("q", "a")),
     ({"messages": turns("q", "a"), "system": "s"}, turns("q", "a", system="s")),
@@ -177,6 +178,10 @@ def test_a_prompt_needs_no_reply(row, messages):
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "a part that is not text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "value": "q"}]}]},
+            "`messages[0].content` has a part without `text`; it has type, value",
         ),
         ({"conversations": sharegpt("q")}, "`conversations` does not end in an assistant"),
         (

@@ -47,6 +47,37 @@ def test_a_pair_is_a_ranking_of_two(row):
     assert (ranking.messages, ranking.responses, ranking.ranks) == (Q, ["a", "b"], [1, 2])
 
 
+def talk(answer):
+    return [{"role": "user", "content": "q"}, reply(answer)]
+
+
+VERDICTS = [
+    ({"prompt": "q", "response_1": "a", "response_2": "b", "preference": 1}, [1, 2]),
+    ({"instruction": "q", "output_1": "a", "output_2": "b", "preference": 2.0}, [2, 1]),
+    ({"input": "q", "output_1": "a", "output_2": "b", "label": "2"}, [2, 1]),
+    ({"instruction": "q", "input": "", "response1": "a", "response2": "b", "label": 1}, [1, 2]),
+    ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0}, [1, 2]),
+    ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "B"}, [2, 1]),
+    ({"prompt": "q", "answer_A": "a", "answer_B": "b", "winner": "response_a"}, [1, 2]),
+    ({"conversation_a": talk("a"), "conversation_b": talk("b"), "winner": "model_b"}, [2, 1]),
+]
+
+
+@pytest.mark.parametrize(("row", "ranks"), VERDICTS)
+def test_two_answers_are_ranked_by_a_verdict(row, ranks):
+    (ranking,) = load_rankings([row])
+    assert (ranking.messages, ranking.responses, ranking.ranks) == (Q, ["a", "b"], ranks)
+
+
+@pytest.mark.parametrize("verdict", ["tie", "tie (bothbad)", 0])
+def test_a_verdict_may_be_a_tie(verdict):
+    notes: list[str] = []
+    load_rankings(
+        [GOOD, {"prompt": "q", "output_1": "a", "output_2": "b", "label": verdict}], notes
+    )
+    assert "1 prompts whose responses all tie dropped" in notes[0]
+
+
 def test_transcripts_split_at_the_last_assistant():
     start = "\n\nHuman: q\n\nAssistant: Ask.\n\nHuman: r?"
     row = {"chosen": f"{start}\n\nAssistant: a\n\nb", "rejected": f"{start}\n\nAssistant:"}
@@ -184,6 +215,13 @@ def test_nine_are_left_of_ten_with_a_duplicate():
         ({"responses": ["a", "b"], "ranks": [1, 2]}, "no prompt beside `responses`"),
         ({"prompt": " ", "responses": ["a", "b"], "ranks": [1, 2]}, "the prompt is empty"),
         ({"prompt": "q"}, "no comparison"),
+        ({"prompt": "q", "completion": "a", "label": True}, "an answer labelled alone"),
+        (
+            {"prompt": "q", "output_1": "a", "output_2": "b"},
+            "without a verdict: none of preference",
+        ),
+        ({"prompt": "q", "output_1": "a", "output_2": "b", "label": 3}, "`label` is 3, not 1, 2"),
+        ({"prompt": "q", "output_1": "a", "output_2": "b", "label": True}, "`label` is True"),
         (
             {"prompt": "q", "answers": [{"answer": "a"}, {"answer": "b"}]},
             "`answers[0]` has neither rank",
@@ -241,4 +279,4 @@ def test_dense_ranks_do_not_depend_on_the_first_rank(ranks, shift):
 
 
 def test_every_column_that_is_read_can_be_mapped():
-    assert {*LISTS, "chosen", "rejected", "ranks", "scores"} <= STANDARD_COLUMNS
+    assert {*LISTS, "chosen", "rejected", "ranks", "scores", "preference"} <= STANDARD_COLUMNS

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import pandas
 import pytest
 
 from pipeline.config.schema import Data
@@ -282,10 +284,34 @@ def test_memory_holds_columns_rows_or_a_dataset():
 
 
 @pytest.mark.parametrize(
-    "source", ["a", 7, [1], {"a": [1], "b": [1, 2]}, {"a": "text"}, {"a": 1}, None]
+    ("source", "reason"),
+    [
+        ("rows.jsonl", "'rows.jsonl' is a text; give a file as Data(path=...)"),
+        (Path("rows.jsonl"), "give a file as Data(path=...)"),
+        (7, "a number, not a dict of columns"),
+        (object, "type, not a dict of columns"),
+        (None, "null, not"),
+        ([1], "row 1 is a number"),
+        ([[GOOD]], "row 1 is a list; a row is a dict such as"),
+        ({"a": [1], "b": [1, 2]}, "columns of different lengths"),
+        ({"a": "text"}, "column `a` is a text"),
+        ({"a": 1}, "column `a` is a number"),
+    ],
 )
-def test_memory_of_another_shape_is_an_error(source):
-    assert failure(rows_from_memory, source).startswith("dataset: ")
+def test_memory_of_another_shape_is_an_error(source, reason):
+    message = failure(rows_from_memory, source)
+    assert message.startswith("dataset: ") and reason in message
+
+
+def test_a_data_frame_is_rows(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    rows += [GOOD | {"input": None}]
+    frame = pandas.DataFrame(rows)
+    frame.to_parquet(tmp_path / "a.parquet")
+    for source in (frame, pandas.read_parquet(tmp_path / "a.parquet")):  # lists become arrays there
+        read = load_demonstrations(source)
+        assert [item.messages[-1]["content"] for item in read] == ["a", "3"]
+    assert "Series" in failure(load_demonstrations, frame["messages"])
 
 
 def test_memory_errors_name_the_row():

@@ -36,7 +36,8 @@ FEW, VARIANTS = 200, 5
 NAMES = sorted({name for config in map(config_class, stages()) for name in config.model_fields})
 COLUMNS = (
     "messages conversations instruction input output prompt completion text system history chosen "
-    "rejected responses completions answers ranks scores role content from value"
+    "rejected responses completions answers ranks scores role content from value label weight images tools "
+    "output_1 output_2 preference parent_id"
 ).split()
 words = st.sampled_from(
     [*NAMES, *"path split columns r alpha : - [ ] { } , # & * ! ? | > % @ ` ' \" \n".split(" ")]

@@ -4,7 +4,7 @@ A row has a prompt under one of `PROMPTS` and, for a demonstration, a reply unde
 
     messages / conversations      a whole conversation; role+content or from+value
     instruction (+ input)         alpaca, with `output`
-    prompt, query                 text, a "\\n\\nHuman: ..." dialogue or messages
+    prompt, query, input          text, a "\\n\\nHuman: ..." dialogue or messages
     text                          a rendered alpaca or dialogue text alone; otherwise plain text
     chosen (+ rejected)           a pair's better answer; alone, HH's whole transcripts
     system, history               beside any of them: text; a list of [user, assistant]
@@ -223,6 +223,7 @@ PROMPTS: dict[str, Callable[[dict[str, Any], str], list[Message] | None]] = {
     "instruction": _alpaca,
     "prompt": _text_or_messages,
     "query": _text_or_messages,
+    "input": _text_or_messages,
     "text": _rendered,
 }
 """Column of the prompt -> its reader, in order of preference."""

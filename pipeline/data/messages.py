@@ -57,7 +57,9 @@ def content_of(value: Any, name: str) -> str:
     for part in value:
         if not isinstance(part, dict) or part.get("type", "text") != "text":
             raise BadRow(f"`{name}` has a part that is not text; only text is supported")
-        parts.append(text_of(part.get("text"), f"{name}.text"))
+        if "text" not in part:
+            raise BadRow(f"`{name}` has a part without `text`; it has {', '.join(part)}")
+        parts.append(text_of(part["text"], f"{name}.text"))
     return "".join(parts)
 
 

@@ -2,6 +2,8 @@
 
     pairs          chosen, rejected beside a prompt (texts, messages or whole transcripts), or
                    alone as HH's two transcripts
+    verdicts       two answers whose names differ at the end (response_1 and _2, output_a and _b,
+                   response_0 and _1, ...) and a column that names the better one by that end
     ranked lists   responses, completions or answers with `ranks` (lower is better, ties allowed)
     scored lists   the same with `scores` (higher is better)
     candidates     lists of objects with their own response/answer/text/content and
@@ -57,9 +59,8 @@ def load_rankings(source: Any, notes: list[str] | None = None) -> list[Ranking]:
 
 def ranking(values: dict[str, Any], where: str, report: Report) -> Ranking | None:
     """One row's ranking, or None (counted in the report) if it compares nothing."""
-    conversations, places = (
-        _pair(values) if first_of(values, ("chosen", "rejected")) else _list(values)
-    )
+    read = _pair if first_of(values, ("chosen", "rejected")) else _list
+    conversations, places = _verdict(values) or read(values)
     prompts = [conversation[:-1] for conversation in conversations]
     if any(prompt != prompts[0] for prompt in prompts):
         raise BadRow("the responses do not share a prompt")
@@ -111,11 +112,55 @@ def _pair(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | Non
     return pair, [1, 2]
 
 
+# --- two answers and a verdict --------------------------------------------------------------------
+
+VERDICTS = ("preference", "winner", "label", "better_response_id")
+ANSWERS = ("response", "output", "answer", "completion", "conversation")
+ENDS = (("1", "2"), ("a", "b"), ("0", "1"))
+_NAMES = {
+    tuple(f"{stem}{dash}{shape(end)}" for end in ends): ends
+    for stem in ANSWERS
+    for dash in ("_", "")
+    for ends in ENDS
+    for shape in (str.lower, str.upper)
+}
+"""Pairs of columns -> the ends by which a verdict names them."""
+
+
+def _verdict(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | None]] | None:
+    """AlpacaEval's, LLMBar's, PandaLM's, PKU-SafeRLHF's and the Chatbot Arena's rows."""
+    names = next((pair for pair in _NAMES if all(values.get(n) is not None for n in pair)), None)
+    column = first_of(values, VERDICTS)
+    if names is None or (column is None and first_of(values, ("chosen", *LISTS))):
+        return None
+    if column is None:
+        raise BadRow(
+            f"`{names[0]}` and `{names[1]}` without a verdict: {missing(values, VERDICTS)}"
+        )
+    places = _places_of(values[column], column, _NAMES[names])
+    before = without_reply(find_prompt(values) or [])
+    return [complete(before, values[name], name) for name in names], places
+
+
+def _places_of(verdict: Any, column: str, ends: tuple[str, ...]) -> list[float | None]:
+    """1 and 2 or 2 and 1; equal for a tie: `tie`, or 0 where the answers are 1 and 2."""
+    said = str(int(verdict) if isinstance(verdict, float) and verdict.is_integer() else verdict)
+    said = said.strip().lower()
+    if said.startswith("tie") or (said == "0" and "0" not in ends):
+        return [1, 1]
+    end = said.rpartition("_")[2]  # model_a
+    if end not in ends or isinstance(verdict, bool):
+        raise BadRow(f"`{column}` is {verdict!r}, not {ends[0]}, {ends[1]} or tie")
+    return [1, 2] if end == ends[0] else [2, 1]
+
+
 # --- lists ----------------------------------------------------------------------------------------
 
 
 def _list(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | None]]:
     name = first_of(values, LISTS)
+    if name is None and isinstance(values.get("label"), bool):
+        raise BadRow("an answer labelled alone ranks nothing; two to nine to a prompt do")
     if name is None:
         raise BadRow(f"no comparison: {missing(values, ['chosen', *LISTS])}")
     items = values[name]

@@ -4,6 +4,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from os import PathLike
 from typing import Any
 
 from pipeline.config.schema import Data
@@ -16,7 +17,7 @@ from pipeline.handoff import datafiles
 STANDARD_COLUMNS = frozenset((
     "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "query",
     "response", "text", "system", "history", "chosen", "rejected", "responses", "completions",
-    "answers", "ranks", "scores",
+    "answers", "ranks", "scores", "label", "response_1", "response_2", "preference",
 ))
 # fmt: on
 """Every column that some form reads (see `pipeline.data.forms` and `.rankings`)."""
@@ -45,7 +46,7 @@ def source_name(source: Any) -> str:
 def scan(source: Any, report: Report) -> Iterator[Row]:
     """Rows one after the other; malformed ones go to the report and the next one follows.
 
-    `source`: a schema.Data, a dict of columns, a list of dicts or a datasets.Dataset.
+    `source`: a schema.Data, a dict of columns, a list of dicts, a datasets.Dataset or a pandas DataFrame.
     """
     rows: Iterable[Row]
     if isinstance(source, Data):
@@ -77,21 +78,38 @@ def _scan_files(data: Data, report: Report) -> Iterator[Row]:
 
 
 def rows_from_memory(dataset: Any) -> list[Row]:
-    """Rows of a dict of columns, a list of dicts or a datasets.Dataset; UserError otherwise."""
+    """Rows of a dict of columns, a list of dicts, a Dataset or a DataFrame; UserError otherwise."""
     return list(_scan_memory(dataset))
 
 
 def _scan_memory(dataset: Any) -> Iterator[Row]:
+    if type(dataset).__module__.partition(".")[0] == "pandas":
+        dataset = _from_frame(dataset)
     if isinstance(dataset, dict):
         dataset = _from_columns(dataset)
-    if isinstance(dataset, str | bytes) or not isinstance(dataset, Iterable):
+    if isinstance(dataset, str | bytes | PathLike):
+        raise UserError(f"dataset: {str(dataset)[:80]!r} is a text; give a file as Data(path=...)")
+    if not isinstance(dataset, Iterable):
         raise UserError(
-            f"dataset: {kind(dataset)}, not a dict of columns, a list of dicts or a Dataset"
+            f"dataset: {kind(dataset)}, not a dict of columns, a list of dicts, a Dataset or a DataFrame"
         )
     for number, values in enumerate(dataset, 1):
         if not isinstance(values, dict):
-            raise UserError(f"dataset: row {number}: {kind(values)}, not a dict")
+            raise UserError(
+                f"dataset: row {number} is {kind(values)}; a row is a dict such as "
+                '{"prompt": "...", "completion": "..."}'
+            )
         yield Row(values, f"dataset: row {number}")
+
+
+def _from_frame(frame: Any) -> list[dict[str, Any]]:
+    """Rows of a pandas DataFrame, its missing values as None and its arrays as lists."""
+    import pyarrow  # slow to import
+
+    try:
+        return pyarrow.Table.from_pandas(frame, preserve_index=False).to_pylist()
+    except (pyarrow.ArrowException, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"dataset: {kind(frame)} cannot be read as rows: {error}") from error
 
 
 def _from_columns(columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
