@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas
 import pytest
 
-from pipeline.config.schema import Data
+from pipeline.config.schema import Data, SFTConfig
 from pipeline.data import load_demonstrations, load_rankings, read_rows, rows_from_memory
 from pipeline.data.problems import Report
 from pipeline.data.sources import hub_rows
 from pipeline.errors import UserError
-from pipeline.handoff.lineage import data_fingerprint, missing_data
+from pipeline.handoff.lineage import data_fingerprint, inputs_of, missing_data
 
 GOOD = {"instruction": "Add 1 and 2.", "output": "3"}
 
@@ -412,3 +412,9 @@ def test_a_row_in_another_encoding_says_how_to_recode(tmp_path):
     message = failure(read_rows, write_lines(tmp_path / "a.jsonl", line))
     assert "a.jsonl:1: not UTF-8: byte 0xce at byte 18" in message
     assert "iconv -f GB18030 -t UTF-8" in message
+
+
+@pytest.mark.parametrize("template", ["none.jinja", "tests", "{{ messages }}" * 400])
+def test_a_chat_template_that_is_no_file_is_told_first(template):
+    config = SFTConfig(model="owner/name", chat_template=template)
+    assert failure(inputs_of, config).endswith(": no such file")

@@ -7,6 +7,7 @@ both ask it, and both sides' facts come from `identity` and `recorded`.
 import contextlib
 import html
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -196,8 +197,8 @@ def _data(name: str) -> dict[str, str]:
 
 
 def _there(name: str) -> Path:
-    if not Path(name).is_file():
-        raise UserError(f"{name}: no such file")
+    if not os.path.isfile(name):  # a template given as text is a name too long for pathlib
+        raise UserError(f"{name[:200]}: no such file")
     return Path(name)
 
 
