@@ -9,7 +9,13 @@ import pandas
 import pytest
 
 from pipeline.config.schema import Data, SFTConfig
-from pipeline.data import load_demonstrations, load_rankings, read_rows, rows_from_memory
+from pipeline.data import (
+    load_demonstrations,
+    load_prompts,
+    load_rankings,
+    read_rows,
+    rows_from_memory,
+)
 from pipeline.data.problems import Report
 from pipeline.data.sources import hub_rows
 from pipeline.errors import UserError
@@ -184,6 +190,21 @@ def test_paragraphs_of_a_text_file_are_rows(tmp_path):
     rows = read_rows(Data(path=str(tmp_path)))
     assert [row.values["text"] for row in rows] == ["one\nline", "two\u2028still two"]
     assert rows[1].where == f"{tmp_path}/a.txt:6"
+
+
+def test_lines_of_a_text_file_without_a_blank_one_are_rows(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\nthree\n\n")
+    rows = read_rows(Data(path=str(tmp_path / "a.txt")))
+    assert [row.values["text"] for row in rows] == ["one", "two", "three"]
+    assert rows[2].where == f"{tmp_path}/a.txt:3"
+    assert "no blank line, so each of its lines is a row" in capsys.readouterr().out
+
+
+def test_a_book_is_no_paragraph(tmp_path):
+    for text in ("word " * 30_000, "a\n\n" + "a line\n" * 20_000):
+        (tmp_path / "a.txt").write_text(text)
+        message = failure(load_prompts, Data(path=str(tmp_path / "a.txt")))
+        assert "characters without a blank line; part the texts" in message
 
 
 def test_limit_reads_no_further(tmp_path):

@@ -14,6 +14,8 @@ from pipeline.errors import UserError
 
 MAX_LINE = 10_000_000
 """Bytes; a longer line is taken for a mistake, not for a row."""
+MAX_PARAGRAPH = 100_000
+"""Characters; a longer paragraph is taken for a file whose texts are not kept apart."""
 
 
 @dataclass(slots=True)
@@ -114,18 +116,31 @@ def read_parquet(path: Path, report: Report) -> Iterator[Row]:
 
 
 def read_text(path: Path, report: Report) -> Iterator[Row]:
-    """Paragraphs of a plain text file as rows {text}; the place is a paragraph's first line."""
+    """Rows {text} of a plain text file: paragraphs between blank lines, or lines where none is blank.
+
+    The place is a row's first line.
+    """
     try:
-        lines = _decoded(path.read_bytes()).split("\n")
+        lines = _decoded(path.read_bytes()).rstrip().split("\n")
     except BadRow as error:
         raise UserError(f"{path}: {error}") from error
+    each_alone = len(lines) > 1 and all(line.strip() for line in lines)
+    if each_alone:
+        report.remarks.append(f"{path.name} has no blank line, so each of its lines is a row")
     start, paragraph = 0, list[str]()
     for number, line in enumerate([*lines, ""], 1):
         if line.strip():
             start = start or number
             paragraph.append(line.rstrip("\r"))
-        elif paragraph:
-            yield Row({"text": "\n".join(paragraph)}, f"{path}:{start}")
+        if paragraph and (each_alone or not line.strip()):
+            where, text = f"{path}:{start}", "\n".join(paragraph)
+            if len(text) > MAX_PARAGRAPH:
+                report.rows += 1
+                report.problem(
+                    where, f"{len(text)} characters without a blank line; part the texts"
+                )
+            else:
+                yield Row({"text": text}, where)
             start, paragraph = 0, []
 
 
