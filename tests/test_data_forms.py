@@ -334,3 +334,32 @@ def test_split_depends_on_the_seed():
     }
     assert len(parts) == 5
     assert all(len(part) == 10 for part in parts)
+
+
+def parts(texts, fraction=0.5, seed=1):
+    items = [Prompt(messages, {}, str(at)) for at, messages in enumerate(texts)]
+    return [{item.where for item in part} for part in split_by_prompt(items, fraction, seed)]
+
+
+def test_turns_of_one_conversation_stay_on_one_side():
+    texts = [turns(f"q{n}", *["a", "r", "b", "s"][:k]) for n in range(20) for k in (0, 2, 4)]
+    training, held = parts(texts)
+    assert len(training) == len(held) == 30
+    assert all(len({f"{3 * n + k}" for k in range(3)} & held) in (0, 3) for n in range(20))
+
+
+@pytest.mark.parametrize(
+    "twin", ["caf\u0065\u0301 au lait?", "caf\u00e9\u00a0au lait?", "Caf\u00e9 AU  lait?\n"]
+)
+def test_twins_stay_on_one_side(twin):
+    for seed in range(20):
+        training, held = parts(
+            [turns("caf\u00e9 au lait?"), turns(twin), *map(turns, "abcd")], seed=seed
+        )
+        assert {"0", "1"} <= training or {"0", "1"} <= held
+
+
+def test_the_split_of_plain_prompts_does_not_move():
+    """A hash of roles and words alone decides, so files split the same from version to version."""
+    _, held = parts([turns(word) for word in "alpha beta gamma delta epsilon zeta".split()])
+    assert held == {"1", "3", "4"}
