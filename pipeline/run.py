@@ -26,7 +26,8 @@ from pipeline.tracking.tracker import Tracker
 
 IDENTITY = "run.json"
 _SCRATCH = ("output", "trainer")  # of no use to a run that goes on
-_TRANSIENT = {*RECORDS, *_SCRATCH, IDENTITY, "wandb_id"}
+_UNRANKED = ("to_rank.jsonl", "ranked.jsonl")  # samples, and what a labeler had not finished
+_TRANSIENT = {*RECORDS, *_SCRATCH, *_UNRANKED, IDENTITY, "wandb_id"}
 
 
 @dataclass

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import small_run
@@ -11,8 +12,11 @@ import tiny_models
 from pipeline.config.schema import Data, RMConfig
 from pipeline.data.rankings import load_rankings
 from pipeline.errors import UserError
+from pipeline.feedback import comparisons
 from pipeline.feedback.comparisons import sampled_rankings
 from pipeline.handoff import artifacts
+from pipeline.handoff.lineage import why_stale
+from pipeline.run import start_again
 from stages import rm
 
 # Likes short responses and those that ended; a real labeler's command line.
@@ -95,13 +99,213 @@ def test_the_reward_model_is_published_with_the_rankings_it_learnt_from(tmp_path
     assert all(len(row["ranks"]) == len(row["responses"]) for row in kept)
 
 
-def test_without_a_labeler_people_are_asked(tmp_path):
-    run = small_run.make_run(tmp_path, ("base", "sft"))
-    work = tmp_path / "work"
-    work.mkdir()
-    with pytest.raises(UserError, match=r"to_rank\.jsonl: .* to be ranked by people"):
-        sampled_rankings(config(tmp_path, None), run / "sft", tiny_models.tokenizer(), work)
-    assert "ranks" not in read(run / "to_rank.jsonl")[0]
+# --- people -----------------------------------------------------------------------------------------
+
+
+def ask(root: Path, **changes) -> Path:
+    """A run whose samples wait for people; returns the file."""
+    small_run.make_run(root, ("base", "sft"))
+    with pytest.raises(UserError, match=r"to_rank\.jsonl: 12 .* to be ranked by people") as told:
+        rm.run(config(root, None, **changes))
+    assert "the same command goes on" in str(told.value)
+    return root / "run" / "to_rank.jsonl"
+
+
+def rank(path: Path, only: int | None = None) -> bytes:
+    """Add ranks to the first lines of a file, in place, as a person would; returns what it is then."""
+    rows = read(path)
+    for row in rows[:only]:
+        row["ranks"] = [1 + sorted(set(row["responses"])).index(r) for r in row["responses"]]
+    small_run.write_jsonl(path, rows)
+    return path.read_bytes()
+
+
+def refused(root: Path, path: Path, match: str, **changes) -> None:
+    """The command is refused in these words, names the way out, and leaves the file as it is."""
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=match) as told:
+        rm.run(config(root, None, **changes))
+    assert f"rm.sampling=null rm.data.path={path}" in str(told.value)
+    assert path.read_bytes() == before
+    assert not (root / "run" / "rm").exists()
+
+
+def test_the_same_command_goes_on_with_what_people_ranked_in_place(tmp_path):
+    path = ask(tmp_path)
+    assert "ranks" not in read(path)[0]
+    refused(tmp_path, path, "12 of 12 lines have no ranks yet: lines 1, 2, 3")
+    rank(path, 10)
+    refused(tmp_path, path, "2 of 12 lines have no ranks yet: lines 11, 12")
+    whole = rank(path)
+    rm.run(config(tmp_path, None))
+    assert path.read_bytes() == whole == (tmp_path / "run" / "rm" / "rankings.jsonl").read_bytes()
+    assert artifacts.read(tmp_path / "run" / "rm").inputs["to_rank.jsonl"]
+
+
+def test_the_command_that_is_told_trains_on_the_file_as_it_is(tmp_path):
+    path = ask(tmp_path)
+    whole = rank(path)
+    folder = rm.run(config(tmp_path, None, sampling=None, data={"path": str(path)}))
+    assert path.read_bytes() == whole and artifacts.read(folder, "rm")
+
+
+def test_ranks_changed_afterwards_make_the_stage_out_of_date(tmp_path):
+    path = ask(tmp_path)
+    rank(path)
+    rm.run(config(tmp_path, None))
+    assert why_stale("rm", config(tmp_path, None), tmp_path / "run") is None
+    rows = read(path)
+    rows[0]["ranks"] = [9, *rows[0]["ranks"][1:]]
+    small_run.write_jsonl(path, rows)
+    assert why_stale("rm", config(tmp_path, None), tmp_path / "run") == "to_rank.jsonl has changed"
+
+
+def test_reordered_lines_and_a_renamed_run_go_on(tmp_path):
+    path = ask(tmp_path)
+    rank(path)
+    small_run.write_jsonl(path, read(path)[::-1])
+    (tmp_path / "run").rename(tmp_path / "other")
+    whole = (tmp_path / "other" / "to_rank.jsonl").read_bytes()
+    rm.run(config(tmp_path, None, run=tmp_path / "other"))
+    assert (tmp_path / "other" / "to_rank.jsonl").read_bytes() == whole
+
+
+def _without_the_last(rows):
+    del rows[-1]
+
+
+def _another_prompt(rows):
+    rows[2]["prompt"][0]["content"] = "w9"
+
+
+def _another_response(rows):
+    rows[2]["responses"][0] = "w9 w9"
+
+
+def _a_copy(rows):
+    rows[2] = rows[3]
+
+
+def _a_bad_rank(rows):
+    rows[2]["ranks"][0] = "best"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_without_the_last, "1 of 12 samples are missing"),
+        (_another_prompt, "1 lines are no samples or repeat one: lines 3, 1 of 12 samples are"),
+        (_another_response, "1 lines are no samples or repeat one: lines 3, 1 of 12 samples are"),
+        (_a_copy, "1 lines are no samples or repeat one: lines 4, 1 of 12 samples are missing"),
+        (_a_bad_rank, r"to_rank.jsonl:3: `ranks\[0\]` is"),
+    ],
+)
+def test_a_file_that_is_not_the_samples_any_more_is_refused_with_the_way_out(
+    tmp_path, change, told
+):
+    path = ask(tmp_path)
+    rank(path)
+    rows = read(path)
+    change(rows)
+    small_run.write_jsonl(path, rows)
+    refused(tmp_path, path, told)
+
+
+def test_what_people_touched_outlives_other_settings_force_and_a_lost_record(tmp_path):
+    path = ask(tmp_path)
+    rank(path, 1)
+    refused(tmp_path, path, "was not sampled from this SFT model with these settings", seed=2)
+    start_again(config(tmp_path, None))
+    refused(tmp_path, path, "11 of 12 lines have no ranks")
+    (path.parent / ".to_rank.json").unlink()
+    refused(tmp_path, path, "was not sampled from this SFT model with these settings")
+
+
+def test_samples_that_nobody_touched_give_way_to_those_of_other_settings(tmp_path):
+    path = ask(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="to be ranked by people"):
+        rm.run(config(tmp_path, None, seed=2))
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("name", [".to_rank.json", "to_rank.jsonl"])
+def test_cut_off_while_the_samples_are_written_they_are_sampled_again(tmp_path, monkeypatch, name):
+    """Whichever of the two files is being written when the process dies."""
+    small_run.make_run(tmp_path, ("base", "sft"))
+    write = comparisons.write_atomically
+
+    def dying(path, text):
+        if path.name == name:
+            raise KeyboardInterrupt
+        write(path, text)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(comparisons, "write_atomically", dying)
+        rm.run(config(tmp_path, None))
+    with pytest.raises(UserError, match="to be ranked by people"):
+        rm.run(config(tmp_path, None))
+    rank(tmp_path / "run" / "to_rank.jsonl")
+    rm.run(config(tmp_path, None))
+
+
+# --- a labeler --------------------------------------------------------------------------------------
+
+
+def test_the_policy_samples_on_the_accelerator(tmp_path, labeler, monkeypatch):
+    """What `device()` says is what the model is moved to: here another precision, which is seen."""
+    run, seen = small_run.make_run(tmp_path, ("base", "sft")), []
+    generate = comparisons.generate
+
+    def watched(model, *args, **kwargs):
+        seen.append(model.dtype)
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(comparisons, "device", lambda: torch.float64)
+    monkeypatch.setattr(comparisons, "generate", watched)
+    (tmp_path / "work").mkdir()
+    sampled_rankings(
+        config(tmp_path, labeler), run / "sft", tiny_models.tokenizer(), tmp_path / "work"
+    )
+    assert set(seen) == {torch.float64}
+
+
+BAD_LABELERS = {
+    "wrote nothing": "",
+    "nothing to use in 0 rows": "open(args.out, 'w').close()",
+    "1 of 12 samples are missing": "write(rows[:-1])",
+    "1 lines are no samples or repeat one: lines 13": "write([*rows, rows[0]])",
+    "2 lines are no samples or repeat one: lines 1, 2": "rows[0]['prompt'] = rows[1]['prompt'] = 'w1'; write(rows)",
+    "1 of 12 lines have no ranks yet: lines 3": "del rows[2]['ranks']; write(rows)",
+    "ranked.jsonl:2: .*expected a number": "rows[1]['ranks'][0] = 'good'; write(rows)",
+    "ranked.jsonl:1: ": "open(args.out, 'w').write('{')",
+}
+
+
+@pytest.mark.parametrize("told", BAD_LABELERS)
+def test_a_labeler_that_does_not_keep_to_its_samples_is_named(tmp_path, monkeypatch, told):
+    (tmp_path / "own_labeler.py").write_text(
+        LABELER.partition("with open")[0]
+        + "rows = [json.loads(line) for line in open(args.samples)]\n"
+        + "for row in rows:\n"
+        + "    row['ranks'] = [1 + sorted(set(row['responses'])).index(r) for r in row['responses']]\n"
+        + "def write(rows):\n"
+        + "    open(args.out, 'w').write(''.join(json.dumps(row) + '\\n' for row in rows))\n"
+        + BAD_LABELERS[told]
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    small_run.make_run(tmp_path, ("base", "sft"))
+    with pytest.raises(UserError, match=f"the labeler own_labeler .*{told}"):
+        rm.run(config(tmp_path, "own_labeler"))
+    (tmp_path / "mended.py").write_text(LABELER)
+    rm.run(config(tmp_path, "mended"))  # nothing that the bad one left is in the way
+
+
+def test_a_labeler_that_is_not_there_is_told_before_anything_is_sampled(tmp_path, monkeypatch):
+    small_run.make_run(tmp_path, ("base", "sft"))
+    monkeypatch.setattr(comparisons, "_sample", None)
+    with pytest.raises(UserError, match=r"sampling\.labeler: no module no\.labeler"):
+        rm.run(config(tmp_path, "no.labeler"))
 
 
 def test_a_labeler_that_fails_is_shown(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+AnyPath = Annotated[Path, Field(strict=False)]
+"""A path, or the text of one."""
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -30,18 +32,18 @@ class Reads(Enum):
 DataName = Annotated[str, Reads.DATA]
 ModelName = Annotated[str, Reads.MODEL]
 CodeName = Annotated[str, Reads.CODE]
-File = Annotated[Path, Reads.FILE]
+File = Annotated[AnyPath, Reads.FILE]
 Text = Annotated[str, Reads.NOTHING]
 
 
 class Section(BaseModel):
-    """A strict group of keys: a key that nobody declared is an error.
+    """A strict group of keys: a key that nobody declared is an error, and so is a number in quotes.
 
     Every key that holds text says what it names (`Reads`), or its class is refused here: a forgotten
     one would have a stale result called up to date.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -131,9 +133,9 @@ class StageConfig(Section):
     interrupted one goes on with others. (Another micro-batch or thread count, or checkpointing, sums in
     another order: the same numbers to about 1e-6, not to the bit.)"""
 
-    run: Annotated[Path, Reads.NOTHING] = Path("checkpoints/run")
+    run: Annotated[AnyPath, Reads.NOTHING] = Path("checkpoints/run")
     """The run's directory; the stage publishes `RUN/sft`, `RUN/rm` or `RUN/ppo` there."""
-    borrow: Annotated[Path, Reads.NOTHING] | None = None
+    borrow: Annotated[AnyPath, Reads.NOTHING] | None = None
     """Another run whose earlier stages are used when this run has not made its own."""
     seed: int = 1
     """Of every random generator: initialisation, order of the data, sampling."""
@@ -177,13 +179,14 @@ class Optimisation(Section):
     """Keys of a supervised training loop, shared by sft and rm."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the data; a part of one is allowed."""
+    """Passes over the data, to the nearest step; a part of one is allowed."""
     max_steps: Positive | None = None
     """Stop after so many optimizer steps, whatever `epochs` says."""
     batch_size: Positive = 32
-    """Examples per optimizer step over all processes (rm: prompts, each with its K responses)."""
+    """Examples per optimizer step (rm: prompts, each with its K responses; sft with packing: rows of up to
+    max_length tokens)."""
     micro_batch_size: Positive | None = None
-    """Examples per forward pass and process; none = the whole share of the batch at once."""
+    """Of these per forward pass, a divisor of batch_size; none = the whole batch at once."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """At its highest, after the warm-up."""
     schedule: Schedule = "cosine"
@@ -218,7 +221,7 @@ class SFTConfig(StageConfig, Optimisation):
     max_length: Positive = 512
     """Longest prompt + response in tokens; longer examples are dropped and counted."""
     packing: bool = False
-    """Several examples per row without padding; needs an attention that keeps them apart."""
+    """Several examples per row without padding; refused of a model that does not keep them apart."""
     sample_tokens: Positive = 64
     """Longest response to the held-out prompts that are answered at the end; `eos_share` and `format`
     say how many ended within so many tokens. Take PPO's max_new_tokens."""
@@ -230,7 +233,8 @@ class Sampling(Section):
     prompts: Data
     """What is answered."""
     labeler: CodeName | None = None
-    """Module run as `python -m MODULE --samples F --out F --seed N`; none = stop for people to rank."""
+    """Module run as `python -m MODULE --samples F --out F --seed N`; none = stop
+    for people to rank `RUN/to_rank.jsonl`."""
     k: dict[int, float] = {4: 1.0}
     """Responses per prompt -> share of the prompts, 2 <= K <= 9."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -276,6 +280,12 @@ class RMConfig(StageConfig, Optimisation):
                 "give either data (rankings you have) or sampling (rankings to be made)"
             )
         return self
+
+    @property
+    def to_rank(self) -> Path | None:
+        """Where people rank what was sampled; None when nobody is asked to."""
+        asks = self.sampling is not None and self.sampling.labeler is None
+        return self.run / "to_rank.jsonl" if asks else None
 
 
 class Reward(Section):

@@ -173,6 +173,9 @@ def inputs_of(config: Section, in_memory: str | None = None) -> dict[str, str]:
             inputs |= _code(name)
         elif kind is Reads.FILE:
             inputs |= _hashed([_there(name)])
+    people = getattr(config, "to_rank", None)
+    if people and people.is_file() and in_memory is None:
+        inputs[people.name] = sha256(people)
     return inputs
 
 
