@@ -13,6 +13,7 @@ from pipeline import run, steps
 from pipeline.config.load import AddSettings
 from pipeline.config.schema import StageConfig
 from pipeline.errors import UserError
+from pipeline.handoff import artifacts, sealed
 from pipeline.handoff.lineage import inputs_of, why_stale
 from pipeline.handoff.remembered import Asked
 from pipeline.process import disk, faults, launch, memory, stopping
@@ -22,8 +23,8 @@ from pipeline.process.progress import is_main_process, say
 def main(stage: str, argv: list[str] | None = None) -> None:
     """Run `stages.STAGE` unless it is up to date; always ends the process.
 
-    Exit codes: 0 done, 2 a mistake of the user's, 130 interrupted, 143 saved and stopped by SIGTERM,
-    1 anything else.
+    Exit codes: 0 done, 2 a mistake of the user's, 130 stopped by Ctrl-C and 143 by SIGTERM (of a
+    training under way, its state saved), 1 anything else.
     """
     stopping.install()
     with reporting_errors():
@@ -116,7 +117,7 @@ def reporting_errors(config: StageConfig | None = None) -> Iterator[None]:
     except UserError as error:
         _stop(f"error: {error}", 2)
     except KeyboardInterrupt:
-        _stop("interrupted", 130)
+        _stop(f"interrupted{_kept(config)}", 130)
     except Exception as error:
         if disk.is_full(error):
             room = (config.run, run.bytes_needed(config)) if config else (None,)
@@ -124,6 +125,17 @@ def reporting_errors(config: StageConfig | None = None) -> Iterator[None]:
         if not memory.is_out(error):
             raise
         _stop(f"error: {memory.message(error)}", 1)
+
+
+def _kept(config: StageConfig | None) -> str:
+    """What an interrupted stage has saved, in words."""
+    if config is None:
+        return ""
+    if found := sealed.states(artifacts.work_path(config.run / config.stage)):
+        return (
+            f"; saved after step {sealed.step_of(found[-1])}, the same command goes on from there"
+        )
+    return "; no training state was saved yet"
 
 
 def _stop(message: str, code: int) -> None:

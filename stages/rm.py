@@ -15,7 +15,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TRLConfig
-from trl import RewardTrainer
 
 from pipeline.config.schema import Data, RMConfig
 from pipeline.data.forms import load_demonstrations
@@ -32,21 +31,21 @@ from pipeline.evaluation.rankings import Scored, measure, write_scored
 from pipeline.feedback.comparisons import sampled_rankings
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import ADAPTER, add_lora, merged, save_adapter
-from pipeline.models.forward import last_real, score_head, score_sequences, scores_at
+from pipeline.models.device import device
+from pipeline.models.forward import score_head, score_sequences
 from pipeline.models.loading import load_tokenizer, prepare_cpu, reward_from_policy
 from pipeline.models.tokens import pad_id
 from pipeline.process import faults
 from pipeline.process.progress import say, tracked
 from pipeline.run import StageRun, given
-from pipeline.training.kwise import KwiseCollator, kwise_loss
+from pipeline.training.kwise import KwiseCollator, KwiseTrainer
 from pipeline.training.trainers import (
-    Checked,
     Recorder,
     arguments,
+    check,
     one_gpu,
     quiet,
     train,
-    world_size,
 )
 
 LOGGED = {
@@ -67,8 +66,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
 
     `dataset` replaces `config.data` by rankings in memory (see `pipeline.data.rankings`).
     """
-    if world_size() > 1:
-        raise UserError(f"rm: {world_size()} processes; this stage trains in one, start it plainly")
+    check(config, RMConfig)
     rankings = None
     if config.sampling is None or dataset is not None:
         rankings = load_rankings(given(config.data, dataset, "data or sampling"))
@@ -89,7 +87,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
             raise UserError("rm: no comparison is left to train on, or none to hold out; see above")
 
         checkpoint.seed_everything(config.seed)
-        model = reward_from_policy(sft, tokenizer)
+        model = reward_from_policy(sft, tokenizer).to(device())
         before = measure(_score(model, tokenizer, held_out_rows))
         trainer = KwiseTrainer(
             model=_trainable(model, config),
@@ -134,31 +132,6 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
             tokenizer_hash(tokenizer),
             template_hash(tokenizer),
         )
-
-
-class KwiseTrainer(Checked, RewardTrainer):
-    """TRL's reward trainer with InstructGPT's loss: all pairs of a prompt are one batch element.
-
-    Rows hold `sequences` (K lists of ids) and `ranks`; one forward pass per response.
-    """
-
-    def _prepare_dataset(self, dataset, *args, **kwargs):
-        return dataset  # tokenised by us, the same way in every stage
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        with (
-            self.accelerator.autocast()
-        ):  # which only the model's own forward would enter by itself
-            scores = scores_at(model, ids, mask, last_real(mask))
-        loss, better = kwise_loss(scores, inputs["ranks"], inputs["groups"])
-        margins = (scores[:, None] - scores[None, :])[better].detach()
-        if len(margins):
-            mode = "train" if model.training else "eval"
-            self._metrics[mode]["accuracy"].append((margins > 0).float().mean().item())
-            self._metrics[mode]["margin"].append(margins.mean().item())
-            self._metrics[mode]["mean_reward"].append(scores.mean().item())
-        return (loss, {"scores": scores}) if return_outputs else loss
 
 
 def _trainable(model: PreTrainedModel, config: RMConfig):

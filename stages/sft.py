@@ -17,7 +17,6 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig as TRLConfig
-from trl import SFTTrainer
 
 from pipeline.config.schema import SFTConfig
 from pipeline.data.forms import Demonstration, load_demonstrations
@@ -37,11 +36,12 @@ from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
 from pipeline.process import faults
 from pipeline.process.progress import say, tracked
 from pipeline.run import StageRun, given
+from pipeline.training.supervised import TokenTrainer, check_packing, packed
 from pipeline.training.trainers import (
-    Checked,
     Recorder,
     ShowsEvaluation,
     arguments,
+    check,
     one_gpu,
     quiet,
     train,
@@ -69,29 +69,34 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
     `dataset` replaces `config.data` by rows in memory: a dict of columns, a list of dicts, or a
     `datasets.Dataset`, in any form of `pipeline.data.forms`.
     """
+    check(config, SFTConfig)
     demonstrations = load_demonstrations(given(config.data, dataset, "data"))
     with StageRun(config, dataset) as stage:
         quiet()
         prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
         tokenizer = load_tokenizer(config.model, config.chat_template)
+        policy = load_policy(config.model, tokenizer)
+        if config.packing:
+            check_packing(policy)
         training, held_out = _split(config, demonstrations)
         training_rows = _encode(tokenizer, training, config.max_length, "training")
         validation_rows = _encode(tokenizer, held_out, config.max_length, "validation")
 
-        policy = add_lora(load_policy(config.model, tokenizer), config.lora, "CAUSAL_LM")
-        settings = arguments(config, len(training_rows), stage.work)
-        trainer = CheckedTrainer(
-            model=policy,
+        rows = Dataset.from_list(training_rows)
+        if config.packing:
+            rows = packed(rows, config.max_length)
+            say(f"sft: {len(training_rows)} examples packed into {len(rows)} rows")
+        trainer = TokenTrainer(
+            model=add_lora(policy, config.lora, "CAUSAL_LM"),
             args=one_gpu(
                 TRLConfig(
-                    **settings,
-                    max_length=config.max_length,
-                    packing=config.packing,
-                    eval_packing=False,
+                    **arguments(config, len(rows), stage.work),
+                    max_length=None,  # rows that are too long have been dropped
+                    padding_free=config.packing,
                 )
             ),
-            train_dataset=Dataset.from_list(training_rows),
+            train_dataset=rows,
             eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
             processing_class=tokenizer,
         )
@@ -120,11 +125,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         )
 
 
-class CheckedTrainer(Checked, SFTTrainer):
-    """TRL's trainer, which does not step on a loss that is no number."""
-
-
-def _validation_loss(trainer: SFTTrainer) -> dict[str, float]:
+def _validation_loss(trainer: TokenTrainer) -> dict[str, float]:
     """Mean nats per held-out response token; nothing when nothing is held out."""
     if trainer.eval_dataset is None:
         return {}

@@ -353,6 +353,55 @@ def test_make_passes_on_a_sigterm_and_goes_on_the_next_time(project, make):
     assert project.differences("made", "sft") == []
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_saves_at_the_end_of_the_step_and_the_same_command_goes_on(project, stage):
+    child = project.start(stage, "ctrl-c", fault=f"{stage}:step:4:slow")
+    wait_for(project.work("ctrl-c", stage) / "step-000003")
+    time.sleep(0.2)  # into the step that is slow
+    child.signal(signal.SIGINT)
+    outcome = child.wait()
+    assert outcome.code == 130, outcome.told
+    assert "Ctrl-C: saving at the end of this step" in outcome.told
+    assert f"{stage}: stopped by Ctrl-C, saved after step 4; the same command goes on" in outcome.told
+    assert project.make(stage, "ctrl-c").code == 0
+    assert project.differences("ctrl-c", stage) == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_twice_ends_at_once_and_says_so(project, stage):
+    child = project.start(stage, "ctrl-c-c", fault=",".join([f"{stage}:step:4:slow"] * 4))
+    wait_for(project.work("ctrl-c-c", stage) / "step-000003")
+    time.sleep(0.2)
+    child.signal(signal.SIGINT)
+    time.sleep(0.7)
+    begin = time.monotonic()
+    child.signal(signal.SIGINT)
+    outcome = child.wait()
+    assert outcome.code == 130 and time.monotonic() - begin < 1.5
+    assert "ended at once: what came after the last saved state is lost" in outcome.told
+    assert project.make(stage, "ctrl-c-c").code == 0
+    assert project.differences("ctrl-c-c", stage) == []
+
+
+def test_ctrl_c_while_nothing_trains_says_what_is_saved(project):
+    fault = ",".join(["sft:eval:0:slow"] * 3)
+    child = project.start("sft", "ctrl-c-before", fault=fault)
+    wait_for(project.work("ctrl-c-before", "sft") / "run.json")
+    time.sleep(0.5)
+    child.signal(signal.SIGINT)
+    outcome = child.wait()
+    assert outcome.code == 130 and "interrupted; no training state was saved yet" in outcome.told
+    fault = ",".join(["sft:eval:7:slow"] * 3)
+    child = project.start("sft", "ctrl-c-after", fault=fault)
+    wait_for(project.work("ctrl-c-after", "sft") / "step-000007")
+    time.sleep(0.5)
+    child.signal(signal.SIGINT)
+    outcome = child.wait()
+    assert outcome.code == 130 and "interrupted; saved after step 7" in outcome.told
+    assert project.make("sft", "ctrl-c-after").code == 0
+    assert project.differences("ctrl-c-after", "sft") == []
+
+
 def test_a_killed_make_leaves_a_stage_that_holds_its_lock(project, make):
     process = real(
         project, "env", "PIPELINE_FAULT=" + ",".join(["sft:step:4:slow"] * 5), *make, "RUN=orphan"

@@ -1,6 +1,5 @@
 """Our side of the benchmark, a worker: `python -m pipeline.bench.ours SIZE CASE`."""
 
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback
+from trl import RewardConfig
+from trl import SFTConfig as TRLConfig
 
 from pipeline.bench import shared
 from pipeline.bench.shapes import (
@@ -32,7 +33,8 @@ from pipeline.ppo.rewards import model_reward
 from pipeline.ppo.rollout import Query
 from pipeline.ppo.sampler import PolicySampler
 from pipeline.ppo.trainer import PPO
-from pipeline.training.kwise import KwiseCollator
+from pipeline.training.kwise import KwiseCollator, KwiseTrainer
+from pipeline.training.supervised import TokenTrainer
 from pipeline.training.trainers import arguments, quiet
 
 
@@ -109,7 +111,6 @@ def _reward_adapter(size: Size, lora: Lora) -> Path:
 
 def rm(size: Size, case: Case, turns: Turns) -> None:
     """Optimizer steps of the reward model's stage: one forward pass a response."""
-    stage: Any = importlib.import_module("stages.rm")  # as the command line finds it
     rows = [
         {"sequences": row.sequences, "ranks": list(range(1, case.k + 1))}
         for row in ranked(size, case.batch, case.k)
@@ -117,11 +118,9 @@ def rm(size: Size, case: Case, turns: Turns) -> None:
     config = RMConfig(batch_size=case.batch, max_steps=STEPS, learning_rate=LEARNING_RATE)
     model = disable_dropout(shared.reward(size))
     pack_if_possible(model)
-    trainer = stage.KwiseTrainer(
+    trainer = KwiseTrainer(
         model=model,
-        args=stage.TRLConfig(
-            **_arguments(config, rows), max_length=None, remove_unused_columns=False
-        ),
+        args=RewardConfig(**_arguments(config, rows), max_length=None, remove_unused_columns=False),
         data_collator=KwiseCollator(PAD),
         train_dataset=Dataset.from_list(rows),
         processing_class=shared.tokenizer(size),
@@ -131,20 +130,15 @@ def rm(size: Size, case: Case, turns: Turns) -> None:
 
 def sft(size: Size, case: Case, turns: Turns) -> None:
     """Optimizer steps of the first stage."""
-    stage: Any = importlib.import_module("stages.sft")
     rows = demonstrations(size, case.batch)
     config = SFTConfig(
         model="", batch_size=case.batch, max_steps=STEPS, learning_rate=LEARNING_RATE
     )
     policy = disable_dropout(shared.policy(size))
     pack_if_possible(policy)
-    trainer = stage.SFTTrainer(
+    trainer = TokenTrainer(
         model=policy,
-        args=stage.TRLConfig(
-            **_arguments(config, rows),
-            max_length=config.max_length,
-            packing=config.packing,
-        ),
+        args=TRLConfig(**_arguments(config, rows), max_length=None),
         train_dataset=Dataset.from_list(rows),
         processing_class=shared.tokenizer(size),
     )

@@ -103,19 +103,22 @@ class Room:
         system: str | None = None,
         seed: int | None = None,
     ):
-        from pipeline.models.loading import load_policy, load_reward, load_tokenizer, quiet  # torch
+        from pipeline.models.device import device  # torch
+        from pipeline.models.loading import load_policy, load_reward, load_tokenizer, quiet
 
         quiet()
         self.tokenizer = load_tokenizer(stages["sft"].path)
         self.models: dict[str, Any] = {}
         for name in (n for n in policies() if n in stages):
             try:
-                self.models[name] = load_policy(stages[name].path, self.tokenizer)
+                policy = load_policy(stages[name].path, self.tokenizer)
             except UserError as error:
                 if name != "base":
                     raise
                 say(f"chat: the base model is left out: {error}")
-        self.reward = load_reward(stages["rm"].path) if "rm" in stages else None
+            else:
+                self.models[name] = policy.to(device())
+        self.reward = load_reward(stages["rm"].path).to(device()) if "rm" in stages else None
         self.max_new_tokens, self.temperature, self.greedy = max_new_tokens, temperature, greedy
         self.system, self.seed = system, seed
 

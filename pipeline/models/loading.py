@@ -6,6 +6,7 @@ and trains with another is not on-policy (invariant 2).
 """
 
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -85,8 +86,7 @@ def load_policy(
     Truncated sampling or penalties that a model ships with (top-k 50, repetition penalty) would make
     the rollout distribution differ from the one PPO computes logprobs of (trl#6789).
     """
-    if config_of(path).is_encoder_decoder:
-        raise UserError(f"{path}: an encoder-decoder model; this stage needs a causal one")
+    _check_causal(path)
     model = _load(AutoModelForCausalLM, path, dtype=torch.float32)
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id,
@@ -96,6 +96,25 @@ def load_policy(
     if tokenizer is not None:
         fit_tokenizer(model, tokenizer)
     return _ready(model)
+
+
+_CAUSAL = re.compile("CausalLM|LMHead|ConditionalGeneration")
+
+
+def _check_causal(path: str | Path) -> None:
+    """UserError for a model that does not predict the next token: a classifier, an encoder, a bare trunk.
+
+    transformers would load its trunk and add what is missing, drawn at random.
+    """
+    config = config_of(path)
+    if config.is_encoder_decoder:
+        raise UserError(f"{path}: an encoder-decoder model; this stage needs a causal one")
+    names = config.architectures or []
+    if names and not any(_CAUSAL.search(name) for name in names):
+        raise UserError(
+            f"{path}: a {', '.join(names)}, which does not predict the next token; give a causal "
+            "language model (its config.json names a ...ForCausalLM or ...LMHeadModel)"
+        )
 
 
 def load_reward(path: str | Path) -> PreTrainedModel:

@@ -1,4 +1,5 @@
-"""SIGTERM: the first asks a run to save and end at the next safe boundary, the second ends it now.
+"""SIGTERM and Ctrl-C: the first asks a run to save and end at the next safe boundary, the second ends
+it now.
 
 A command line installs the handler; a stage that is called as a function keeps its caller's.
 """
@@ -14,29 +15,30 @@ from typing import NoReturn
 
 from pipeline.process.progress import say
 
-CODE = 143
-"""What a shell reports of a process that SIGTERM has ended."""
+_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 _SAME = 0.5
 """Seconds within which two are one: make and a launcher pass on what their whole group was sent."""
 
 _asked = 0.0  # when, by the monotonic clock; 0 = not yet
+_by: int = signal.SIGTERM  # what asked
 _training = False
 
 
 def install() -> None:
-    """Handle SIGTERM from now on."""
+    """Handle both from now on."""
     global _asked
     if threading.current_thread() is threading.main_thread():
         _asked = 0.0
-        signal.signal(signal.SIGTERM, _handle)
+        for number in _NAMES:
+            signal.signal(number, _handle)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within, a SIGTERM waits until somebody looks at `asked()`: steps are not cut in half.
+    """Within, a signal waits until somebody looks at `asked()`: steps are not cut in half.
 
-    Elsewhere, and at the end of this, it ends the process by SystemExit: what is worth it is saved.
+    Elsewhere, and at the end of this, it ends the process: what is worth it is saved.
     """
     global _training
     _training = True
@@ -45,30 +47,40 @@ def deferred() -> Iterator[None]:
     finally:
         _training = False
     if _asked:
-        sys.exit(CODE)
+        sys.exit(code())
 
 
 def asked() -> bool:
-    """Whether a SIGTERM has come."""
+    """Whether a signal has come."""
     return bool(_asked)
 
 
+def code() -> int:
+    """What a shell reports of a process that the signal has ended: 143 SIGTERM, 130 Ctrl-C."""
+    return 128 + _by
+
+
 def leave(stage: str, step: int) -> NoReturn:
-    """End with 143 after the state of `step` was saved."""
-    say(
-        f"{stage}: stopped by SIGTERM, saved after step {step}; the same command goes on from there"
-    )
-    raise SystemExit(CODE)
+    """End with `code()` after the state of `step` was saved."""
+    name = _NAMES[signal.Signals(_by)]
+    say(f"{stage}: stopped by {name}, saved after step {step}; the same command goes on from there")
+    raise SystemExit(code())
 
 
 def _handle(signum: int, frame: object) -> None:
-    global _asked
+    global _asked, _by
     if _asked:
         if time.monotonic() - _asked > _SAME:
-            os._exit(CODE)
+            os.write(2, b"ended at once: what came after the last saved state is lost\n")
+            os._exit(128 + signum)
         return
-    _asked = time.monotonic()
+    _asked, _by = time.monotonic(), signum
     if not _training:
-        sys.exit(CODE)
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(code())
     # not print: the signal may have come in the middle of one
-    os.write(2, b"SIGTERM: saving at the end of this step; a second one ends the run at once\n")
+    name = _NAMES[signal.Signals(signum)]
+    os.write(
+        2, f"{name}: saving at the end of this step; a second one ends the run at once\n".encode()
+    )

@@ -1,29 +1,46 @@
-"""InstructGPT's K-wise ranking loss and what is measured on rankings."""
+"""InstructGPT's K-wise ranking loss, its batches, and TRL's reward trainer with it."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from trl import RewardTrainer
 
+from pipeline.models.forward import last_real, scores_at
 from pipeline.models.tokens import right_pad
+from pipeline.training.trainers import Checked
 
 
-def kwise_loss(scores: Tensor, ranks: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+def kwise_loss(
+    scores: Tensor, ranks: Tensor, groups: Tensor, prompts: int | None = None
+) -> tuple[Tensor, Tensor]:
     """-log sigmoid(better - worse), averaged over each prompt's pairs, then over prompts.
 
     scores, ranks, groups (N,): the responses of all prompts of a batch, `groups` telling which
     prompt each belongs to; rank 1 = best. All C(K,2) pairs of a prompt are one element, ties give
-    no pair (arXiv 2203.02155 eq. 1). Returns the loss and a bool (N, N), True where row beats
-    column. A batch without any pair has loss 0, still connected to the graph.
+    no pair (arXiv 2203.02155 eq. 1). `prompts`: how many with a pair the average is over; of a
+    micro-batch, those of its whole batch; none = those given. Returns the loss and a bool (N, N),
+    True where row beats column. Without any pair the loss is 0, still connected to the graph.
     """
+    better = _better(ranks, groups)
     same = groups[:, None] == groups[None, :]
-    better = same & (ranks[:, None] < ranks[None, :])
     pairs_of_prompt = (same * better.sum(dim=1)[None, :]).sum(dim=1)  # (N,), equal within a prompt
-    prompts = groups[pairs_of_prompt > 0].unique().numel()
+    if prompts is None:
+        prompts = prompts_with_pairs(ranks, groups)
     losses = -logsigmoid(scores[:, None] - scores[None, :])
     weights = better / pairs_of_prompt.clamp(min=1)[:, None]
     return (losses * weights).sum() / max(prompts, 1), better
+
+
+def prompts_with_pairs(ranks: Tensor, groups: Tensor) -> int:
+    """How many prompts of a batch have responses of different rank."""
+    return groups[_better(ranks, groups).any(dim=1)].unique().numel()
+
+
+def _better(ranks: Tensor, groups: Tensor) -> Tensor:
+    """Bool (N, N), True where row beats column: of the same prompt, and of a lower rank."""
+    return (groups[:, None] == groups[None, :]) & (ranks[:, None] < ranks[None, :])
 
 
 @dataclass
@@ -45,3 +62,34 @@ class KwiseCollator:
             "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
             "groups": torch.repeat_interleave(torch.arange(len(rows)), sizes),
         }
+
+
+class KwiseTrainer(Checked, RewardTrainer):
+    """TRL's reward trainer with InstructGPT's loss: all pairs of a prompt are one batch element.
+
+    Rows hold `sequences` (K lists of ids) and `ranks`; one forward pass per response.
+    """
+
+    loss_is_scaled_for_ga = True  # by the prompts of the whole batch, however it is cut up
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset  # tokenised by us, the same way in every stage
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(prompts_with_pairs(b["ranks"], b["groups"]) for b in batches)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        with (
+            self.accelerator.autocast()
+        ):  # which only the model's own forward would enter by itself
+            scores = scores_at(model, ids, mask, last_real(mask))
+        loss, better = kwise_loss(scores, inputs["ranks"], inputs["groups"], num_items_in_batch)
+        margins = (scores[:, None] - scores[None, :])[better].detach()
+        if len(margins):
+            mode = "train" if model.training else "eval"
+            self._metrics[mode]["accuracy"].append((margins > 0).float().mean().item())
+            self._metrics[mode]["margin"].append(margins.mean().item())
+            self._metrics[mode]["mean_reward"].append(scores.mean().item())
+        return (loss, {"scores": scores}) if return_outputs else loss

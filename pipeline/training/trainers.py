@@ -15,6 +15,7 @@ from pipeline.config.schema import Optimisation, StageConfig
 from pipeline.errors import UserError
 from pipeline.handoff import checkpoint, sealed
 from pipeline.models import loading as models
+from pipeline.models.device import device
 from pipeline.process import faults, stopping
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say, track, tracked
@@ -27,20 +28,17 @@ _LATEST = ("grad_norm", "learning_rate")  # recorded as they are; other values a
 
 
 def arguments(config: StageConfig, examples: int, work: Path) -> dict[str, Any]:
-    """Our keys as keyword arguments of `trl.SFTConfig` / `trl.RewardConfig`.
-
-    `batch_size` is global: it is divided over processes and micro-batches, exactly or not at all.
-    """
+    """Our keys as keyword arguments of `trl.SFTConfig` / `trl.RewardConfig`; `examples`: rows of
+    the training set, packed ones if they are packed."""
     assert isinstance(config, Optimisation)
-    processes = world_size()
-    micro, accumulate = micro_batches(config.batch_size, config.micro_batch_size, processes)
-    steps = config.max_steps or math.ceil(examples / config.batch_size * config.epochs)
+    micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    steps = config.max_steps or steps_of(config.epochs, examples, config.batch_size)
     return {
         "output_dir": str(work / SCRATCH),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": accumulate,
+        "gradient_accumulation_steps": config.batch_size // micro,
         "learning_rate": config.learning_rate,
         # transformers' own "constant" would ignore the warm-up
         "lr_scheduler_type": "constant_with_warmup"
@@ -52,7 +50,7 @@ def arguments(config: StageConfig, examples: int, work: Path) -> dict[str, Any]:
         "gradient_checkpointing": config.gradient_checkpointing,
         "bf16": config.precision == "bf16",
         "fp16": False,
-        "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        "use_cpu": device().type == "cpu",
         "seed": config.seed,
         "data_seed": config.seed,
         "logging_steps": 1,  # the recorder averages over `log_every` of them, a resumed one too
@@ -80,20 +78,26 @@ def one_gpu(args: Any) -> Any:
     return args
 
 
-def micro_batches(batch: int, micro: int | None, processes: int) -> tuple[int, int]:
-    """(examples per forward pass, passes per optimizer step) of one process."""
-    share, rest = divmod(batch, processes)
-    micro = min(micro or share, share)
-    if rest or share % micro:
+def check(config: Any, kind: type[StageConfig]) -> None:
+    """UserError for what no data could make right, before anything slow."""
+    if not isinstance(config, kind):
+        name = kind.__name__
+        raise UserError(f"{kind.stage}: run() takes a {name}, not a {type(config).__name__}")
+    assert isinstance(config, Optimisation)
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(
-            f"batch_size {batch} does not divide by {processes} processes x micro_batch_size {micro}"
+            f"{config.stage}: {processes} processes; this stage trains in one, start it plainly"
         )
-    return micro, share // micro
+    batch, micro = config.batch_size, config.micro_batch_size
+    if micro and batch % min(micro, batch):
+        raise UserError(f"batch_size {batch} does not divide by micro_batch_size {micro}")
 
 
-def world_size() -> int:
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def steps_of(epochs: float, examples: int, batch: int) -> int:
+    """The optimizer step nearest to so many passes over the data; an epoch's last batch may be short."""
+    wanted = epochs * examples - min(batch, examples) / 2
+    whole, part = divmod(wanted, examples)
+    return max(1, int(whole) * math.ceil(examples / batch) + math.ceil(part / batch))
 
 
 class Checked:
@@ -107,6 +111,9 @@ class Checked:
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None beside a checkpoint that nobody publishes."""
+
+    def _send_telemetry(self) -> None:
+        """None: TRL would tell its makers what is trained here."""
 
 
 class Recorder(TrainerCallback):
@@ -203,7 +210,7 @@ def train(
     """Train from the newest whole state in `work`, or from the start, recording as it goes.
 
     `before` is what was measured before the first step; a run that goes on has recorded it already.
-    After a SIGTERM the state is saved and the process ends here.
+    After a SIGTERM or Ctrl-C the state is saved and the process ends here.
     """
     trainer.remove_callback(PrinterCallback)  # it prints dictionaries; the recorder shows a bar
     trainer.add_callback(recorder)
