@@ -362,7 +362,9 @@ def test_ctrl_c_saves_at_the_end_of_the_step_and_the_same_command_goes_on(projec
     outcome = child.wait()
     assert outcome.code == 130, outcome.told
     assert "Ctrl-C: saving at the end of this step" in outcome.told
-    assert f"{stage}: stopped by Ctrl-C, saved after step 4; the same command goes on" in outcome.told
+    assert (
+        f"{stage}: stopped by Ctrl-C, saved after step 4; the same command goes on" in outcome.told
+    )
     assert project.make(stage, "ctrl-c").code == 0
     assert project.differences("ctrl-c", stage) == []
 

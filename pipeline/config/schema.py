@@ -179,7 +179,7 @@ class Optimisation(Section):
     """Keys of a supervised training loop, shared by sft and rm."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the data, to the nearest step; a part of one is allowed."""
+    """Passes over the data, to within half a batch; a part of one is allowed."""
     max_steps: Positive | None = None
     """Stop after so many optimizer steps, whatever `epochs` says."""
     batch_size: Positive = 32

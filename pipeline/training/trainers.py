@@ -94,10 +94,15 @@ def check(config: Any, kind: type[StageConfig]) -> None:
 
 
 def steps_of(epochs: float, examples: int, batch: int) -> int:
-    """The optimizer step nearest to so many passes over the data; an epoch's last batch may be short."""
-    wanted = epochs * examples - min(batch, examples) / 2
-    whole, part = divmod(wanted, examples)
-    return max(1, int(whole) * math.ceil(examples / batch) + math.ceil(part / batch))
+    """Optimizer steps of so many passes over the data, to within half a batch.
+
+    An epoch's last batch may be short, and so each epoch takes a whole number of steps.
+    """
+    per_epoch = math.ceil(examples / batch)
+    whole, part = divmod(epochs * examples - min(batch, examples) / 2, examples)
+    return max(
+        math.ceil(examples / batch * epochs), int(whole) * per_epoch + math.ceil(part / batch)
+    )
 
 
 class Checked:
