@@ -9,7 +9,7 @@ import torch
 import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import tiny_models
@@ -215,9 +215,14 @@ def test_perplexity_is_per_token_whatever_the_batches(base, tmp_path):
 LORA = {"lora": {"r": 4}}
 
 
+@pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
-def test_micro_batches_of_demonstrations_give_the_whole_batch_s_gradient(base, tmp_path, changes):
-    """18 examples in batches of 8: the last one of an epoch has 2, the last micro-batch of 5 cut short."""
+def test_micro_batches_of_demonstrations_give_the_whole_batch_s_gradient(
+    base, tmp_path, monkeypatch, changes, counts
+):
+    """18 examples in batches of 8: the last one of an epoch has 2. Gemma 3's class and others say that
+    they do not count a loss's tokens themselves."""
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", counts, raising=False)
     keys = {"batch_size": 8, "epochs": 2, **changes}
     whole = train_sft(base, tmp_path / "whole", **keys)
     for micro in (1, 4):
@@ -259,6 +264,13 @@ def test_prompts_without_a_pair_weigh_nothing_wherever_they_stand():
     parts = [groups < 2, groups >= 2]
     losses = [kwise.kwise_loss(scores[p], ranks[p], groups[p], prompts)[0] for p in parts]
     assert torch.allclose(torch.autograd.grad(sum(losses), scores)[0], whole, atol=1e-7)
+
+
+def test_the_reward_model_scores_and_trains_where_the_accelerator_is(base, tmp_path, monkeypatch):
+    """What `device()` says is what the model is moved to: here another precision, which is seen."""
+    train_sft(base, tmp_path, max_steps=1)
+    monkeypatch.setattr(rm, "device", lambda: torch.float64)
+    assert {weight.dtype for weight in weights(train_rm(tmp_path)).values()} == {torch.float64}
 
 
 # --- what is refused --------------------------------------------------------------------------------
