@@ -99,10 +99,12 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
                 )
             ),
             data_collator=KwiseCollator(pad_id(tokenizer)),
-            train_dataset=Dataset.from_list(training_rows),
+            train_dataset=Dataset.from_list(
+                [{name: row[name] for name in ("sequences", "ranks")} for row in training_rows]
+            ),
             processing_class=tokenizer,
         )
-        first = {"validation/accuracy": before["accuracy"], "validation/loss": before["loss"]}
+        first = {"validation/accuracy": before.accuracy.share, "validation/loss": before.loss}
         train(trainer, stage.work, Recorder(stage.tracker, LOGGED, config.log_every), first)
 
         if config.lora is not None:
@@ -112,8 +114,8 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         faults.at("eval", trainer.state.global_step)
         scored = _score(final, tokenizer, held_out_rows)
         gap = _padding_gap(final, tokenizer, held_out_rows)
-        write_scored(stage.output / "held_out.jsonl", scored)
-        after = measure(scored)
+        write_scored(stage.output, scored)
+        after = measure(scored).metrics()
         stage.tracker.log(
             trainer.state.global_step, {f"validation/{k}": v for k, v in after.items()}
         )
@@ -121,7 +123,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         tokenizer.save_pretrained(stage.output)
         return stage.publish(
             {
-                "accuracy_before": before["accuracy"],
+                "accuracy_before": before.accuracy.share,
                 **after,
                 "reward_bias": final.config.reward_bias,
                 "demonstration_mean": _demonstration_mean(final, tokenizer, config, sft),
@@ -172,6 +174,7 @@ def _encode(
                 "prompt_length": len(prompt),
                 "prompt": ranking.messages[-1]["content"],
                 "responses": [text for _, text in kept.values()],
+                "row": ranking.row,
             }
         )
     if long or same or empty:
@@ -196,6 +199,7 @@ def _score(
             ranks=row["ranks"],
             lengths=[len(ids) - row["prompt_length"] for ids in row["sequences"]],
             scores=[next(scores) for _ in row["sequences"]],
+            row=row["row"],
         )
         for row in rows
     ]

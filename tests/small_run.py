@@ -14,7 +14,7 @@ PARENTS = {"base": [], "sft": ["base"], "rm": ["sft"], "ppo": ["sft", "rm"]}
 METRICS = {
     "base": {},
     "sft": {"validation_perplexity_before": 40.0, "validation_perplexity": 4.0, "examples": 90},
-    "rm": {"accuracy_before": 0.5, "accuracy": 0.7, "length_baseline": 0.55, "reward_bias": 0.1},
+    "rm": {"accuracy_before": 0.5, "accuracy": 0.75, "length_baseline": 0.5, "reward_bias": 0.1},
     "ppo": {"score_before": 0.1, "score": 0.9, "kl": 2.5, "iterations": 3},
 }
 PROMPTS = [
@@ -47,9 +47,15 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 def make_run(
-    root: Path, stages: tuple[str, ...] = ("base", "sft", "rm", "ppo"), first_seed: int = 0
+    root: Path,
+    stages: tuple[str, ...] = ("base", "sft", "rm", "ppo"),
+    first_seed: int = 0,
+    **configs: dict,
 ) -> Path:
-    """`root/run` with these stages, `root/base`, and prompts in `root/prompts.jsonl`."""
+    """`root/run` with these stages, `root/base`, and prompts in `root/prompts.jsonl`.
+
+    `configs`: stage -> keys of its config.
+    """
     run = root / "run"
     write_jsonl(root / "prompts.jsonl", PROMPTS)
     places = {name: root / "base" if name == "base" else run / name for name in PARENTS}
@@ -66,7 +72,7 @@ def make_run(
             for parent in PARENTS[name]
             if parent in stages
         }
-        config = {"seed": 3, "model": str(places["base"]), "kl_coef": 0.05}
+        config = {"seed": 3, "model": str(places["base"]), "kl_coef": 0.05, **configs.get(name, {})}
         manifest = Manifest(
             stage=name,
             config=config,

@@ -121,10 +121,11 @@ def test_the_verdict_says_when_an_alarm_began(tmp_path):
     run = small_run.make_run(tmp_path)
     record = load_record(run)
     record.curves["ppo"] = [
-        {"step": s, "alarm/kl": float(s >= 4), "alarm/length": float(s in (2, 3)), "alarm/entropy": 0.0}
+        {"step": s, "objective/kl": 31.0 if s >= 4 else 3.0, "response/length": 25.0 if s in (2, 3) else 9.0}
         for s in range(1, 7)
     ]  # fmt: skip
-    record.stages["ppo"].manifest["config"] = {"alarms": {"kl": 30.0}}
+    assert not [f for f in verdicts(record)[-1].findings if "KL to SFT is over" in f.text]
+    record.limits = AlarmLimits(kl=30.0)
     verdict = verdicts(record)[-1]
     told = [finding for finding in verdict.findings if finding.text.startswith("Alarm")]
     assert [finding.level for finding in told] == ["watch", "watch"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from pipeline.config.schema import Data
 from pipeline.errors import UserError
 from pipeline.evaluation import report
 from pipeline.evaluation.__main__ import main, run_evaluation
-from pipeline.evaluation.evaluate import references, sequence_logprobs
+from pipeline.evaluation.evaluate import labels, references
+from pipeline.evaluation.judges import load_judge
+from pipeline.evaluation.likelihoods import sequence_logprobs
+from pipeline.evaluation.rankings import Scored
 from pipeline.evaluation.record import load_record
 
 
@@ -148,7 +152,7 @@ def test_an_artifact_that_changed_is_refused(tmp_path, judge):
 def test_sequence_logprobs_are_those_of_an_unpadded_forward_pass():
     model = tiny_models.policy()
     prompts, responses = [[2, 6, 3], [2, 6, 7, 8, 3]], [[9, 10, 4], [11]]
-    together = sequence_logprobs(model, prompts, responses, pad_id=0, temperature=0.5)
+    together = sequence_logprobs(model, prompts, responses, pad=0, temperature=0.5)
     for prompt, response, found in zip(prompts, responses, together, strict=True):
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.5
         expected = logits.log_softmax(-1)[range(len(response)), response].sum().item()
@@ -178,17 +182,30 @@ def test_the_command_line_reads_a_config_and_refuses_keys_it_does_not_know(tmp_p
 
 def test_labels_are_measured_beside_their_ceiling_and_the_length_baseline(monkeypatch):
     """Two prompts, four untied pairs: the model has 2 right, the judge 3, length 2 and a half."""
-    from pipeline.evaluation.evaluate import labels
-    from pipeline.evaluation.judges import load_judge
-    from pipeline.evaluation.rankings import Scored
-
     name = small_run.install(monkeypatch, small_run.judge_module())
     items = [
-        Scored("p", ["w1 w1", "w1", "w2"], [1, 2, 3], lengths=[3, 2, 2], scores=[0.0, 2.0, 1.0]),
-        Scored("q", ["w2", "w1"], [1, 2], lengths=[1, 3], scores=[1.0, 0.0]),
+        Scored(
+            "p", ["w1 w1", "w1", "w2"], [1, 2, 3], lengths=[3, 2, 2], scores=[0.0, 2.0, 1.0], row={}
+        ),
+        Scored("q", ["w2", "w1"], [1, 2], lengths=[1, 3], scores=[1.0, 0.0], row={}),
     ]
     found = labels(items, load_judge(name))
     assert found["pairs"] == 4
     assert found["accuracy"] == 2 / 4 and found["ceiling"] == 3 / 4
     assert found["length_baseline"] == 2.5 / 4
     assert "ceiling" not in labels(items, None)
+
+
+def test_a_judge_that_reads_a_column_gets_the_rankings_rows_or_is_left_out(monkeypatch, capsys):
+    def score(prompts, responses, rows, ended=None):
+        return [float(r == row["answer"]) for r, row in zip(responses, rows, strict=True)]
+
+    judge = load_judge(small_run.install(monkeypatch, small_run.judge_module(score=score)))
+    item = Scored(
+        "p", ["w1", "w2"], [1, 2], lengths=[2, 2], scores=[1.0, 0.0], row={"answer": "w1"}
+    )
+    assert labels([item], judge)["ceiling"] == 1.0
+    for row, why in ((None, "published without their rows"), ({}, "KeyError: 'answer'")):
+        found = labels([item, replace(item, row=row)], judge)
+        assert found["accuracy"] == 1.0 and "ceiling" not in found
+        assert why in capsys.readouterr().out

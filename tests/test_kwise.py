@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import tiny_models
 from pipeline.training.kwise import KwiseCollator, kwise_loss
 
 
@@ -64,3 +65,29 @@ def test_collator_flattens_prompts_of_different_k():
     assert batch["attention_mask"].sum(1).tolist() == [3, 1, 2, 2, 1]
     assert batch["ranks"].tolist() == [1, 2, 2, 1, 2]
     assert batch["groups"].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_a_model_that_scores_everything_alike_has_half_of_the_pairs_right(tmp_path):
+    from datasets import Dataset
+    from trl import RewardConfig
+
+    from stages.rm import KwiseTrainer
+
+    model, tokenizer = tiny_models.reward(), tiny_models.tokenizer()
+    model.score.weight.data.zero_()
+    rows = [{"sequences": [[2, 6, 3, 9], [2, 6, 3, 10], [2, 6, 3, 11]], "ranks": [1, 2, 3]}]
+    trainer = KwiseTrainer(
+        model=model,
+        args=RewardConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            remove_unused_columns=False,
+        ),
+        data_collator=KwiseCollator(0),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.compute_loss(model.train(), KwiseCollator(0)(rows))
+    assert trainer._metrics["train"]["accuracy"] == [0.5]

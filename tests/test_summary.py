@@ -4,14 +4,18 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import small_run
+from pipeline.config.schema import GateBars
 from pipeline.errors import UserError
 from pipeline.evaluation import record, summary, verdicts
 from pipeline.handoff import found
+from pipeline.handoff.remembered import Made, note
+from pipeline.ppo.preflight import of_sft
 
 
 @pytest.fixture
@@ -67,10 +71,34 @@ def test_with_an_evaluation_it_tells_win_rate_kl_and_exact_match(run):
 
 @pytest.mark.parametrize(
     ("stages", "command"),
-    [(("base", "sft"), "make rm RUN=run"), (("base", "sft", "rm"), "make ppo RUN=run")],
+    [
+        (("base", "sft"), "make rm RUN=run CKPT="),
+        (("base", "sft", "rm"), "make ppo RUN=run"),
+        (("base", "sft", "ppo"), "make eval report RUN=run"),  # on other rewards
+    ],
 )
 def test_the_next_step_is_the_first_missing_stage(tmp_path, stages, command):
     assert command in printed(small_run.make_run(tmp_path, stages))
+
+
+def test_the_next_step_never_is_an_evaluation_that_the_recipe_does_not_have(run, tmp_path):
+    note(run, "ppo", Made(config="ppo.yaml"), tmp_path, None)
+    assert "next     make report RUN=run" in printed(run)
+    assert "make eval" not in printed(run)
+    (tmp_path / "eval.yaml").touch()
+    assert "next     make eval report RUN=run" in printed(run)
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ("checkpoints/a", "make chat RUN=a"),
+        ("runs/a", "make chat RUN=a CKPT=runs"),
+        ("/data/my runs/a", "make chat RUN=a CKPT='/data/my runs'"),
+    ],
+)
+def test_a_command_names_the_folder_of_runs_where_it_is_not_the_usual_one(run, words):
+    assert record.command(Path(run), "chat") == words
 
 
 def test_nothing_made_yet_is_said(tmp_path):
@@ -111,25 +139,72 @@ def test_over_optimisation_is_named(run):
     assert any(text.startswith("Over-optimised") for text in texts)
 
 
-def test_a_reward_model_no_better_than_length_is_bad(run):
-    """Of four pairs three are right, and the longer one wins in two: too few to tell from chance."""
+def rewrite(run, stage: str, **metrics) -> None:
+    """Other headline metrics in a stage's manifest."""
+    path = run / stage / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["metrics"].update(metrics)
+    path.write_text(json.dumps(manifest))
+
+
+def test_too_few_pairs_are_said_to_be_too_few(run):
+    """Of four pairs three are right, and the longer one wins in two: nobody can tell that from chance."""
+    rm = next(v for v in verdicts.verdicts(record.load_record(run)) if v.stage == "rm")
+    assert rm.level == "watch"
+    assert rm.findings[0].text.startswith("accuracy is 0.75 on 4 pairs")
+    assert "the 0.5 of 'the longer one wins': too few pairs to tell" in rm.findings[0].text
+    assert "rm: accuracy is 0.75 on 4 pairs" in printed(run)
+
+
+def test_a_reward_model_no_better_than_length_is_bad_and_the_summary_says_why(run):
+    rewrite(run, "rm", accuracy=0.52, accuracy_low=0.49, pairs=900, length_baseline=0.41)
     found = verdicts.verdicts(record.load_record(run))
-    rm = next(v for v in found if v.stage == "rm")
-    assert rm.level == "bad"
-    assert "0.750" in rm.findings[0].text
-    assert "0.500" in rm.findings[0].text
     assert verdicts.conclusion(found).startswith("Bad: Reward model. Later stages build on it")
+    out = " ".join(printed(run).split())
+    assert "rm (bad)" in out
+    assert (
+        "rm: accuracy is 0.52 on 900 pairs (95 % interval from 0.49), must exceed the 0.59 of"
+        in out
+    )
+    assert "'the shorter one wins': no better than length" in out
+
+
+def test_an_sft_that_ppo_refuses_is_not_good_and_the_bar_is_the_runs_own(run, tmp_path):
+    (run / "ppo").rename(tmp_path / "not-made-yet")
+    judged(run)
+    rewrite(run, "sft", eos_share=0.05, format=0.9)
+    judged(run)
+    sft = verdicts.verdicts(record.load_record(run))[0]
+    refused = [f.text for f in of_sft(record.load_record(run).stages["sft"].metrics, GateBars())
+               if f.level == "bad"]  # fmt: skip
+    assert sft.level == "bad" and [f.text for f in sft.findings if f.level == "bad"] == refused
+    assert f"sft: {refused[0][:40]}" in printed(run)
+    (tmp_path / "ppo.yaml").write_text("gate_bars: {eos_share: 0.01}\n")
+    note(run, "ppo", Made(config=str(tmp_path / "ppo.yaml")), tmp_path, None)
+    assert level_of(run, "sft") == "good"
+    (tmp_path / "ppo.yaml").write_text("gate_bars: {eos_share: 0.01\n")  # being written
+    assert level_of(run, "sft") == "bad"
+
+
+def test_an_alarms_limit_is_the_verdicts_bar_too(tmp_path):
+    for limit, level in ((40.0, "good"), (2.0, "bad")):
+        run = small_run.make_run(tmp_path / str(limit), ppo={"alarms": {"kl": limit}})
+        judged(run)
+        ppo = verdicts.verdicts(record.load_record(run))[-1]
+        [kl] = [f for f in ppo.findings if f.text.startswith("KL to SFT is 2.34")]
+        assert kl.level == level
+        assert f"bad above {limit:.3g}" in kl.text
 
 
 def test_responses_that_do_not_end_and_a_far_policy_are_bad(run):
-    models = {"sft": {"ended": 0.8, "length": 8.0}, "ppo": {"ended": 0.97, "length": 20.0}}
+    models = {"sft": {"ended": 0.4, "length": 8.0}, "ppo": {"ended": 0.97, "length": 20.0}}
     judged(run, models=models, kl={"ppo_vs_sft": 60.0, "std_error": 1.0}, comparisons={})
     found = {v.stage: v for v in verdicts.verdicts(record.load_record(run))}
     assert found["sft"].level == "bad"
     levels = [(f.level, f.text[:12]) for f in found["ppo"].findings]
     assert ("bad", "KL to SFT is") in levels
     assert ("watch", "97.0% of res") in levels
-    assert ("watch", "Responses ar") in levels
+    assert ("watch", "Responses ar") in levels  # 2.5 times as long; the alarm's limit is 2
 
 
 def test_a_family_that_got_worse_is_named(run):

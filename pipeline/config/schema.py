@@ -345,9 +345,11 @@ class GateBars(Section):
     format: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share that end so, are not empty and hold no token or role marker of the template."""
     rm_margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The reward model's held-out accuracy must exceed "the longer one wins" by more than this."""
+    """The reward model's held-out accuracy must exceed that of "the longer one wins" and of "the shorter
+    one wins" by more than this and, on all pairs together, by more than chance."""
     rm_pairs: Positive = 200
-    """The same for each K that has at least so many held-out pairs; fewer say nothing."""
+    """A K with fewer held-out pairs says nothing; fewer in all are too few to tell from chance, which is
+    a warning."""
     padding_gap: Annotated[float, Field(gt=0)] = 1e-2
     """Most that a score may change with the padding beside it."""
     demonstration_mean: Annotated[float, Field(gt=0)] = 0.1

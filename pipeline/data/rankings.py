@@ -15,7 +15,7 @@ there, ranks count. A response whose rank or score is null was not judged and is
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.forms import (
@@ -45,6 +45,8 @@ class Ranking:
     responses: list[str]
     ranks: list[int]
     where: str
+    row: dict[str, Any] = field(default_factory=dict)
+    """For judges."""
 
 
 def load_rankings(source: Any, notes: list[str] | None = None) -> list[Ranking]:
@@ -78,7 +80,7 @@ def ranking(values: dict[str, Any], where: str, report: Report) -> Ranking | Non
     if len(set(merged.values())) == 1:
         report.count("prompts whose responses all tie dropped")
         return None
-    return Ranking(prompts[0], list(merged), dense_ranks(list(merged.values())), where)
+    return Ranking(prompts[0], list(merged), dense_ranks(list(merged.values())), where, values)
 
 
 def dense_ranks(places: Sequence[float]) -> list[int]:

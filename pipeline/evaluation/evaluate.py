@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,16 +11,21 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.evaluation import EvalConfig, Split
-from pipeline.data.forms import Prompt, load_demonstrations, load_prompts, load_texts
+from pipeline.data.forms import Prompt, load_prompts
 from pipeline.data.messages import prompt_text
-from pipeline.data.template import encode_demonstration, encode_prompt
+from pipeline.data.template import encode_prompt
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics, tallies
 from pipeline.evaluation.judges import Judge, load_judge
-from pipeline.evaluation.rankings import Scored, read_scored
+from pipeline.evaluation.likelihoods import (
+    kl_to_sft,
+    perplexities,
+    text_perplexities,
+)
+from pipeline.evaluation.rankings import Scored, measure, read_scored
 from pipeline.evaluation.tallies import Answers
 from pipeline.handoff.found import Stage
-from pipeline.models.forward import response_logprobs, score_sequences
+from pipeline.models.forward import score_sequences
 from pipeline.models.generation import Response, generate
 from pipeline.models.loading import (
     load_policy,
@@ -28,12 +34,9 @@ from pipeline.models.loading import (
     prepare_cpu,
     quiet,
 )
-from pipeline.models.sequences import Sequences
-from pipeline.process.progress import say, tracked
+from pipeline.models.tokens import pad_id
+from pipeline.process.progress import say
 from pipeline.steps import policies
-
-LOGITS_AT_ONCE = 2**25
-"""Floats of logits in memory at once when log-likelihoods are read (128 MiB)."""
 
 
 @dataclass
@@ -81,17 +84,17 @@ def evaluate(
         "models": {name: tallies.summary(answer, groups) for name, answer in answers.items()},
         "comparisons": _comparisons(answers, groups),
     }
-    for name, value in _perplexities(config, models, tokenizer).items():
+    for name, value in perplexities(config, models, tokenizer).items():
         result["models"][name]["perplexity"] = value
-    for name, value in _text_perplexities(config, models, tokenizer).items():
+    for name, value in text_perplexities(config, models, tokenizer).items():
         result["models"][name]["text_perplexity"] = value
     if "ppo" in models:
-        result["kl"] = _kl(config, models, tokenizer, asked, generated["ppo"])
+        result["kl"] = kl_to_sft(config, models, tokenizer, asked.ids, generated["ppo"])
     if reward is not None and judge is not None and config.candidates > 1:
         found = candidates(config, models["sft"], reward, judge, tokenizer, asked)
         result["rm"] = _reward_model(config, asked.rows, *found)
-    if reward is not None and (held_out := stages["rm"].path / "held_out.jsonl").is_file():
-        result["labels"] = labels(read_scored(held_out), judge)
+    if reward is not None and (held_out := read_scored(stages["rm"].path)):
+        result["labels"] = labels(held_out, judge)
     result["seconds"] = round(time.perf_counter() - started, 2)
     return result, _samples(config, asked, answers)
 
@@ -185,7 +188,7 @@ def _scores(
     reward: nn.Module, asked: Asked, responses: list[Response], tokenizer: PreTrainedTokenizerBase
 ) -> list[float]:
     replies = [r.ids for r in responses]
-    return score_sequences(reward, asked.ids, replies, _pad(tokenizer), 256, "eval: scoring")
+    return score_sequences(reward, asked.ids, replies, pad_id(tokenizer), 256, "eval: scoring")
 
 
 def _comparisons(
@@ -195,108 +198,11 @@ def _comparisons(
     out = {}
     for grade in ("judge", "rm_score"):
         graded = {n: getattr(a, grade) for n, a in answers.items() if getattr(a, grade) is not None}
-        for before, after in (("base", "sft"), ("sft", "ppo")):
+        for before, after in pairwise(policies()):
             if before in graded and after in graded:
                 key = f"{after}_vs_{before}" + ("" if grade == "judge" else "_by_rm")
                 out[key] = tallies.comparison(graded[after], graded[before], groups)
     return out
-
-
-# --- log-likelihoods ------------------------------------------------------------------------------
-
-
-def _kl(
-    config: EvalConfig,
-    models: dict[str, nn.Module],
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Asked,
-    responses: list[Response],
-) -> dict[str, float]:
-    """KL(ppo || sft) in nats per response: mean of log pi - log pi_sft over samples of pi (k1)."""
-    ids = [r.ids for r in responses]
-    args = (asked.ids, ids, _pad(tokenizer), config.temperature)
-    policy = sequence_logprobs(models["ppo"], *args)
-    reference = sequence_logprobs(models["sft"], *args)
-    ratios = torch.tensor(policy) - torch.tensor(reference)
-    spread = ratios.std().item() if len(ratios) > 1 else 0.0
-    return {"ppo_vs_sft": ratios.mean().item(), "std_error": spread / len(ratios) ** 0.5}
-
-
-def _perplexities(
-    config: EvalConfig, models: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """Perplexity of held-out demonstrations' last turns under each policy, at temperature 1."""
-    if config.demonstrations is None:
-        return {}
-    prompts, responses = [], []
-    for item in load_demonstrations(config.demonstrations)[: config.demonstrations_limit]:
-        prompt, response = encode_demonstration(tokenizer, item.messages)
-        prompts.append(prompt)
-        responses.append(response)
-    return _perplexity_of(models, prompts, responses, _pad(tokenizer))
-
-
-def _text_perplexities(
-    config: EvalConfig, models: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """Perplexity of held-out pretraining text and its EOS under each policy, at temperature 1.
-
-    Tokenised as PPO-ptx does it: without BOS, so the first token is given and not predicted.
-    """
-    if config.pretraining is None:
-        return {}
-    texts = load_texts(config.pretraining)[: config.pretraining_limit]
-    encoded = [
-        [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id][
-            : config.pretraining_max_length
-        ]
-        for text in texts
-    ]
-    rows = [ids for ids in encoded if len(ids) > 1]
-    if not rows:
-        raise UserError("eval: pretraining: no text has two tokens")
-    return _perplexity_of(
-        models, [ids[:1] for ids in rows], [ids[1:] for ids in rows], _pad(tokenizer)
-    )
-
-
-def _perplexity_of(
-    models: dict[str, nn.Module],
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    pad_id: int,
-) -> dict[str, float]:
-    """exp of the mean nats per response token, by model."""
-    count = sum(len(ids) for ids in responses)
-    return {
-        name: metrics.perplexity(-sum(sequence_logprobs(model, prompts, responses, pad_id)), count)
-        for name, model in models.items()
-    }
-
-
-@torch.no_grad()
-def sequence_logprobs(
-    model: nn.Module,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    pad_id: int,
-    temperature: float = 1.0,
-) -> list[float]:
-    """Sum over each response's tokens of log pi(token | before), in nats; lists of ids."""
-    device = next(model.parameters()).device
-    width = max(len(ids) for ids in responses)
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
-    size = max(1, LOGITS_AT_ONCE // (width * vocabulary))
-    out: list[float] = []
-    for start in tracked(range(0, len(prompts), size), "eval: likelihoods"):
-        rows = slice(start, start + size)
-        s = Sequences.of(prompts[rows], responses[rows], pad_id).to(device)
-        out += response_logprobs(model, s, temperature).sum(dim=1).tolist()
-    return out
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.pad_token_id)  # type: ignore[arg-type]
 
 
 # --- the reward model against the judge -----------------------------------------------------------
@@ -323,23 +229,31 @@ def candidates(
 def labels(items: list[Scored], judge: Judge | None) -> dict[str, Any]:
     """A reward model against the labels of the rankings it was not trained on.
 
-    `ceiling` is the judge's own accuracy on these labels: what is missing to 1 is their noise.
+    `ceiling` is the judge's own accuracy on these labels: what is missing to 1 is their noise. It is
+    left out where the rankings are not what the judge can read.
     """
-    scores, ranks = [item.scores for item in items], [item.ranks for item in items]
-    lengths = [[float(n) for n in item.lengths] for item in items]
+    own = measure(items)
     found: dict[str, Any] = {
-        "prompts": len(items),
-        "pairs": metrics.pair_accuracy(scores, ranks).pairs,
-        "accuracy": metrics.pair_accuracy(scores, ranks).share,
-        "length_baseline": metrics.pair_accuracy(lengths, ranks).share,
+        "prompts": own.prompts,
+        "pairs": own.accuracy.pairs,
+        "accuracy": own.accuracy.share,
+        "length_baseline": own.length_baseline,
     }
     if judge is not None:
-        grades = [
-            judge.score([i.prompt] * (k := len(i.responses)), i.responses, [{}] * k, [True] * k)
-            for i in items
-        ]
-        found["ceiling"] = metrics.pair_accuracy(grades, ranks).share
+        try:
+            grades = [_grades(item, judge) for item in items]
+        except UserError as error:
+            say(f"eval: the judge's own accuracy on the held-out rankings is left out: {error}")
+        else:
+            found["ceiling"] = metrics.pair_accuracy(grades, [item.ranks for item in items]).share
     return found
+
+
+def _grades(item: Scored, judge: Judge) -> list[float]:
+    if item.row is None:
+        raise UserError("this reward model was published without their rows")
+    k = len(item.responses)
+    return judge.score([item.prompt] * k, item.responses, [item.row] * k, [True] * k)
 
 
 def _reward_model(

@@ -63,12 +63,7 @@ def token_overlap(prediction: str, reference: str) -> Overlap:
         same = float(predicted == wanted)
         return Overlap(same, same, same)
     common = (predicted & wanted).total()
-    return _overlap(common, predicted.total(), wanted.total())
-
-
-def _overlap(common: int, predicted: int, wanted: int) -> Overlap:
-    precision = common / predicted if predicted else 0.0
-    recall = common / wanted if wanted else 0.0
+    precision, recall = common / predicted.total(), common / wanted.total()
     both = precision + recall
     return Overlap(precision, recall, 2 * precision * recall / both if both else 0.0)
 
@@ -90,7 +85,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(successes: float, n: int, z: float = Z95) -> Interval:
+def wilson(successes: float, n: float, z: float = Z95) -> Interval:
     """Wilson's score interval of a share (Wilson 1927, doi 10.1080/01621459.1927.10502953).
 
     `successes` may be fractional: ties that count half. (0, 1) without any observation.
@@ -102,6 +97,23 @@ def wilson(successes: float, n: int, z: float = Z95) -> Interval:
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+
+
+def clustered_wilson(points: Sequence[float], sizes: Sequence[int]) -> Interval:
+    """Wilson's interval of sum(points) / sum(sizes) where each prompt's observations hang together.
+
+    The pairs of one prompt share its responses and count for less than as many of as many prompts:
+    Wilson's n is the number of independent observations with the variance that the share has between
+    prompts (Kish 1965), at least the number of prompts and at most that of observations.
+    """
+    total, prompts = sum(sizes), sum(size > 0 for size in sizes)
+    if not total:
+        return Interval(0.0, 1.0)
+    p = sum(points) / total
+    squares = sum((x - p * m) ** 2 for x, m in zip(points, sizes, strict=True))
+    variance = squares / total**2 * prompts / max(prompts - 1, 1)
+    n = min(max(p * (1 - p) / variance if variance > 0 else 0, prompts), total)
+    return wilson(p * n, n)
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0, rounds: int = 2000) -> Interval:
@@ -138,24 +150,6 @@ def win_rate(first: Sequence[float], second: Sequence[float]) -> WinRate:
     )
 
 
-class Decisions(NamedTuple):
-    """Quality of yes-or-no decisions."""
-
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-
-
-def decisions(predicted: Sequence[bool], actual: Sequence[bool]) -> Decisions:
-    """Accuracy, and precision, recall and F1 of the answer yes."""
-    if len(predicted) != len(actual) or not len(actual):
-        raise ValueError(f"{len(predicted)} decisions for {len(actual)} cases")
-    both = sum(p and a for p, a in zip(predicted, actual, strict=True))
-    right = sum(p == a for p, a in zip(predicted, actual, strict=True))
-    return Decisions(right / len(actual), *_overlap(both, sum(predicted), sum(actual)))
-
-
 # --- rankings -----------------------------------------------------------------------------------
 
 
@@ -172,18 +166,28 @@ class Share(NamedTuple):
     pairs: int
 
 
+def pair_points(
+    scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[float]]
+) -> list[tuple[float, int]]:
+    """For each prompt (points, untied pairs): a point for each pair whose better response scores
+    higher, half a one for equal scores."""
+    out = []
+    for score, rank in zip(scores, ranks, strict=True):
+        pairs = untied_pairs(rank)
+        points = sum(1.0 if score[b] > score[w] else 0.5 * (score[b] == score[w]) for b, w in pairs)
+        out.append((points, len(pairs)))
+    return out
+
+
 def pair_accuracy(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[float]]) -> Share:
     """Share of untied pairs, over all prompts, whose better response has the higher score.
 
     scores, ranks: one list of K for each prompt. Equal scores are half right, so that any constant
     score gets 0.5. Give lengths as scores for the baseline "the longer one wins". NaN without pairs.
     """
-    points, count = 0.0, 0
-    for score, rank in zip(scores, ranks, strict=True):
-        for better, worse in untied_pairs(rank):
-            points += 1.0 if score[better] > score[worse] else 0.5 * (score[better] == score[worse])
-            count += 1
-    return Share(points / count if count else math.nan, count)
+    rows = pair_points(scores, ranks)
+    count = sum(pairs for _, pairs in rows)
+    return Share(sum(points for points, _ in rows) / count if count else math.nan, count)
 
 
 def pair_accuracy_by_k(

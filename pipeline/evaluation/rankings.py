@@ -5,8 +5,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.evaluation import metrics
+from pipeline.process.files import read_jsonl
+
+HELD_OUT = "held_out.jsonl"
 
 
 @dataclass
@@ -20,39 +24,79 @@ class Scored:
     lengths: list[int]
     """Tokens of each response, EOS included."""
     scores: list[float]
+    row: dict[str, Any] | None = None
+    """The row of the data as judges read it; older artifacts have none."""
 
 
-def measure(items: Sequence[Scored]) -> dict[str, float]:
-    """Accuracy on untied pairs, overall and by K, beside the baseline "the longer one wins".
+@dataclass
+class Measured:
+    """What a reward model's scores say about rankings that it was not trained on."""
 
-    Also the K-wise loss (mean over prompts of the mean over their pairs), the calibration error of
-    the Bradley-Terry probabilities, the correlation of scores with length, and `best_of_n`.
-    """
+    prompts: int
+    accuracy: metrics.Share
+    """On untied pairs; equal scores are half right."""
+    interval: metrics.Interval
+    """Of the accuracy, 95 %, pairs of one prompt hanging together."""
+    length_baseline: float
+    """Accuracy of "the longer one wins"."""
+    by_k: dict[int, metrics.Share]
+    length_by_k: dict[int, metrics.Share]
+    loss: float
+    """Mean over prompts of the mean over their pairs of -log sigmoid(better - worse)."""
+    calibration: list[metrics.CalibrationRow]
+    calibration_error: float
+    """Of the Bradley-Terry probabilities."""
+    pearson: float
+    spearman: float
+    """Correlation of scores with length."""
+    best_of_n: dict[int, float]
+    points: list[tuple[int, float]]
+    """(length in tokens, score) of every response."""
+
+    def metrics(self) -> dict[str, float]:
+        """Flat, as a manifest and the record have them."""
+        return {
+            "accuracy": self.accuracy.share,
+            "pairs": self.accuracy.pairs,
+            "accuracy_low": self.interval.low,
+            "accuracy_high": self.interval.high,
+            "length_baseline": self.length_baseline,
+            "loss": self.loss,
+            "calibration_error": self.calibration_error,
+            "score_length_correlation": self.pearson,
+            **{f"accuracy_k{k}": part.share for k, part in self.by_k.items()},
+            **{f"length_baseline_k{k}": part.share for k, part in self.length_by_k.items()},
+            **{f"pairs_k{k}": part.pairs for k, part in self.by_k.items()},
+            **{f"best_of_{n}": quality for n, quality in self.best_of_n.items()},
+        }
+
+
+def measure(items: Sequence[Scored]) -> Measured:
+    """Measure scored rankings, beside the baseline "the longer one wins"; ValueError without a pair."""
     scores, ranks = [i.scores for i in items], [i.ranks for i in items]
     lengths = [[float(n) for n in i.lengths] for i in items]
-    accuracy = metrics.pair_accuracy(scores, ranks)
     margins = [[i.scores[b] - i.scores[w] for b, w in metrics.untied_pairs(i.ranks)] for i in items]
     losses = [sum(map(_log_loss, row)) / len(row) for row in margins if row]
-    flat = [m for row in margins for m in row]
-    return {
-        "accuracy": accuracy.share,
-        "pairs": accuracy.pairs,
-        "length_baseline": metrics.pair_accuracy(lengths, ranks).share,
-        "loss": sum(losses) / len(losses),
-        "calibration_error": metrics.calibration_error(metrics.calibration(flat)),
-        "score_length_correlation": metrics.pearson(
-            [s for row in scores for s in row], [n for row in lengths for n in row]
-        ),
-        **_by_k("accuracy", scores, ranks),
-        **_by_k("length_baseline", lengths, ranks),
-        **{f"pairs_k{k}": s.pairs for k, s in metrics.pair_accuracy_by_k(scores, ranks).items()},
-        **{f"best_of_{n}": quality for n, quality in best_of_n(items).items()},
-    }
-
-
-def _by_k(name: str, scores: list[list[float]], ranks: list[list[int]]) -> dict[str, float]:
-    by_k = metrics.pair_accuracy_by_k(scores, ranks)
-    return {f"{name}_k{k}": share.share for k, share in by_k.items()}
+    if not losses:
+        raise ValueError("no ranking has an untied pair")
+    table = metrics.calibration([m for row in margins for m in row])
+    points = [pair for i in items for pair in zip(i.lengths, i.scores, strict=True)]
+    x, y = zip(*points, strict=True)
+    return Measured(
+        prompts=len(items),
+        accuracy=metrics.pair_accuracy(scores, ranks),
+        interval=metrics.clustered_wilson(*zip(*metrics.pair_points(scores, ranks), strict=True)),
+        length_baseline=metrics.pair_accuracy(lengths, ranks).share,
+        by_k=metrics.pair_accuracy_by_k(scores, ranks),
+        length_by_k=metrics.pair_accuracy_by_k(lengths, ranks),
+        loss=sum(losses) / len(losses),
+        calibration=table,
+        calibration_error=metrics.calibration_error(table),
+        pearson=metrics.pearson(y, x),
+        spearman=metrics.spearman(y, x),
+        best_of_n=best_of_n(items),
+        points=points,
+    )
 
 
 def best_of_n(items: Sequence[Scored]) -> dict[int, float]:
@@ -86,14 +130,14 @@ def _log_loss(margin: float) -> float:
     return max(-margin, 0.0) + math.log1p(math.exp(-abs(margin)))
 
 
-def write_scored(path: Path, items: Sequence[Scored]) -> None:
-    """One JSON line per prompt."""
-    lines = [json.dumps(asdict(item), ensure_ascii=False) for item in items]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def write_scored(folder: Path, items: Sequence[Scored]) -> None:
+    """One JSON line per prompt, in a reward model's folder."""
+    # a column of the data may be a date, or what else JSON has no word for
+    lines = [json.dumps(asdict(item), ensure_ascii=False, default=str) for item in items]
+    (folder / HELD_OUT).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def read_scored(path: Path) -> list[Scored]:
-    """What `write_scored` wrote."""
-    return [
-        Scored(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line
-    ]
+def read_scored(folder: Path) -> list[Scored]:
+    """What `write_scored` wrote; nothing where there is no such file, or no pair in it to be right about."""
+    items = [Scored(**row) for row in read_jsonl(folder / HELD_OUT)]
+    return items if any(len(set(item.ranks)) > 1 for item in items) else []

@@ -1,12 +1,18 @@
 """All that a run recorded, read once for the summary and the report; no torch."""
 
+import contextlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation import metrics
-from pipeline.evaluation.rankings import Scored, read_scored
-from pipeline.handoff.found import Stage, find_stages, fresh_stages, read_json, read_jsonl
+from pipeline import steps
+from pipeline.config.schema import AlarmLimits, GateBars, PPOConfig
+from pipeline.errors import UserError
+from pipeline.evaluation.rankings import Measured, measure, read_scored
+from pipeline.handoff.found import Stage, find_stages, fresh_stages, read_json
+from pipeline.handoff.remembered import FILE, Asked
+from pipeline.process.files import read_jsonl
 
 
 @dataclass
@@ -19,8 +25,15 @@ class Record:
     curves: dict[str, list[dict[str, Any]]]
     result: dict[str, Any]  # eval/test.json, else eval/validation.json
     samples: list[dict[str, Any]]
-    held_out: list[Scored]  # the reward model's held-out rankings with its scores
+    rankings: Measured | None  # what the reward model's scores say about its held-out rankings
     overopt: dict[str, Any]
+    bars: GateBars
+    limits: AlarmLimits
+    evaluable: bool  # whether `make eval` has a config for this run
+
+    def command(self, *goals: str) -> str:
+        """`make GOALS` for this run, as it must be typed; the run remembers its recipe and settings."""
+        return command(self.run, *goals)
 
     def model(self, name: str) -> dict[str, Any]:
         """Evaluation of one policy."""
@@ -36,7 +49,9 @@ def load_record(run: Path) -> Record:
     stages, problems = fresh_stages(find_stages(run))
     result, samples = _evaluation(run, stages)
     if (run / "eval").is_dir() and not result:
-        problems.append("the evaluation is of earlier artifacts: run make eval")
+        problems.append(f"the evaluation is of earlier artifacts: {command(run, 'eval')}")
+    config = _bars(run, stages)
+    held_out = read_scored(stages["rm"].path) if "rm" in stages else []
     return Record(
         run=run,
         stages=stages,
@@ -44,8 +59,11 @@ def load_record(run: Path) -> Record:
         curves={name: stage.curve() for name, stage in stages.items()},
         result=result,
         samples=samples,
-        held_out=_held_out(stages),
+        rankings=measure(held_out) if held_out else None,
         overopt=read_json(run / "overopt" / "overopt.json"),
+        bars=config.gate_bars,
+        limits=config.alarms,
+        evaluable=not (run / FILE).is_file() or Path(Asked(run).of("eval").config).is_file(),
     )
 
 
@@ -60,49 +78,24 @@ def _evaluation(run: Path, stages: dict[str, Stage]) -> tuple[dict[str, Any], li
     return {}, []
 
 
-def _held_out(stages: dict[str, Stage]) -> list[Scored]:
-    path = stages["rm"].path / "held_out.jsonl" if "rm" in stages else None
-    return read_scored(path) if path is not None and path.is_file() else []
+def _bars(run: Path, stages: dict[str, Stage]) -> PPOConfig:
+    """A config with the bars of the run's PPO: of the one that was made, else of the one that it would
+    be made with."""
+    config = stages["ppo"].config if "ppo" in stages else {}
+    if not config and (run / FILE).is_file():
+        with contextlib.suppress(UserError):  # one that is being written is told by what makes PPO
+            made = Asked(run).of("ppo")
+            config = steps.load("ppo", made.config, made.settings).model_dump()
+    return PPOConfig.model_validate({k: config[k] for k in ("gate_bars", "alarms") if k in config})
 
 
-@dataclass
-class Rankings:
-    """What the reward model's scores say about held-out rankings."""
-
-    prompts: int
-    accuracy: metrics.Share
-    interval: metrics.Interval
-    length_baseline: float
-    by_k: dict[int, metrics.Share]
-    calibration: list[metrics.CalibrationRow]
-    calibration_error: float
-    pearson: float
-    spearman: float
-    points: list[tuple[int, float]]  # (length in tokens, score) of every response
-
-
-def rankings(items: list[Scored]) -> Rankings | None:
-    """Measure scored rankings; None without an untied pair."""
-    margins = [i.scores[b] - i.scores[w] for i in items for b, w in metrics.untied_pairs(i.ranks)]
-    if not margins:
-        return None
-    scores, ranks, lengths = zip(*((i.scores, i.ranks, i.lengths) for i in items), strict=True)
-    accuracy = metrics.pair_accuracy(scores, ranks)
-    table = metrics.calibration(margins)
-    points = [pair for i in items for pair in zip(i.lengths, i.scores, strict=True)]
-    x, y = zip(*points, strict=True)
-    return Rankings(
-        prompts=len(items),
-        accuracy=accuracy,
-        interval=metrics.wilson(accuracy.share * accuracy.pairs, accuracy.pairs),
-        length_baseline=metrics.pair_accuracy(lengths, ranks).share,
-        by_k=metrics.pair_accuracy_by_k(scores, ranks),
-        calibration=table,
-        calibration_error=metrics.calibration_error(table),
-        pearson=metrics.pearson(x, y),
-        spearman=metrics.spearman(x, y),
-        points=points,
-    )
+def command(run: Path, *goals: str) -> str:
+    """`make GOALS` for a run, as it must be typed."""
+    place = run.resolve() if run.name in ("", "..") else run
+    words = ["make", *goals, f"RUN={place.name}"]
+    if place.parent != Path("checkpoints"):
+        words.append(f"CKPT={shlex.quote(str(place.parent))}")
+    return " ".join(words)
 
 
 def values(curve: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ Writes RUN/report.html, a single file that needs nothing else, from whatever the
 """
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +12,17 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline import steps
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
 from pipeline.evaluation import plots
-from pipeline.evaluation.record import Rankings, Record, load_record, rankings, values
-from pipeline.evaluation.verdicts import TITLES, conclusion, verdicts
+from pipeline.evaluation.rankings import Measured
+from pipeline.evaluation.record import Record, command, load_record, values
+from pipeline.evaluation.verdicts import conclusion, verdicts
 from pipeline.handoff.lineage import identity
+from pipeline.ppo.preflight import better_rule
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
-
-CURVES: dict[str, list[tuple[str, dict[str, str], float | None]]] = {
-    "sft": [
-        ("Loss", {"training": "train/loss", "held-out": "validation/loss"}, None),
-        (
-            "Token accuracy",
-            {"training": "train/token_accuracy", "held-out": "validation/token_accuracy"},
-            None,
-        ),
-    ],
-    "rm": [
-        ("Loss", {"training": "train/loss"}, None),
-        (
-            "Pairs ranked right",
-            {"training": "train/accuracy", "held-out": "validation/accuracy"},
-            0.5,
-        ),
-    ],
-    "ppo": [
-        ("Score", {"score": "objective/scores"}, None),
-        ("Score minus KL penalty", {"rlhf_reward": "objective/rlhf_reward"}, None),
-        ("KL to SFT, nats per response", {"kl": "objective/kl"}, 0.0),
-        ("Entropy, nats per token", {"entropy": "policy/entropy_avg"}, None),
-        ("Explained variance of the value network", {"explained": "val/explained_variance"}, 0.0),
-        ("Response length, tokens", {"length": "response/length"}, None),
-        ("Share cut off at the limit", {"truncated": "response/truncated"}, None),
-        ("Repeated 4-grams", {"repeated": "response/repeated_ngrams"}, None),
-        ("Policy loss", {"policy": "loss/policy_avg"}, None),
-        ("Value loss", {"value": "loss/value_avg"}, None),
-        ("Clipped tokens", {"policy": "policy/clipfrac_avg", "value": "val/clipfrac_avg"}, None),
-        ("Mean ratio", {"ratio": "val/ratio"}, 1.0),
-        ("Score–length correlation", {"correlation": "objective/score_length_corr"}, 0.0),
-    ],
-}
-"""Stage -> charts: title, {legend: metric}, dashed level."""
 
 ROWS = (
     ("judge", "Judge's grade", "{:.3f}"),
@@ -82,7 +51,7 @@ def write_report(run: Path) -> Path:
     """Write RUN/report.html and return its path."""
     record = load_record(run)
     if not record.stages:
-        raise UserError(f"{run}: nothing to report; begin with: make sft RUN={run.name}")
+        raise UserError(f"{run}: nothing to report; begin with: {command(run, 'sft')}")
     out = run / "report.html"
     write_atomically(out, render(record))
     return out
@@ -103,7 +72,7 @@ def render(record: Record) -> str:
 def context(record: Record) -> dict[str, Any]:
     """What the template shows."""
     found = verdicts(record)
-    measured = rankings(record.held_out)
+    models = _models(record)
     return {
         "run": record.run.name,
         "made_from": Markup(identity("report", None, record.run).mark()),
@@ -111,14 +80,17 @@ def context(record: Record) -> dict[str, Any]:
         "conclusion": conclusion(found),
         "problems": record.problems,
         "evaluated": _evaluated(record),
-        "models": [name for name in ("base", "sft", "ppo") if record.model(name)],
+        "evaluate": record.command("eval") if record.evaluable else "",
+        "models": models,
         "summary": summary_rows(record),
         "comparisons": comparison_rows(record),
         "families": family_tables(record),
-        "charts": {stage: charts(record, stage) for stage in CURVES if stage in record.stages},
-        "titles": TITLES,
-        "rankings": measured,
-        "ranking_charts": _ranking_charts(measured),
+        "charts": {verdict.stage: charts(record, verdict.stage) for verdict in found},
+        "titles": {verdict.stage: verdict.title for verdict in found},
+        "recorded": {verdict.stage: recorded(record, verdict.stage) for verdict in found},
+        "rankings": record.rankings,
+        "better_rule": better_rule,
+        "ranking_charts": _ranking_charts(record.rankings),
         "against": record.result.get("rm"),
         "samples": samples(record),
         "overopt": _overopt(record),
@@ -148,7 +120,7 @@ def _evaluated(record: Record) -> dict[str, Any] | None:
 
 def summary_rows(record: Record) -> list[tuple[str, list[str]]]:
     """Name of a quantity and its value for each evaluated policy."""
-    models = [record.model(name) for name in ("base", "sft", "ppo") if record.model(name)]
+    models = [record.model(name) for name in _models(record)]
     rows = [
         (name, [_formatted(model.get(key), form) for model in models])
         for key, name, form in ROWS
@@ -161,28 +133,38 @@ def summary_rows(record: Record) -> list[tuple[str, list[str]]]:
     return rows
 
 
+def _models(record: Record) -> list[str]:
+    """Policies that were evaluated, in the order they were made."""
+    return [name for name in steps.policies() if record.model(name)]
+
+
+def recorded(record: Record, stage: str) -> dict[str, str]:
+    """Headline metrics of a stage, what it kept and dropped of its data among them."""
+    metrics = record.stages[stage].metrics
+    return {name: _plain(value) for name, value in metrics.items()}
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _formatted(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
 def comparison_rows(record: Record) -> list[dict[str, Any]]:
     """Win rates with their intervals, in the order of the stages."""
-    names = {
-        "sft_vs_base": ("SFT over base", "judge"),
-        "ppo_vs_sft": ("PPO over SFT", "judge"),
-        "sft_vs_base_by_rm": ("SFT over base", "reward model"),
-        "ppo_vs_sft_by_rm": ("PPO over SFT", "reward model"),
-    }
     return [
-        {"name": name, "by": by, **record.comparison(key)}
-        for key, (name, by) in names.items()
-        if record.comparison(key)
+        {"name": f"{after} over {before}", "by": by, **found}
+        for by, suffix in (("judge", ""), ("reward model", "_by_rm"))
+        for before, after in pairwise(steps.policies())
+        if (found := record.comparison(f"{after}_vs_{before}{suffix}"))
     ]
 
 
 def family_tables(record: Record) -> list[dict[str, Any]]:
     """For each group key a table: value, prompts, win rate of PPO, and grades of every policy."""
-    models = [name for name in ("base", "sft", "ppo") if record.model(name)]
+    models = _models(record)
     grade = next(
         (key for key in ("judge", "token_f1", "rm_score") if key in record.model("sft")), None
     )
@@ -213,7 +195,7 @@ def samples(record: Record) -> list[dict[str, Any]]:
     shown = int((record.result.get("config") or {}).get("samples", 40))
     rows = []
     for row in record.samples[:shown]:
-        names = [name for name in ("base", "sft", "ppo") if name in row["answers"]][-2:]
+        names = [name for name in steps.policies() if name in row["answers"]][-2:]
         answers = [{"name": name, **row["answers"][name]} for name in names]
         grades = [answer["judge"] for answer in answers if "judge" in answer]
         if len(set(grades)) == 2:
@@ -228,19 +210,19 @@ def samples(record: Record) -> list[dict[str, Any]]:
 def charts(record: Record, stage: str) -> list[dict[str, str]]:
     """Charts of a stage's curves, those that it logged."""
     out = []
-    for title, metrics, level in CURVES[stage]:
-        series = {name: values(record.curves[stage], metric) for name, metric in metrics.items()}
+    about = steps.about(stage)
+    for chart in about.CHARTS if about else ():
+        curve = record.curves[stage]
+        series = {name: values(curve, metric) for name, metric in chart.series.items()}
         series = {name: points for name, points in series.items() if points}
         if any(len(points) > 1 for points in series.values()):
-            source = ", ".join(metrics[name] for name in series)
-            xlabel = "iteration" if stage == "ppo" else "step"
-            out.append(
-                {"title": title, "source": source, "image": plots.lines(series, xlabel, level)}
-            )
+            source = ", ".join(chart.series[name] for name in series)
+            image = plots.lines(series, chart.x, chart.level)
+            out.append({"title": chart.title, "source": source, "image": image})
     return out
 
 
-def _ranking_charts(measured: Rankings | None) -> list[dict[str, str]]:
+def _ranking_charts(measured: Measured | None) -> list[dict[str, str]]:
     if measured is None:
         return []
     table = [(row.predicted, row.observed, row.pairs) for row in measured.calibration]
@@ -304,8 +286,8 @@ def reproduce(record: Record) -> list[str]:
     """Commands that make the run again from the resolved configs that the page holds."""
     again = record.run.with_name(record.run.name + "-again")
     return [
-        f"python -m stages.{name} --config {name}.yaml --run {again}"
-        for name in ("sft", "rm", "ppo")
+        f"python -m {steps.TABLE[name].module} --config {name}.yaml --run {again}"
+        for name in steps.stages()
         if name in record.stages
     ]
 

@@ -10,15 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import steps
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
-from pipeline.evaluation.record import Record, ends, load_record, rankings
+from pipeline.evaluation.about import Verdict
+from pipeline.evaluation.record import Record, command, load_record
 from pipeline.evaluation.verdicts import conclusion, verdicts
 
 COLOURS = {"good": "green", "watch": "yellow", "bad": "red"}
-
-Line = tuple[str, str, str]
-"""What, before, after."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,104 +30,41 @@ def main(argv: list[str] | None = None) -> None:
     record = load_record(args.run)
     if not record.stages:
         raise UserError(
-            f"{args.run}: nothing has been made yet; begin with: make sft RUN={args.run.name}"
+            f"{args.run}: nothing has been made yet; begin with: {command(args.run, 'sft')}"
         )
     show(record, Console())
 
 
 def show(record: Record, console: Console) -> None:
     """The table, where things lie, and what to do next."""
-    console.print(table(record))
+    found = verdicts(record)
+    console.print(table(record, found))
     for problem in record.problems:
         console.print(Text(f"  ! {problem}", style="yellow"))
-    console.print(Text(f"  {conclusion(verdicts(record))}"))
+    for verdict in (verdict for verdict in found if verdict.level != "good"):
+        for text in (f.text for f in verdict.findings if f.level == verdict.level):
+            console.print(Text(f"  {verdict.stage}: {text}", style=COLOURS[verdict.level]))
+    console.print(Text(f"  {conclusion(found)}"))
     for what, text in [*places(record), ("next", next_step(record))]:
         console.print(
             Text(f"  {what:<8} {text}", style="bold" if what == "next" else ""), soft_wrap=True
         )
 
 
-def table(record: Record) -> Table:
+def table(record: Record, found: list[Verdict]) -> Table:
     """One block of lines a stage."""
-    levels = {verdict.stage: verdict.level for verdict in verdicts(record)}
-    out = Table(title=f"{record.run}", title_justify="left", show_edge=False, pad_edge=False)
+    out = Table(title=Text(str(record.run)), title_justify="left", show_edge=False, pad_edge=False)
     for name in ("stage", "measured"):
         out.add_column(name)
     for name in ("before", "after"):
         out.add_column(name, justify="right")
-    for stage, lines in (
-        ("sft", sft_lines(record)),
-        ("rm", rm_lines(record)),
-        ("ppo", ppo_lines(record)),
-    ):
-        if stage not in record.stages:
-            continue
-        for i, (what, before, after) in enumerate(lines):
-            label = Text(
-                f"{stage} ({levels[stage]})" if i == 0 else "", style=COLOURS[levels[stage]]
-            )
-            out.add_row(label, what, before, after)
+    for verdict in found:
+        about = steps.about(verdict.stage)
+        for i, line in enumerate(about.lines(record) if about else ()):
+            label = f"{verdict.stage} ({verdict.level})" if i == 0 else ""
+            out.add_row(Text(label, style=COLOURS[verdict.level]), *line)
         out.add_section()
     return out
-
-
-def sft_lines(record: Record) -> list[Line]:
-    """Base model against SFT."""
-    metrics = record.stages["sft"].metrics if "sft" in record.stages else {}
-    first, last = metrics.get("validation_perplexity_before"), metrics.get("validation_perplexity")
-    return [("held-out perplexity", number(first), number(last)), *_graded(record, "base", "sft")]
-
-
-def rm_lines(record: Record) -> list[Line]:
-    """Accuracies beside what length alone reaches."""
-    lines = []
-    measured = rankings(record.held_out)
-    if measured is not None:
-        lines.append(
-            (
-                f"accuracy, {measured.accuracy.pairs} held-out pairs",
-                f"{share(measured.length_baseline)} by length",
-                share(measured.accuracy.share),
-            )
-        )
-    against = record.result.get("rm") or {}
-    if against.get("accuracy") is not None:
-        lines.append(
-            (
-                f"agrees with the judge, {against['pairs']} pairs",
-                f"{share(against['length_baseline'])} by length",
-                share(against["accuracy"]),
-            )
-        )
-    return lines or [("held-out rankings", "", "none")]
-
-
-def ppo_lines(record: Record) -> list[Line]:
-    """SFT against PPO."""
-    curve = record.curves.get("ppo", [])
-    first, last = ends(curve, "objective/scores") or (None, None)
-    lines = [("score it optimises", number(first), number(last)), *_graded(record, "sft", "ppo")]
-    versus = record.comparison("ppo_vs_sft")
-    if versus:
-        interval = f"{share(versus['low'])} to {share(versus['high'])}"
-        lines.append((f"win rate against SFT ({interval})", share(0.5), share(versus["rate"])))
-    kl = (record.result.get("kl") or {}).get("ppo_vs_sft")
-    kl = kl if kl is not None else (ends(curve, "objective/kl") or (None, None))[1]
-    return [*lines, ("KL to SFT, nats per response", number(0.0), number(kl))]
-
-
-def _graded(record: Record, before: str, after: str) -> list[Line]:
-    """Grades that the evaluation has of two policies."""
-    old, new = record.model(before), record.model(after)
-    shares = {"exact": "exact match", "ended": "ends by itself"}
-    lines = [
-        (text, share(old.get(key)), share(new.get(key)))
-        for key, text in shares.items()
-        if key in new
-    ]
-    if "judge" in new:
-        lines.insert(0, ("judge's grade", number(old.get("judge")), number(new["judge"])))
-    return lines
 
 
 def places(record: Record) -> list[tuple[str, str]]:
@@ -153,27 +89,15 @@ def _took(minutes: object) -> str:
 
 def next_step(record: Record) -> str:
     """The command that makes sense now."""
-    suffix = f"RUN={record.run.name}"
-    for stage in ("sft", "rm", "ppo"):
-        if stage not in record.stages:
-            return f"make {stage} {suffix}"
-    if not record.stages.keys() <= (record.result.get("artifacts") or {}).keys():
-        return f"make eval report {suffix}"
-    return (
-        f"make report {suffix}"
-        if not (record.run / "report.html").is_file()
-        else f"make chat {suffix}"
-    )
-
-
-def number(value: float | None) -> str:
-    """Three significant digits; a dash for nothing."""
-    return "-" if value is None else f"{value:.3g}"
-
-
-def share(value: float | None) -> str:
-    """A share with three decimals."""
-    return "-" if value is None else f"{value:.3f}"
+    names = list(steps.stages())
+    last = max(names.index(name) for name in names if name in record.stages)
+    if names[last + 1 :]:  # one before it that is not there was not needed: PPO on other rewards
+        return record.command(names[last + 1])
+    evaluated = (record.result.get("artifacts") or {}).keys()
+    if record.evaluable and not record.stages.keys() <= evaluated:
+        return record.command("eval", "report")
+    reported = (record.run / "report.html").is_file()
+    return record.command("chat" if reported else "report")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Whether the SFT and the reward model are fit for PPO, by the numbers in their manifests; no torch.
 
 PPO cannot mend what they lack: a policy that never ends, a reward that knows only length. Better told
-before a run than guessed after it.
+before a run than guessed after it. The report and the summary say the same of them, by the same bars.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from pipeline import steps
 from pipeline.config.schema import GateBars, PPOConfig
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import Manifest
 from pipeline.process.progress import say
+
+Level = Literal["good", "watch", "bad"]
 
 Metrics = Mapping[str, Any]
 """Headline metrics of a manifest, flat; those of older versions lack some."""
@@ -19,11 +22,10 @@ Metrics = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """One number against its bar, in words; `passed` is None when it was not measured."""
+    """One thing that was looked at, in words that name its bar; `level` is None when nobody measured it."""
 
-    metric: str
-    text: str = ""
-    passed: bool | None = None
+    level: Level | None
+    text: str
 
 
 def check(config: PPOConfig, parents: Mapping[str, Manifest]) -> None:
@@ -35,9 +37,12 @@ def check(config: PPOConfig, parents: Mapping[str, Manifest]) -> None:
         return
     failed = []
     for name, manifest in parents.items():
-        found = look(manifest.stage, manifest.metrics, config.gate_bars)
-        failed += [f"{name}: {finding.text}" for finding in found if finding.passed is False]
-        if missing := [finding.metric for finding in found if finding.passed is None]:
+        gate = steps.gates(manifest.stage)
+        found = list(gate(manifest.metrics, config.gate_bars)) if gate else []
+        failed += [f"{name}: {finding.text}" for finding in found if finding.level == "bad"]
+        for finding in (f for f in found if f.level == "watch"):
+            say(f"ppo: warning: {name}: {finding.text}")
+        if missing := [finding.text for finding in found if finding.level is None]:
             say(f"ppo: gates: {name}: not measured: {', '.join(missing)}")
     if failed and config.gates == "refuse":
         advice = (
@@ -48,21 +53,21 @@ def check(config: PPOConfig, parents: Mapping[str, Manifest]) -> None:
         say(f"ppo: warning: {line}")
 
 
-def look(stage: str, metrics: Metrics, bars: GateBars) -> list[Finding]:
-    """Findings about one artifact, good ones too; none about a stage that has no gates."""
-    gates = {"sft": _sft, "rm": _rm}.get(stage)
-    return list(gates(metrics, bars)) if gates else []
-
-
-def _sft(metrics: Metrics, bars: GateBars) -> Iterator[Finding]:
+def of_sft(metrics: Metrics, bars: GateBars) -> Iterator[Finding]:
+    """Findings about an SFT model, good ones too."""
     longer = "train longer, or on demonstrations that end, or raise sft.sample_tokens"
     yield _gate(metrics, "eos_share", "at least", bars.eos_share, longer)
     cleaner = "look at the SFT samples: empty, cut off, or going on with the next turn"
     yield _gate(metrics, "format", "at least", bars.format, cleaner)
 
 
-def _rm(metrics: Metrics, bars: GateBars) -> Iterator[Finding]:
-    yield from _accuracies(metrics, bars)
+def of_rm(metrics: Metrics, bars: GateBars) -> Iterator[Finding]:
+    """Findings about a reward model, good ones too."""
+    yield _accuracy(metrics, bars)
+    sizes = sorted(int(name.removeprefix("pairs_k")) for name in metrics if "pairs_k" in name)
+    for k in sizes:
+        if metrics[f"pairs_k{k}"] >= bars.rm_pairs:
+            yield _accuracy(metrics, bars, f"_k{k}")
     deaf = "such a model does not heed its attention mask; take another"
     yield _gate(metrics, "padding_gap", "at most", bars.padding_gap, deaf)
     again = "scores are not centred on the demonstrations; train it again"
@@ -70,23 +75,51 @@ def _rm(metrics: Metrics, bars: GateBars) -> Iterator[Finding]:
     yield _best_of_n(metrics, bars)
 
 
-def _accuracies(metrics: Metrics, bars: GateBars) -> Iterator[Finding]:
-    """Accuracy above that of "the longer one wins": overall, and for each K with enough pairs."""
-    sizes = sorted(int(name.removeprefix("pairs_k")) for name in metrics if "pairs_k" in name)
-    enough = [k for k in sizes if metrics[f"pairs_k{k}"] >= bars.rm_pairs]
-    for suffix in ("", *(f"_k{k}" for k in enough)):
-        name, baseline = f"accuracy{suffix}", metrics.get(f"length_baseline{suffix}")
-        of_what = "of 'the longer one wins'"
-        yield _above(metrics, name, baseline, of_what, bars.rm_margin, "give it more rankings")
+def _accuracy(metrics: Metrics, bars: GateBars, suffix: str = "") -> Finding:
+    """Accuracy above that of the better rule of length; the whole of it by more than chance.
+
+    Above the rule but not by more than chance is `watch` on few pairs, where nobody could tell, and
+    `bad` on many. Older artifacts have no interval, and a K has none: they are compared as they are.
+    """
+    name = f"accuracy{suffix}"
+    value, longer = metrics.get(name), metrics.get(f"length_baseline{suffix}")
+    if value is None or longer is None:
+        return Finding(None, name)
+    rule, bar = better_rule(longer)
+    low, pairs = metrics.get(f"{name}_low", value), metrics.get(f"pairs{suffix}")
+    text = f"{name} is {value:.3g}"
+    text += f" on {pairs} pairs" if pairs is not None else ""
+    if low < value:
+        text += f" (95 % interval from {low:.3g})"
+    text += f", must exceed the {bar:.3g} of '{rule}'"
+    text += f" by {bars.rm_margin:.3g}" if bars.rm_margin else ""
+    if not value - bar > bars.rm_margin:
+        return Finding("bad", f"{text}: no better than length on these; give it more rankings")
+    if not low - bar > bars.rm_margin:
+        if pairs is not None and pairs < bars.rm_pairs:
+            return Finding("watch", f"{text}: too few pairs to tell; hold out more rankings")
+        return Finding("bad", f"{text} by more than chance: give it more rankings")
+    return Finding("good", text)
+
+
+def better_rule(longer: float) -> tuple[str, float]:
+    """Name and accuracy of the better rule of length, from that of "the longer one wins"."""
+    return (
+        ("the longer one wins", longer) if longer >= 0.5 else ("the shorter one wins", 1 - longer)
+    )
 
 
 def _best_of_n(metrics: Metrics, bars: GateBars) -> Finding:
     """What it likes best of several is better, to those who ranked them, than any one."""
     sizes = [int(name.removeprefix("best_of_")) for name in metrics if name.startswith("best_of_")]
     if len(sizes) < 2:
-        return Finding("best_of_n")
-    any_one, remedy = metrics[f"best_of_{min(sizes)}"], "picking by it does not help; train it more"
-    return _above(metrics, f"best_of_{max(sizes)}", any_one, "of any one", bars.best_of_n, remedy)
+        return Finding(None, "best_of_n")
+    any_one, value = metrics[f"best_of_{min(sizes)}"], metrics[f"best_of_{max(sizes)}"]
+    more = f" by {bars.best_of_n:.3g}" if bars.best_of_n else ""
+    text = f"best_of_{max(sizes)} is {value:.3g}, must exceed the {any_one:.3g} of any one{more}"
+    if value - any_one > bars.best_of_n:
+        return Finding("good", text)
+    return Finding("bad", f"{text}: picking by it does not help; train it more")
 
 
 RULES: dict[str, Callable[[float, float], bool]] = {
@@ -98,19 +131,6 @@ RULES: dict[str, Callable[[float, float], bool]] = {
 def _gate(metrics: Metrics, name: str, rule: str, bar: float, remedy: str) -> Finding:
     value = metrics.get(name)
     if value is None:
-        return Finding(name)
-    passed = RULES[rule](value, bar)
-    text = f"{name} is {value:.3g}, must be {rule} {bar:.3g}: {remedy}"
-    return Finding(name, text, passed)
-
-
-def _above(
-    metrics: Metrics, name: str, other: float | None, of_what: str, margin: float, remedy: str
-) -> Finding:
-    """A number that must exceed another by more than a margin."""
-    value = metrics.get(name)
-    if value is None or other is None:
-        return Finding(name)
-    more = f" by {margin:.3g}" if margin else ""
-    text = f"{name} is {value:.3g}, must exceed the {other:.3g} {of_what}{more}: {remedy}"
-    return Finding(name, text, value - other > margin)
+        return Finding(None, name)
+    text = f"{name} is {value:.3g}, must be {rule} {bar:.3g}"
+    return Finding("good", text) if RULES[rule](value, bar) else Finding("bad", f"{text}: {remedy}")

@@ -89,7 +89,8 @@ class KwiseTrainer(Checked, RewardTrainer):
         margins = (scores[:, None] - scores[None, :])[better].detach()
         if len(margins):
             mode = "train" if model.training else "eval"
-            self._metrics[mode]["accuracy"].append((margins > 0).float().mean().item())
+            right = (margins > 0).float() + 0.5 * (margins == 0)  # a tie is half right
+            self._metrics[mode]["accuracy"].append(right.mean().item())
             self._metrics[mode]["margin"].append(margins.mean().item())
             self._metrics[mode]["mean_reward"].append(scores.mean().item())
         return (loss, {"scores": scores}) if return_outputs else loss

@@ -1,0 +1,96 @@
+"""What the evaluation shows about each step, a module a step, named in the table of steps.
+
+Each has CHARTS (its curves in the report), lines(record) (its rows of the summary) and
+verdict(record, verdict) (its findings). Here are the words that several of them use.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipeline import steps
+from pipeline.evaluation.record import Record
+from pipeline.ppo.preflight import Finding, Level
+
+RANK: dict[Level | None, int] = {None: 0, "good": 0, "watch": 1, "bad": 2}
+EOS_WATCH = 0.98
+
+Line = tuple[str, str, str]
+"""What, before, after."""
+
+
+class Chart(NamedTuple):
+    """Curves of metrics.jsonl on one axes."""
+
+    title: str
+    series: dict[str, str]  # legend -> metric
+    level: float | None = None  # dashed
+    x: str = "step"
+
+
+@dataclass
+class Verdict:
+    """All findings about one step; its level is that of the worst."""
+
+    stage: str
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def level(self) -> Level:
+        """`watch` when nothing was found."""
+        worst = max(self.findings, key=lambda finding: RANK[finding.level], default=None)
+        return (worst and worst.level) or "watch"
+
+    @property
+    def title(self) -> str:
+        """The step's, from the table."""
+        return steps.TABLE[self.stage].title
+
+    def add(self, level: Level, text: str) -> None:
+        """One more finding."""
+        self.findings.append(Finding(level, text))
+
+    def grade(self, good: bool, text: str, otherwise: Level = "bad") -> None:
+        """A finding that is good or else something worse."""
+        self.add("good" if good else otherwise, text)
+
+    def ended(self, share: float, bar: float) -> None:
+        """How many responses end by themselves; `bar` is that of PPO's gate."""
+        level: Level = "bad" if share < bar else "watch" if share < EOS_WATCH else "good"
+        text = f"{share:.1%} of responses end by themselves"
+        self.add(level, f"{text} (watch below {EOS_WATCH:.0%}, bad below {bar:.0%}).")
+
+    def wins(self, versus: dict, other: str) -> None:
+        """How often the judge prefers it."""
+        text = (
+            f"The judge prefers it to {other} in {versus['rate']:.1%} of prompts "
+            f"(95 % interval {versus['low']:.1%} to {versus['high']:.1%}; bad when all below 50 %, "
+            "watch when 50 % is inside)."
+        )
+        level: Level = (
+            "bad" if versus["high"] < 0.5 else "watch" if versus["low"] <= 0.5 else "good"
+        )
+        self.add(level, text)
+
+
+def graded(record: Record, before: str, after: str) -> list[Line]:
+    """Grades that the evaluation has of two policies."""
+    old, new = record.model(before), record.model(after)
+    shares = {"exact": "exact match", "ended": "ends by itself"}
+    lines = [
+        (text, share(old.get(key)), share(new.get(key)))
+        for key, text in shares.items()
+        if key in new
+    ]
+    if "judge" in new:
+        lines.insert(0, ("judge's grade", number(old.get("judge")), number(new["judge"])))
+    return lines
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; a dash for nothing."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def share(value: float | None) -> str:
+    """A share with three decimals."""
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,101 @@
+"""What the evaluation shows about a reward model.
+
+Human comparisons let reward models reach .63 to .72 (arXiv 2403.17031, 2203.02155).
+"""
+
+from typing import Any
+
+from pipeline.evaluation.about import Chart, Line, Verdict, share
+from pipeline.evaluation.record import Record
+from pipeline.ppo.preflight import better_rule, of_rm
+
+ACCURACY_WATCH = 0.60
+JUDGE_ACCURACY_WATCH = 0.70
+CALIBRATION_WATCH = 0.10
+
+CHARTS = [
+    Chart("Loss", {"training": "train/loss"}),
+    Chart(
+        "Pairs ranked right", {"training": "train/accuracy", "held-out": "validation/accuracy"}, 0.5
+    ),
+]
+
+
+def lines(record: Record) -> list[Line]:
+    """Accuracies beside what length alone reaches."""
+    found = [
+        (
+            f"{what}, {pairs} {which}pairs",
+            f"{share(better_rule(longer)[1])} by length",
+            share(accuracy),
+        )
+        for what, which, pairs, longer, accuracy in _accuracies(record)
+    ]
+    return found or [("held-out rankings", "", "none")]
+
+
+def _accuracies(record: Record) -> list[tuple[str, str, int, float, float]]:
+    found = []
+    if own := record.rankings:
+        pairs, longer = own.accuracy.pairs, own.length_baseline
+        found.append(("accuracy", "held-out ", pairs, longer, own.accuracy.share))
+    against = record.result.get("rm") or {}
+    if against.get("accuracy") is not None:
+        longer, accuracy = against["length_baseline"], against["accuracy"]
+        found.append(("agrees with the judge", "", against["pairs"], longer, accuracy))
+    return found
+
+
+def verdict(record: Record, verdict: Verdict) -> None:
+    """What PPO asks of it, its calibration and length, and the judge."""
+    own = record.rankings
+    metrics = {**(own.metrics() if own else {}), **record.stages["rm"].metrics}
+    verdict.findings += [f for f in of_rm(metrics, record.bars) if f.level is not None]
+    if own is not None:
+        accuracy = own.accuracy.share
+        verdict.grade(
+            accuracy >= ACCURACY_WATCH,
+            f"It ranks {accuracy:.1%} of held-out pairs right (watch below {ACCURACY_WATCH:.0%}).",
+            "watch",
+        )
+        verdict.grade(
+            own.calibration_error <= CALIBRATION_WATCH,
+            f"Its probabilities are off by {own.calibration_error:.3f} on average (watch above "
+            f"{CALIBRATION_WATCH:.2f}).",
+            "watch",
+        )
+        limit = record.limits.score_length_corr
+        verdict.grade(
+            abs(own.pearson) <= limit,
+            f"Scores correlate with length by {own.pearson:+.2f} (watch beyond {limit:.2g}).",
+            "watch",
+        )
+    against = record.result.get("rm") or {}
+    if against.get("accuracy") is not None:
+        _against_judge(record, verdict, against)
+
+
+def _against_judge(record: Record, verdict: Verdict, against: dict[str, Any]) -> None:
+    accuracy, low, pairs = against["accuracy"], against["accuracy_low"], against["pairs"]
+    rule, bar = better_rule(against["length_baseline"])
+    text = (
+        f"It agrees with the judge on {accuracy:.3f} of {pairs} untied pairs of SFT responses (95 % "
+        f"interval from {low:.3f}); '{rule}' gets {bar:.3f}"
+    )
+    if accuracy <= bar:
+        verdict.add("bad", f"{text} (bad: no better than length).")
+    elif low <= bar:
+        few = pairs < record.bars.rm_pairs
+        why = "watch: too few pairs to tell" if few else "bad: no better than length or chance"
+        verdict.add("watch" if few else "bad", f"{text} ({why}).")
+    else:
+        enough = accuracy >= JUDGE_ACCURACY_WATCH
+        verdict.grade(enough, f"{text} (watch below {JUDGE_ACCURACY_WATCH:.2f}).", "watch")
+    best = against.get("best_of_n") or []
+    if len(best) > 1:
+        first, last = best[0]["judge"], best[-1]["judge"]
+        verdict.grade(
+            last > first,
+            f"The best of {best[-1]['n']} by its score gets {last:.2f} from the judge, any one "
+            f"{first:.2f} (bad unless picking by it helps).",
+        )

@@ -1,0 +1,39 @@
+"""What the evaluation shows about supervised fine-tuning."""
+
+from pipeline.evaluation.about import Chart, Line, Verdict, graded, number
+from pipeline.evaluation.record import Record
+from pipeline.ppo.preflight import of_sft
+
+CHARTS = [
+    Chart("Loss", {"training": "train/loss", "held-out": "validation/loss"}),
+    Chart(
+        "Token accuracy",
+        {"training": "train/token_accuracy", "held-out": "validation/token_accuracy"},
+    ),
+]
+
+
+def lines(record: Record) -> list[Line]:
+    """Base model against SFT."""
+    metrics = record.stages["sft"].metrics
+    first, last = metrics.get("validation_perplexity_before"), metrics.get("validation_perplexity")
+    return [("held-out perplexity", number(first), number(last)), *graded(record, "base", "sft")]
+
+
+def verdict(record: Record, verdict: Verdict) -> None:
+    """Perplexity, what PPO asks of it, and the judge."""
+    metrics, sft = record.stages["sft"].metrics, record.model("sft")
+    before, after = (
+        metrics.get("validation_perplexity_before"),
+        metrics.get("validation_perplexity"),
+    )
+    if before is not None and after is not None:
+        verdict.grade(
+            after < before,
+            f"Held-out perplexity went from {before:.3g} to {after:.3g} (bad unless it falls).",
+        )
+    verdict.findings += [f for f in of_sft(metrics, record.bars) if f.level is not None]
+    if "ended" in sft:
+        verdict.ended(sft["ended"], record.bars.eos_share)
+    if versus := record.comparison("sft_vs_base"):
+        verdict.wins(versus, "the base model")

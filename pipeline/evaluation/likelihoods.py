@@ -1,0 +1,109 @@
+"""Log-likelihoods under each policy: KL to SFT, and perplexities of held-out data."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config.evaluation import EvalConfig
+from pipeline.data.forms import load_demonstrations, load_texts
+from pipeline.data.template import encode_demonstration
+from pipeline.errors import UserError
+from pipeline.evaluation import metrics
+from pipeline.models.forward import response_logprobs
+from pipeline.models.generation import Response
+from pipeline.models.sequences import Sequences
+from pipeline.models.tokens import pad_id
+from pipeline.process.progress import tracked
+
+LOGITS_AT_ONCE = 2**25
+"""Floats of logits in memory at once when log-likelihoods are read (128 MiB)."""
+
+
+def kl_to_sft(
+    config: EvalConfig,
+    models: dict[str, nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    responses: list[Response],
+) -> dict[str, float]:
+    """KL(ppo || sft) in nats per response: mean of log pi - log pi_sft over samples of pi (k1)."""
+    ids = [r.ids for r in responses]
+    args = (prompts, ids, pad_id(tokenizer), config.temperature)
+    policy = sequence_logprobs(models["ppo"], *args)
+    reference = sequence_logprobs(models["sft"], *args)
+    ratios = torch.tensor(policy) - torch.tensor(reference)
+    spread = ratios.std().item() if len(ratios) > 1 else 0.0
+    return {"ppo_vs_sft": ratios.mean().item(), "std_error": spread / len(ratios) ** 0.5}
+
+
+def perplexities(
+    config: EvalConfig, models: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """Perplexity of held-out demonstrations' last turns under each policy, at temperature 1."""
+    if config.demonstrations is None:
+        return {}
+    prompts, responses = [], []
+    for item in load_demonstrations(config.demonstrations)[: config.demonstrations_limit]:
+        prompt, response = encode_demonstration(tokenizer, item.messages)
+        prompts.append(prompt)
+        responses.append(response)
+    return _perplexity_of(models, prompts, responses, pad_id(tokenizer))
+
+
+def text_perplexities(
+    config: EvalConfig, models: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """Perplexity of held-out pretraining text and its EOS under each policy, at temperature 1.
+
+    Tokenised as PPO-ptx does it: without BOS, so the first token is given and not predicted.
+    """
+    if config.pretraining is None:
+        return {}
+    texts = load_texts(config.pretraining)[: config.pretraining_limit]
+    encoded = [
+        [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id][
+            : config.pretraining_max_length
+        ]
+        for text in texts
+    ]
+    rows = [ids for ids in encoded if len(ids) > 1]
+    if not rows:
+        raise UserError("eval: pretraining: no text has two tokens")
+    return _perplexity_of(
+        models, [ids[:1] for ids in rows], [ids[1:] for ids in rows], pad_id(tokenizer)
+    )
+
+
+def _perplexity_of(
+    models: dict[str, nn.Module],
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    pad: int,
+) -> dict[str, float]:
+    """exp of the mean nats per response token, by model."""
+    count = sum(len(ids) for ids in responses)
+    return {
+        name: metrics.perplexity(-sum(sequence_logprobs(model, prompts, responses, pad)), count)
+        for name, model in models.items()
+    }
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    model: nn.Module,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    pad: int,
+    temperature: float = 1.0,
+) -> list[float]:
+    """Sum over each response's tokens of log pi(token | before), in nats; lists of ids."""
+    device = next(model.parameters()).device
+    width = max(len(ids) for ids in responses)
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
+    size = max(1, LOGITS_AT_ONCE // (width * vocabulary))
+    out: list[float] = []
+    for start in tracked(range(0, len(prompts), size), "eval: likelihoods"):
+        rows = slice(start, start + size)
+        s = Sequences.of(prompts[rows], responses[rows], pad).to(device)
+        out += response_logprobs(model, s, temperature).sum(dim=1).tolist()
+    return out
