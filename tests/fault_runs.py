@@ -184,9 +184,10 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def leftovers(run: Path) -> list[str]:
-    """Files of a run beside those published; a lock whose holder is dead holds nothing."""
+    """Files of a run beside those published and its memory; a lock whose holder is dead holds nothing."""
     found = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
-    return sorted(str(p) for p in found if p.parts[0] not in STAGES and p.suffix != ".lock")
+    kept = (*STAGES, "run.json")
+    return sorted(str(p) for p in found if p.parts[0] not in kept and p.suffix != ".lock")
 
 
 def _without_clocks(row: dict) -> dict:

@@ -10,7 +10,7 @@ from pipeline.evaluation.record import load_record
 from pipeline.evaluation.verdicts import verdicts
 from pipeline.ppo.alarms import Alarms, meanings, ringing
 from pipeline.ppo.measures import repeated_ngrams
-from test_ppo_exact import RESPONSES, make, recorded
+from test_ppo_exact import RESPONSES, evaluated, make, recorded
 
 CALM = {
     "objective/kl": 3.0,
@@ -110,7 +110,7 @@ def test_padding_has_no_ngrams():
     ppo = make()
     rollout = recorded(ppo)
     rollout.responses[2] = 14
-    ppo._evaluate(rollout)
+    rollout = evaluated(ppo, rollout)
     assert ppo.update(rollout)["response/repeated_ngrams"] == pytest.approx(1 / 3)
 
 

@@ -306,7 +306,7 @@ def test_a_file_name_in_the_place_of_rows_is_told(base, tmp_path):
         (sft, SFTConfig(model=base, run=tmp_path, **QUIET)),
         (rm, RMConfig(run=tmp_path, **QUIET)),
     ):
-        with pytest.raises(UserError, match="dataset: a text, not a dict of columns"):
+        with pytest.raises(UserError, match="'file.jsonl' is a text; give a file as Data"):
             stage.run(config, dataset="file.jsonl")
 
 
