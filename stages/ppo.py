@@ -16,8 +16,8 @@ import torch
 
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import load_prompts
+from pipeline.data.lengths import over_limit
 from pipeline.data.template import template_hash, tokenizer_hash
-from pipeline.errors import UserError
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import merged
 from pipeline.models.loading import prepare_cpu, quiet
@@ -48,7 +48,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
         prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
         ppo = build_ppo(config, stage.parent("sft"), stage.parent("rm"))
-        queries = _short_enough(ppo.queries(prompts), config.max_prompt_length)
+        queries = _short_enough(ppo.queries(prompts), config)
         stream = PromptStream(queries, config.batch_size, config.seed)
         watch = Watch(config, ppo, queries, stage.tracker)
 
@@ -95,14 +95,11 @@ def iteration(ppo: PPO, stream: PromptStream) -> dict[str, float]:
     return {**metrics, **clock.seconds, "memory/peak_mb": peak_mb()}
 
 
-def _short_enough(queries: list[Query], limit: int) -> list[Query]:
-    """Queries of at most `limit` tokens; the others are dropped and counted."""
-    kept = [q for q in queries if len(q.ids) <= limit]
-    if not kept:
-        raise UserError(f"ppo: all {len(queries)} prompts are over max_prompt_length {limit}")
-    if len(kept) < len(queries):
-        say(f"ppo: {len(queries) - len(kept)} of {len(queries)} prompts are over {limit} tokens")
-    return kept
+def _short_enough(queries: list[Query], config: PPOConfig) -> list[Query]:
+    """Queries of at most `max_prompt_length` tokens; UserError when too many are longer."""
+    limit, lengths = config.max_prompt_length, [len(query.ids) for query in queries]
+    over_limit("ppo: prompts", lengths, "max_prompt_length", limit, config.too_long)
+    return [query for query in queries if len(query.ids) <= limit]
 
 
 def _resume(ppo: PPO, stage: StageRun) -> None:

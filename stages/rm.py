@@ -18,6 +18,7 @@ from trl import RewardConfig as TRLConfig
 
 from pipeline.config.schema import Data, RMConfig
 from pipeline.data.forms import load_demonstrations
+from pipeline.data.lengths import over_limit
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
@@ -81,8 +82,8 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
             rankings = sampled_rankings(config, sft, tokenizer, stage.work)
             shutil.copyfile(stage.work / "rankings.jsonl", stage.output / "rankings.jsonl")
         training, held_out = split_by_prompt(rankings, config.validation_fraction, config.seed)
-        training_rows = _encode(tokenizer, training, config.max_length, "training")
-        held_out_rows = _encode(tokenizer, held_out, config.max_length, "held-out")
+        training_rows, too_long = _encode(tokenizer, training, config, config.too_long)
+        held_out_rows, _ = _encode(tokenizer, held_out, config)
         if not training_rows or not held_out_rows:
             raise UserError("rm: no comparison is left to train on, or none to hold out; see above")
 
@@ -129,6 +130,8 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
                 "demonstration_mean": _demonstration_mean(final, tokenizer, config, sft),
                 "padding_gap": gap,
                 "prompts": len(training_rows),
+                "prompts_dropped": len(training) - len(training_rows),
+                "responses_too_long": too_long,
                 "steps": trainer.state.global_step,
             },
             tokenizer_hash(tokenizer),
@@ -146,22 +149,26 @@ def _trainable(model: PreTrainedModel, config: RMConfig):
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, rankings: list[Ranking], max_length: int, name: str
-) -> list[dict]:
-    """Rows of K token sequences and their ranks.
+    tokenizer: PreTrainedTokenizerBase,
+    rankings: list[Ranking],
+    config: RMConfig,
+    too_long: float | None = None,
+) -> tuple[list[dict], int]:
+    """Rows of K token sequences and their ranks, and how many responses are over `max_length`.
 
-    Responses that are too long go; so do those whose ids equal another's of the prompt, and then
-    prompts that are left with fewer than two responses or with nothing but ties. All are counted.
+    Those go (UserError above a share `too_long`); so do those whose ids equal another's of the prompt,
+    and then prompts that are left with fewer than two responses or with nothing but ties.
     """
-    rows, long, same, empty = [], 0, 0, 0
+    name = "held-out" if too_long is None else "training"
+    rows, lengths, same, empty = [], list[int](), 0, 0
     for ranking in tracked(rankings, f"rm: encoding {name}"):
         prompt, encoded = encode_responses(tokenizer, ranking.messages, ranking.responses)
         kept: dict[tuple[int, ...], tuple[int, str]] = {}
         for response, own, rank in zip(ranking.responses, encoded, ranking.ranks, strict=True):
             ids = (*prompt, *own)
-            long += len(ids) > max_length
+            lengths.append(len(ids))
             same += ids in kept
-            if len(ids) <= max_length:
+            if len(ids) <= config.max_length:
                 kept.setdefault(ids, (rank, response))
         ranks = [rank for rank, _ in kept.values()]
         if len(set(ranks)) < 2:
@@ -177,12 +184,14 @@ def _encode(
                 "row": ranking.row,
             }
         )
+    what = f"rm: {name} responses"
+    long = over_limit(what, lengths, "max_length", config.max_length, too_long)
     if long or same or empty:
         say(
-            f"rm: {name}: dropped {long} responses over {max_length} tokens, {same} duplicates, "
-            f"{empty} prompts without an untied pair; {len(rows)} prompts are left"
+            f"rm: {name}: dropped {same} duplicates and {empty} prompts without an untied pair; "
+            f"{len(rows)} prompts are left"
         )
-    return rows
+    return rows, long
 
 
 def _score(

@@ -20,6 +20,7 @@ from trl import SFTConfig as TRLConfig
 
 from pipeline.config.schema import SFTConfig
 from pipeline.data.forms import Demonstration, load_demonstrations
+from pipeline.data.lengths import over_limit
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
     encode_demonstration,
@@ -34,7 +35,7 @@ from pipeline.models.adapters import add_lora, merged
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
 from pipeline.process import faults
-from pipeline.process.progress import say, tracked
+from pipeline.process.progress import tracked
 from pipeline.run import StageRun, given
 from pipeline.training.supervised import TokenTrainer, check_packing, packed
 from pipeline.training.trainers import (
@@ -80,8 +81,8 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         if config.packing:
             check_packing(policy)
         training, held_out = _split(config, demonstrations)
-        training_rows = _encode(tokenizer, training, config.max_length, "training")
-        validation_rows = _encode(tokenizer, held_out, config.max_length, "validation")
+        training_rows, too_long = _encode(tokenizer, training, config, config.too_long)
+        validation_rows, _ = _encode(tokenizer, held_out, config)
 
         rows = Dataset.from_list(training_rows)
         if config.packing:
@@ -118,6 +119,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
                 **_perplexity(after, "validation_perplexity"),
                 **answered,
                 "examples": len(training_rows),
+                "examples_too_long": too_long,
                 "steps": trainer.state.global_step,
             },
             tokenizer_hash(tokenizer),
@@ -149,22 +151,26 @@ def _split(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, items: list[Demonstration], max_length: int, name: str
-) -> list[dict]:
-    """One row of `input_ids` and `labels` for every assistant turn; the loss is on that turn alone."""
-    rows, dropped = [], 0
+    tokenizer: PreTrainedTokenizerBase,
+    items: list[Demonstration],
+    config: SFTConfig,
+    too_long: float | None = None,
+) -> tuple[list[dict], int]:
+    """One row of `input_ids` and `labels` for every assistant turn to be learnt; the loss is on that
+    turn alone. And how many rows are left out as over `max_length`: UserError above a share `too_long`.
+    """
+    name = "held-out" if too_long is None else "training"
+    rows, lengths = [], []
     for item in tracked(items, f"sft: encoding {name} examples"):
         for turn, message in enumerate(item.messages):
             if message["role"] != "assistant" or turn in item.context:
                 continue
             prompt, response = encode_demonstration(tokenizer, item.messages[: turn + 1])
-            if len(prompt) + len(response) > max_length:
-                dropped += 1
-                continue
+            lengths.append(len(prompt) + len(response))
             rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
-    if dropped:
-        say(f"sft: {dropped} of {dropped + len(rows)} {name} examples are over {max_length} tokens")
-    return rows
+    limit, what = config.max_length, f"sft: {name} examples"
+    dropped = over_limit(what, lengths, "max_length", limit, too_long)
+    return [row for row in rows if len(row["input_ids"]) <= limit], dropped
 
 
 def _write_demonstrations(path: Path, items: list[Demonstration]) -> None:

@@ -1,15 +1,72 @@
 """Demonstrations and rankings -> the rows that the first two stages train on."""
 
+import pytest
+
 import tiny_models
+from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
 from pipeline.data.forms import load_demonstrations
-from stages import sft
+from pipeline.data.rankings import load_rankings
+from pipeline.errors import UserError
+from pipeline.ppo.rollout import Query
+from stages import ppo, rm, sft
 
 
 def test_only_turns_to_be_learnt_become_rows():
     turns = [{"role": r, "content": "w1"} for r in ("user", "assistant", "user", "assistant")]
-    tokenizer = tiny_models.tokenizer()
+    tokenizer, config = tiny_models.tokenizer(), SFTConfig(model="none")
     whole = load_demonstrations([{"messages": turns}])
     marked = load_demonstrations([{"messages": [turns[0], turns[1] | {"weight": 0}, *turns[2:]]}])
-    rows = [sft._encode(tokenizer, items, 64, "training") for items in (whole, marked)]
+    rows = [sft._encode(tokenizer, items, config)[0] for items in (whole, marked)]
     assert [len(found) for found in rows] == [2, 1]
     assert rows[1] == rows[0][1:]
+
+
+def demonstrations(*words):
+    rows = [{"prompt": f"w{n}", "completion": " ".join(["w1"] * k)} for n, k in enumerate(words)]
+    return load_demonstrations(rows)
+
+
+def rankings(*words):
+    return load_rankings(
+        [{"prompt": f"w{n}", "chosen": "w1 " * k, "rejected": "w2"} for n, k in enumerate(words)]
+    )
+
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 30)  # + 4 of the template
+
+
+def test_the_few_that_are_too_long_are_dropped_counted_and_told(capsys):
+    tokenizer = tiny_models.tokenizer()
+    config = SFTConfig(model="none", max_length=20)
+    rows, dropped = sft._encode(tokenizer, demonstrations(*SIZES), config, config.too_long)
+    assert (len(rows), dropped) == (9, 1)
+    assert "sft: training examples: 1 of 10 are over max_length 20" in capsys.readouterr().out
+    config = RMConfig(max_length=20)
+    rows, dropped = rm._encode(tokenizer, rankings(*SIZES), config, config.too_long)
+    assert (len(rows), dropped) == (9, 1)
+
+
+@pytest.mark.parametrize(("stage", "make"), [(sft, demonstrations), (rm, rankings)])
+def test_the_many_that_are_too_long_are_refused_with_the_limit_that_would_do(stage, make):
+    tokenizer = tiny_models.tokenizer()
+    config = SFTConfig(model="none") if stage is sft else RMConfig()
+    short = config.model_copy(update={"max_length": 4})  # nothing is as short as that
+    with pytest.raises(UserError, match=r"10 of 10|20 of 20"):
+        stage._encode(tokenizer, make(*SIZES), short, short.too_long)
+    half = config.model_copy(update={"max_length": 9})
+    with pytest.raises(UserError) as error:
+        stage._encode(tokenizer, make(*SIZES), half, half.too_long)
+    assert "max_length=13 is enough" in str(error.value) or stage is rm
+    enough = int(str(error.value).partition("max_length=")[2].split()[0])
+    fits = config.model_copy(update={"max_length": enough})
+    assert stage._encode(tokenizer, make(*SIZES), fits, fits.too_long)[1] <= 2
+    rows, dropped = stage._encode(tokenizer, make(*SIZES), half)  # held out
+    assert dropped and len(rows) < 10
+
+
+def test_prompts_of_ppo_go_by_the_same_rule():
+    config = PPOConfig(prompts={"path": "none"}, max_prompt_length=4)
+    queries = [Query([0] * n) for n in (1, 2, 3, 4, 4, 4, 4, 4, 4, 5)]
+    assert len(ppo._short_enough(queries, config)) == 9
+    with pytest.raises(UserError, match="2 of 11 are over max_prompt_length 4"):
+        ppo._short_enough([*queries, Query([0] * 9)], config)

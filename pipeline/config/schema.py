@@ -127,7 +127,7 @@ class StageConfig(Section):
     stage: ClassVar[str]
     cosmetic: ClassVar[set[str]] = {
         *("run", "borrow", "wandb", "log_every", "save_every", "threads"),
-        *("micro_batch_size", "gradient_checkpointing"),
+        *("micro_batch_size", "gradient_checkpointing", "too_long"),
     }
     """Keys about how it runs, not what it learns: they do not make a finished stage out of date, and an
     interrupted one goes on with others. (Another micro-batch or thread count, or checkpointing, sums in
@@ -187,6 +187,9 @@ class Optimisation(Section):
     max_length tokens)."""
     micro_batch_size: Positive | None = None
     """Of these per forward pass, a divisor of batch_size; none = the whole batch at once."""
+    too_long: Fraction = 0.1
+    """Share of the training examples (rm: responses) that may be over `max_length` and are dropped; more are
+    refused, for what is left would be another data set."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """At its highest, after the warm-up."""
     schedule: Schedule = "cosine"
@@ -425,6 +428,8 @@ class PPOConfig(StageConfig):
     """Terms of the score, summed with their weights."""
     max_prompt_length: Positive = 256
     """Longer prompts (in tokens) are dropped and counted."""
+    too_long: Fraction = 0.1
+    """Share of the prompts that may be over `max_prompt_length`; more are refused."""
     max_new_tokens: Positive = 64
     """Longest response, in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
