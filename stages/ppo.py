@@ -17,6 +17,7 @@ import torch
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import load_prompts
 from pipeline.data.lengths import over_limit
+from pipeline.data.literals import tell_spelled
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import merged
@@ -49,6 +50,8 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
         checkpoint.seed_everything(config.seed)
         ppo = build_ppo(config, stage.parent("sft"), stage.parent("rm"))
         queries = _short_enough(ppo.queries(prompts), config)
+        said = (m["content"] for prompt in prompts for m in prompt.messages)
+        tell_spelled("ppo: prompts", ppo.tokenizer, said)
         stream = PromptStream(queries, config.batch_size, config.seed)
         watch = Watch(config, ppo, queries, stage.tracker)
 

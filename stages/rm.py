@@ -19,6 +19,7 @@ from trl import RewardConfig as TRLConfig
 from pipeline.config.schema import Data, RMConfig
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.lengths import over_limit
+from pipeline.data.literals import tell_spelled
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
@@ -185,6 +186,7 @@ def _encode(
             }
         )
     what = f"rm: {name} responses"
+    tell_spelled(what, tokenizer, (text for ranking in rankings for text in ranking.responses))
     long = over_limit(what, lengths, "max_length", config.max_length, too_long)
     if long or same or empty:
         say(

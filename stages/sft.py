@@ -21,6 +21,7 @@ from trl import SFTConfig as TRLConfig
 from pipeline.config.schema import SFTConfig
 from pipeline.data.forms import Demonstration, load_demonstrations
 from pipeline.data.lengths import over_limit
+from pipeline.data.literals import tell_spelled
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
     encode_demonstration,
@@ -169,6 +170,7 @@ def _encode(
             lengths.append(len(prompt) + len(response))
             rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
     limit, what = config.max_length, f"sft: {name} examples"
+    tell_spelled(what, tokenizer, (m["content"] for item in items for m in item.messages))
     dropped = over_limit(what, lengths, "max_length", limit, too_long)
     return [row for row in rows if len(row["input_ids"]) <= limit], dropped
 

@@ -70,3 +70,16 @@ def test_prompts_of_ppo_go_by_the_same_rule():
     assert len(ppo._short_enough(queries, config)) == 9
     with pytest.raises(UserError, match="2 of 11 are over max_prompt_length 4"):
         ppo._short_enough([*queries, Query([0] * 9)], config)
+
+
+def test_a_special_token_that_words_spell_is_told_by_the_stages(capsys):
+    tokenizer = tiny_models.tokenizer()
+    spelled = load_demonstrations([{"prompt": "w1 <end>", "completion": "w2 <bot>"}] * 3)
+    rows, _ = sft._encode(tokenizer, spelled, SFTConfig(model="none"))
+    assert tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])[-3:] == ["w2", "<unk>", "<end>"]
+    compared = load_rankings([{"prompt": "w1", "chosen": "w2 <end>", "rejected": "w3"}])
+    rm._encode(tokenizer, compared, RMConfig())
+    assert capsys.readouterr().out.splitlines() == [
+        "sft: held-out examples: special tokens are spelled 6 times (<bot>, <end>); read as plain text",
+        "rm: held-out responses: special tokens are spelled 1 times (<end>); read as plain text",
+    ]

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import tiny_models
 from pipeline.data import (
     encode_demonstration,
     encode_prompt,
@@ -14,6 +15,7 @@ from pipeline.data import (
     template_hash,
     tokenizer_hash,
 )
+from pipeline.data.literals import tell_spelled
 from pipeline.errors import UserError
 
 
@@ -183,10 +185,84 @@ def test_a_generated_text_encodes_to_the_text_it_was(text):
         assert made.decode(response, skip_special_tokens=True) == text
 
 
-def test_an_eos_inside_a_reply_ends_it(tokenizer):
+def specials_among(tokenizer, encoded):
+    known = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [number for number in encoded if number in known - {tokenizer.unk_token_id}]
+
+
+def test_special_tokens_in_words_are_text(tokenizer):
+    """The template's alone are left, whatever the words spell."""
+    names = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    for words in (" b ".join(["a", *names, "c"]), "".join(names), f"{names[-1]} "):
+        user = [{"role": "user", "content": words}]
+        later = [*user, {"role": "assistant", "content": words}, *ASK]
+        plain_later = [*ASK, {"role": "assistant", "content": "a"}, *ASK]
+        for spelled, plain in ((user, ASK), (later, plain_later)):
+            prompt, response = (
+                encode_prompt(tokenizer, spelled),
+                encode_response(tokenizer, spelled, words),
+            )
+            assert specials_among(tokenizer, prompt) == specials_among(
+                tokenizer, encode_prompt(tokenizer, plain)
+            )
+            assert specials_among(tokenizer, response) == [tokenizer.eos_token_id]
+            if tokenizer.unk_token is None:
+                assert words in tokenizer.decode(prompt) and words in tokenizer.decode(response)
+
+
+FAST = {
+    "byte-level BPE": gpt2_like,
+    "BPE with BOS": llama_like,
+    "Unigram": lambda: sentencepiece(models.Unigram, trainers.UnigramTrainer, unk_token="<unk>"),
+    "BPE after Metaspace": lambda: sentencepiece(models.BPE, trainers.BpeTrainer),
+}
+
+
+def sentencepiece(model, trainer, **options):
+    """Pieces that begin with a blank, the special tokens in the vocabulary as SentencePiece has them."""
+    backend = Tokenizer(model())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    settings = {"special_tokens": ["<unk>", "<s>", "</s>"], "show_progress": False} | options
+    letters = ["</s> <unk>", *CORPUS] * 4
+    backend.train_from_iterator(letters, trainer(vocab_size=120, **settings))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_words_around_a_spelled_special_token_are_read_as_ever(name):
+    tokenizer = FAST[name]()
+    prepare_tokenizer(tokenizer)
     eos = tokenizer.eos_token
-    short = encode_response(tokenizer, ASK, "a b ")
-    assert encode_response(tokenizer, ASK, f"a b {eos} c{eos}") == short
+    for text in (f"is this{eos} a word", f"{eos}", f"what {eos}{eos}", f"{eos} what is"):
+        response = encode_response(tokenizer, ASK, text)
+        assert not set(response[:-1]) & {tokenizer.eos_token_id, tokenizer.bos_token_id}
+        assert tokenizer.decode(response, skip_special_tokens=True).strip() == text.strip()
+
+
+def test_what_words_spell_is_counted_and_told_once(capsys):
+    tokenizer = gpt2_like()
+    prepare_tokenizer(tokenizer)
+    tell_spelled("sft: training", tokenizer, ["a", "b<|endoftext|>", "<|im_end|><|endoftext|>"])
+    assert capsys.readouterr().out == (
+        "sft: training: special tokens are spelled 3 times (<|endoftext|>, <|im_end|>); read as plain text\n"
+    )
+    tell_spelled("sft: training", tokenizer, ["a", "<|no such|>"])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_word_level_tokenizer_has_no_way_around_it():
+    """Its table holds the special tokens like any word."""
+    tokenizer = tiny_models.tokenizer()
+    prepare_tokenizer(tokenizer)
+    response = encode_response(
+        tokenizer, [{"role": "user", "content": "<bot> w1"}], "w2 <end> <pad> w3"
+    )
+    assert tokenizer.convert_ids_to_tokens(response) == ["w2", "<unk>", "<unk>", "w3", "<end>"]
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "<bot> w1 <end>"}])
+    assert tokenizer.convert_ids_to_tokens(prompt) == ["<user>", "<unk>", "w1", "<unk>", "<bot>"]
 
 
 def test_an_unknown_word_that_is_eos_ends_a_reply_too():

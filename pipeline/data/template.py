@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.literals import marked, token_ids
 from pipeline.data.messages import Message, message
 from pipeline.errors import UserError
 
@@ -60,7 +61,8 @@ def encode_responses(
     exactly one EOS.
 
     What the template adds after EOS is cut. Where it ends the assistant's turn with another token
-    than the tokenizer's EOS, EOS stands in that token's place. An EOS inside a reply ends it.
+    than the tokenizer's EOS, EOS stands in that token's place. The letters of an EOS inside a reply are
+    text, as those of any special token in any message are.
     """
     before = _render(tokenizer, messages, True)
     prompt = _prompt_ids(tokenizer, before)
@@ -77,7 +79,7 @@ def encode_demonstration(
 
 
 def _prompt_ids(tokenizer: Any, before: str) -> list[int]:
-    ids = _ids(tokenizer, before)
+    ids = token_ids(tokenizer, before)
     if not ids:
         raise UserError("chat template: a prompt becomes no token at all")
     return ids
@@ -91,7 +93,7 @@ def _response_ids(
         # the way the template closes a turn, learnt from a reply that is easy to find
         closing = _reply(tokenizer, before, messages, _PROBE).rpartition(_PROBE)[2]
         text = text.removesuffix(closing) if closing else text
-    ids = _ids(tokenizer, text.partition(tokenizer.eos_token)[0])
+    ids = token_ids(tokenizer, text.partition(tokenizer.eos_token)[0])
     eos = tokenizer.eos_token_id
     return [*(ids[: ids.index(eos)] if eos in ids else ids), eos]
 
@@ -165,7 +167,7 @@ def _bos(tokenizer: Any) -> str:
 def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            marked(tokenizer, messages), tokenize=False, add_generation_prompt=generation_prompt
         )
     except Exception as error:  # a template is a program of somebody else and may fail in any way
         raise UserError(f"chat template: cannot render {_outline(messages)}: {error}") from error
@@ -191,8 +193,3 @@ def _difference(before: str, whole: str) -> str:
 
 def _outline(messages: Sequence[Message]) -> str:
     return "[" + ", ".join(item["role"] for item in messages) + "]"
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of rendered text; the template has written BOS where there is one."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

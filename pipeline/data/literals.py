@@ -1,0 +1,98 @@
+"""Special tokens that people's words spell out: text there, for only the template writes the tokens.
+
+A tokenizer makes its end token of the letters `<|endoftext|>` wherever they stand, and an article about
+tokenizers would end in the middle. So the words are marked before the template is rendered, and where a
+mark is found the rendering is read by a twin of the tokenizer that knows its special tokens by other names.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pipeline.data.messages import Message, message
+from pipeline.errors import UserError
+from pipeline.process.progress import say
+
+_MARK = "\U0010ffff"  # no character: Unicode keeps it out of texts
+
+
+def marked(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
+    """The messages, with a mark in the place of every special token that their words spell."""
+    pattern, numbers = _specials(tokenizer, len(tokenizer))
+    return [
+        message(
+            item["role"],
+            pattern.sub(lambda m: f"{_MARK}{numbers[m[0]]}{_MARK}", item["content"]),
+        )
+        for item in messages
+    ]
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a rendering of marked messages; the template has written BOS where there is one."""
+    if _MARK not in text:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    pattern, numbers = _specials(tokenizer, len(tokenizer))
+    names = list(numbers)
+    renamed = pattern.sub(lambda m: _other_name(m[0]), text)
+    spelled = re.sub(f"{_MARK}(\\d+){_MARK}", lambda m: names[int(m[1])], renamed)
+    return list(_twin(tokenizer, len(tokenizer)).encode(spelled, add_special_tokens=False).ids)
+
+
+def tell_spelled(what: str, tokenizer: Any, texts: Iterable[str]) -> None:
+    """Say once how many special tokens the texts spell, if any."""
+    pattern, _ = _specials(tokenizer, len(tokenizer))
+    found = [name for text in texts for name in pattern.findall(text)]
+    if found:
+        names = ", ".join(sorted(set(found))[:5])
+        say(f"{what}: special tokens are spelled {len(found)} times ({names}); read as plain text")
+
+
+def _other_name(token: str) -> str:
+    return f"{_MARK}{token}"
+
+
+@functools.lru_cache(maxsize=8)
+def _specials(tokenizer: Any, size: int) -> tuple[re.Pattern[str], dict[str, int]]:
+    """A pattern of the special tokens, the longest that fits first, and their numbers in it."""
+    added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    names = sorted(added | set(tokenizer.all_special_tokens), key=lambda name: (-len(name), name))
+    pattern = "|".join(map(re.escape, names)) or r"(?!)"
+    return re.compile(pattern), {name: number for number, name in enumerate(names)}
+
+
+@functools.lru_cache(maxsize=2)
+def _twin(tokenizer: Any, size: int) -> Any:
+    """The tokenizer as a `tokenizers.Tokenizer` whose special tokens have other names, by which alone
+    they are found: in the vocabulary too, where WordLevel and Unigram would look them up."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"{type(tokenizer).__name__}: a text spells a special token, and only a fast tokenizer can "
+            "read it as text; take one, or remove it from the data"
+        )
+    _, numbers = _specials(tokenizer, size)
+    rules = json.loads(backend.to_str())
+    rules |= {"post_processor": None, "truncation": None, "padding": None}
+    for token in rules["added_tokens"]:
+        if token["content"] in numbers:
+            token["content"] = _other_name(token["content"])
+    model = rules["model"]
+
+    def renamed(piece: str) -> str:
+        return _other_name(piece) if piece in numbers else piece
+
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {renamed(piece): number for piece, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[renamed(piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = renamed(model["unk_token"])
+    if "merges" in model:
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        model["merges"] = [p for p in pairs if not {p[0], p[1], p[0] + p[1]} & numbers.keys()]
+    return Tokenizer.from_str(json.dumps(rules))
