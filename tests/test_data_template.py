@@ -321,6 +321,37 @@ def test_chatml_cuts_what_follows_eos():
     assert tokenizer.decode(encode_prompt(tokenizer, ASK)).endswith("<|im_start|>assistant\n")
 
 
+DATED = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}{%- endif %}"
+    "{{ 'Today: ' + date_string + strftime_now( \"%Y-%m-%d\" ) }}"
+)
+
+
+def test_a_date_in_a_template_is_the_same_every_day_and_kept(tmp_path, capsys):
+    tokenizer = gpt2_like(chat_template=DATED + CHATML, eos_token="<|im_end|>")
+    prepare_tokenizer(tokenizer)
+    assert "writes today's date; 26 Jul 2024 stands there" in capsys.readouterr().out
+    text = tokenizer.decode(encode_prompt(tokenizer, ASK))
+    assert text.startswith("Today: 26 Jul 20242024-07-26<|im_start|>user")
+    tokenizer.save_pretrained(tmp_path)
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    prepare_tokenizer(read)
+    assert encode_prompt(read, ASK) == encode_prompt(tokenizer, ASK)
+    assert template_hash(read) == template_hash(tokenizer)
+    assert capsys.readouterr().out == ""  # said once, by the stage that fixed it
+
+
+def test_of_several_templates_the_default_one_is_taken():
+    tokenizer = gpt2_like(eos_token="<|im_end|>")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ messages }}"}
+    prepare_tokenizer(tokenizer)
+    assert tokenizer.chat_template == CHATML
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": "{{ messages }}"}
+    with pytest.raises(UserError, match="chat template: "):
+        prepare_tokenizer(tokenizer)
+
+
 def test_what_a_template_puts_before_the_reply_is_learnt_with_it():
     tokenizer = MAKERS["thinking"]()
     prepare_tokenizer(tokenizer)
@@ -348,6 +379,7 @@ def test_a_template_file_replaces_the_tokenizers_own(tmp_path):
     ("template", "reason"),
     [
         ("{% for m in messages %}", "cannot render [user]"),
+        ("{% set f = '%Y' %}{{ strftime_now(f) }}", "in the place of strftime_now"),
         ("{{ raise_exception('nothing for you') }}", "nothing for you"),
         ("{{ messages[7]['content'] + 1 }}", "cannot render"),
         ("{% if add_generation_prompt %}x{% else %}y{% endif %}", "at character 1, 'x' is not 'y'"),

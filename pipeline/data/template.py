@@ -5,8 +5,10 @@ two parts are rendered and tokenised apart, because PPO's policy continues the t
 they are: a tokenizer that merges across the boundary would show SFT tokens the policy never sees.
 """
 
+import datetime
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from pipeline.data.literals import marked, token_ids
 from pipeline.data.messages import Message, message
 from pipeline.errors import UserError
+from pipeline.process.progress import say
 
 DEFAULT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -29,12 +32,18 @@ The reply begins on a line of its own, for a line break is a token boundary in e
 tokenizer, whereas "Assistant: " would leave a space that belongs to the reply's first token.
 """
 
+DATE = datetime.date(2024, 7, 26)
+"""Today, to a template that asks: the day that Llama 3.2's own falls back to."""
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
 _PROBE = "\u2042"  # an asterism: a reply that no template has reason to treat specially
 
 
 def prepare_tokenizer(tokenizer: Any, chat_template: Path | None = None) -> None:
     """Give a tokenizer, in place, what the stages need: a pad token and a working chat template.
 
+    A template that writes today's date gets a fixed one in its place, and is saved with it: the ids of a
+    prompt would change with the day.
     `chat_template` is a jinja file that replaces the tokenizer's own template. UserError: no EOS
     token, an unreadable file, or a template that fails or does not put the reply after the prompt.
     """
@@ -46,6 +55,7 @@ def prepare_tokenizer(tokenizer: Any, chat_template: Path | None = None) -> None
         tokenizer.chat_template = _read_template(Path(chat_template))
     elif not tokenizer.chat_template:
         tokenizer.chat_template = _bos(tokenizer) + DEFAULT_TEMPLATE
+    tokenizer.chat_template = _dated(tokenizer)
     encode_responses(tokenizer, [message("user", "a")], ["b"])
 
 
@@ -156,6 +166,23 @@ def _read_template(path: Path) -> str:
     if not text.strip():
         raise UserError(f"chat_template: {path} is empty")
     return text
+
+
+def _dated(tokenizer: Any) -> str:
+    """A tokenizer's template with `DATE` where it would write today's."""
+    try:
+        template = str(tokenizer.get_chat_template())
+    except ValueError as error:  # several by name, and none that is called default
+        raise UserError(f"chat template: {error}") from error
+    if "strftime_now(" not in template:
+        return template
+    say(f"chat template: it writes today's date; {DATE:%d %b %Y} stands there from now on")
+    dated = _TODAY.sub(lambda found: repr(DATE.strftime(found[2])), template)
+    if "strftime_now(" in dated:
+        raise UserError(
+            "chat template: write the date in the place of strftime_now (chat_template)"
+        )
+    return dated
 
 
 def _bos(tokenizer: Any) -> str:
