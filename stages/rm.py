@@ -35,6 +35,7 @@ from pipeline.handoff import checkpoint
 from pipeline.models.adapters import ADAPTER, add_lora, merged, save_adapter
 from pipeline.models.device import device
 from pipeline.models.forward import score_head, score_sequences
+from pipeline.models.generation import places
 from pipeline.models.loading import load_tokenizer, prepare_cpu, reward_from_policy
 from pipeline.models.tokens import pad_id
 from pipeline.process import faults
@@ -45,6 +46,7 @@ from pipeline.training.trainers import (
     Recorder,
     arguments,
     check,
+    check_length,
     one_gpu,
     quiet,
     train,
@@ -86,10 +88,16 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         training_rows, too_long = _encode(tokenizer, training, config, config.too_long)
         held_out_rows, _ = _encode(tokenizer, held_out, config)
         if not training_rows or not held_out_rows:
-            raise UserError("rm: no comparison is left to train on, or none to hold out; see above")
+            raise UserError(
+                "rm: no comparison is left to train on, or none to hold out; give more prompts, or "
+                "another max_length or validation_fraction"
+            )
 
         checkpoint.seed_everything(config.seed)
         model = reward_from_policy(sft, tokenizer).to(device())
+        check_length(
+            model, [ids for row in training_rows + held_out_rows for ids in row["sequences"]]
+        )
         before = measure(_score(model, tokenizer, held_out_rows))
         trainer = KwiseTrainer(
             model=_trainable(model, config),
@@ -229,11 +237,12 @@ def _demonstration_mean(
     source = config.demonstrations or Data(path=str(sft / "demonstrations.jsonl"))
     items = load_demonstrations(source)[: config.demonstrations_limit]
     encoded = [encode_demonstration(tokenizer, item.messages) for item in items]
-    room = [max(config.max_length - len(response), 0) for _, response in encoded]
+    limit = min(config.max_length, places(model))
+    room = [max(limit - len(response), 0) for _, response in encoded]
     prompts = [
         ids[len(ids) - min(n, len(ids)) :] for (ids, _), n in zip(encoded, room, strict=True)
     ]
-    responses = [response[-config.max_length :] for _, response in encoded]
+    responses = [response[-limit:] for _, response in encoded]
     pad, bar = pad_id(tokenizer), "rm: scoring demonstrations"
     scores = score_sequences(model, prompts, responses, pad, progress=bar)
     return sum(scores) / len(scores)

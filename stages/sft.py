@@ -31,6 +31,7 @@ from pipeline.data.template import (
     tokenizer_hash,
     well_formed,
 )
+from pipeline.errors import UserError
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import add_lora, merged
 from pipeline.models.generation import generate
@@ -44,6 +45,7 @@ from pipeline.training.trainers import (
     ShowsEvaluation,
     arguments,
     check,
+    check_length,
     one_gpu,
     quiet,
     train,
@@ -85,6 +87,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         training_rows, too_long = _encode(tokenizer, training, config, config.too_long)
         validation_rows, _ = _encode(tokenizer, held_out, config)
 
+        check_length(policy, [row["input_ids"] for row in training_rows + validation_rows])
         rows = Dataset.from_list(training_rows)
         if config.packing:
             rows = packed(rows, config.max_length)

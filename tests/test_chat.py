@@ -91,3 +91,10 @@ def test_markup_and_chinese_are_shown_as_they_are():
     assert "[red]你好[/red]" in out
     assert "[bold]谢谢[/bold] … (cut off)" in out
     assert "1.23" in out
+
+
+def test_models_answer_where_the_accelerator_is(run, monkeypatch):
+    """What `device()` says is what a model is moved to: here another precision, which is seen."""
+    monkeypatch.setattr("pipeline.models.device.device", lambda: torch.float64)
+    room = chat.Room(chat.find_stages(run), max_new_tokens=1)
+    assert {model.dtype for model in [*room.models.values(), room.reward]} == {torch.float64}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -16,6 +17,7 @@ import tiny_models
 from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts
+from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy
 from pipeline.training import kwise, trainers
 from pipeline.training.supervised import check_packing, packed
@@ -291,6 +293,72 @@ def test_a_reward_model_an_encoder_and_a_bare_trunk_are_no_policies(base, tmp_pa
         told = f"{name}: a {type(model).__name__}, which does not predict the next token"
         with pytest.raises(UserError, match=told):
             train_sft(str(tmp_path / name), tmp_path)
+
+
+def gpt2(folder: Path) -> str:
+    """A model of 64 learned positions: past them is nothing to look up."""
+    tiny_models.gpt2().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_examples_longer_than_the_model_has_places_are_refused_with_the_length_to_set(tmp_path):
+    model = gpt2(tmp_path / "gpt2")
+    long = [{"prompt": "w1 " * 30, "completion": "w2 " * 60}] * 4
+    told = "max_length: the longest example has 93 tokens, GPT2LMHeadModel was made for 64"
+    with pytest.raises(UserError, match=told):
+        train_sft(model, tmp_path, long)
+    train_sft(model, tmp_path, long + ROWS, max_length=64)
+    ranked = [{**row, "responses": ["w1 " * 70, "w1", "w2"], "ranks": [1, 2, 3]} for row in RANKED]
+    with pytest.raises(UserError, match="GPT2ForSequenceClassification was made for 64"):
+        rm.run(RMConfig(run=tmp_path, **QUIET), ranked)
+    rm.run(RMConfig(run=tmp_path, max_length=64, **QUIET), ranked)
+
+
+def test_answers_end_where_the_model_has_no_more_places(tmp_path):
+    rows = [{"prompt": f"w{i} " * 50, "completion": "w2"} for i in range(8)]
+    model = gpt2(tmp_path / "gpt2")
+    folder = train_sft(model, tmp_path, rows, validation_fraction=0.3, sample_tokens=60)
+    assert artifacts.read_manifest(folder).metrics["eos_share"] <= 1
+    policy, tokenizer = load_policy(folder), tiny_models.tokenizer()
+    [response] = generate(policy, tokenizer, [[7] * 60], max_new_tokens=60, temperature=9.0)
+    assert len(response.ids) <= 4
+    with pytest.raises(UserError, match="a prompt of 64 tokens, a model for 64"):
+        generate(policy, tokenizer, [[7] * 64], max_new_tokens=1)
+
+
+def test_adapters_on_layers_that_are_not_there_or_cannot_have_them_are_told(base, tmp_path):
+    for targets, told in ((["nope"], "Target modules"), (["q_proj", "lm_head"], "lm_head")):
+        with pytest.raises(UserError, match=told):
+            train_sft(base, tmp_path, lora={"r": 2, "target_modules": targets})
+
+
+def test_when_every_example_is_too_long_it_is_an_error(base, tmp_path):
+    with pytest.raises(UserError):
+        train_sft(base, tmp_path, max_length=3)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"head_only": True, "lora": {"r": 2}},
+        {"sampling": {"prompts": {"path": "p.jsonl"}, "k": {3: 0.0}}},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"learning_rate": "1e-3"},
+        {"max_steps": True},
+        {"lora": {"r": "2"}},
+    ],
+)
+def test_a_library_s_config_is_as_strict_as_yaml(keys):
+    with pytest.raises(ValidationError, match=next(iter(keys))):
+        RMConfig(**keys)
+
+
+def test_plain_values_still_make_a_config():
+    made = PPOConfig(batch_size=8, rewards=[{"function": "a:b"}], run="x", lora={"r": 2})
+    assert made.run == Path("x") and made.rewards[0].function == "a:b"
+    assert SFTConfig(model="m", learning_rate=1, chat_template="t.jinja").learning_rate == 1.0
 
 
 def test_what_is_no_config_is_named():

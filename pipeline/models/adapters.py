@@ -28,7 +28,10 @@ def add_lora(model: Model, lora: Lora | None, task: str) -> Model:
         return model
     from peft import get_peft_model  # slow to import, and only LoRA runs need it
 
-    return get_peft_model(model, _config(lora, task))
+    try:
+        return get_peft_model(model, _config(lora, task))
+    except ValueError as error:  # nothing in the model has that name
+        raise UserError(f"lora.target_modules: {error}") from error
 
 
 def _config(lora: Lora, task: str):

@@ -1,5 +1,6 @@
 """Sampling responses, token in and token out."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.models.decoding import decoder, survivors
-from pipeline.models.packing import Model
+from pipeline.models.packing import Model, inner
 from pipeline.models.tokens import left_pad, logprobs_of, pad_id, scaled
 from pipeline.process.progress import tracked
 
@@ -157,6 +158,12 @@ def _forced(logits: Tensor, uniforms: Tensor, last: Tensor, stop: list[int]) -> 
     return torch.where(last, stop[0], drawn(going_on, uniforms))
 
 
+def places(model: Model) -> int:
+    """Tokens of the longest sequence that the model was made for; a great many if it does not say."""
+    config = inner(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
 def generate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -169,18 +176,24 @@ def generate(
     greedy: bool = False,
     progress: str | None = None,
 ) -> list[Response]:
-    """One response to each tokenised prompt, in the order of the prompts; `progress` names its bar."""
+    """One response to each tokenised prompt, in the order of the prompts; `progress` names its bar.
+
+    Where the model has no more places a response is cut off; UserError for a prompt that takes them all.
+    """
     device = next(model.parameters()).device
     stop = stops(tokenizer, stop_tokens)
     pad = pad_id(tokenizer)
     out: list[Response] = []
     for start in tracked(range(0, len(prompts), batch_size), progress):
         queries, mask = left_pad(prompts[start : start + batch_size], pad)
+        room = places(model) - queries.shape[1]
+        if room < 1:
+            raise UserError(f"a prompt of {queries.shape[1]} tokens, a model for {places(model)}")
         sampled = sample(
             model,
             queries.to(device),
             mask.to(device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room),
             temperature=temperature,
             stop=stop,
             pad_id=pad,

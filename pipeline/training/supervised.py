@@ -15,7 +15,10 @@ class TokenTrainer(Checked, SFTTrainer):
     """TRL's SFT trainer; its losses are means over the tokens of a whole batch or validation set."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except ValueError as error:  # what TRL does not support, in its words
+            raise UserError(f"sft: {error}") from error
         # TRL's loss counts so itself; transformers would ask the model's forward and its class's name
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
 

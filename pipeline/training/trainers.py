@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.handoff import checkpoint, sealed
 from pipeline.models import loading as models
 from pipeline.models.device import device
+from pipeline.models.generation import places
 from pipeline.process import faults, stopping
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say, track, tracked
@@ -91,6 +92,16 @@ def check(config: Any, kind: type[StageConfig]) -> None:
     batch, micro = config.batch_size, config.micro_batch_size
     if micro and batch % min(micro, batch):
         raise UserError(f"batch_size {batch} does not divide by micro_batch_size {micro}")
+
+
+def check_length(model: Any, sequences: list[list[int]]) -> None:
+    """UserError for sequences that are longer than the model has places for."""
+    longest, limit = max(map(len, sequences)), places(model)
+    if longest > limit:
+        raise UserError(
+            f"max_length: the longest example has {longest} tokens, {type(model).__name__} was made "
+            f"for {limit}; set max_length: {limit}"
+        )
 
 
 def steps_of(epochs: float, examples: int, batch: int) -> int:
