@@ -31,7 +31,6 @@ from pipeline.data.template import (
     tokenizer_hash,
     well_formed,
 )
-from pipeline.errors import UserError
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import add_lora, merged
 from pipeline.models.generation import generate

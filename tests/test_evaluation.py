@@ -20,6 +20,7 @@ from pipeline.evaluation.judges import load_judge
 from pipeline.evaluation.likelihoods import sequence_logprobs
 from pipeline.evaluation.rankings import Scored
 from pipeline.evaluation.record import load_record
+from pipeline.handoff.artifacts import Manifest, publish
 
 
 def config(root, **changes) -> EvalConfig:
@@ -158,6 +159,41 @@ def test_sequence_logprobs_are_those_of_an_unpadded_forward_pass():
         expected = logits.log_softmax(-1)[range(len(response)), response].sum().item()
         assert found == pytest.approx(expected, abs=1e-4)
         assert math.isfinite(found)
+
+
+def test_what_does_not_fit_the_models_context_is_left_out(tmp_path, capsys):
+    """The tiny models have 64 positions."""
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    data = {}
+    for name, column in (("prompts", "prompt"), ("demonstrations", "prompt"), ("texts", "text")):
+        rows = [{column: text, "completion": "w3"} for text in ("w1 " * 80, "w1 w2", "w1 " * 55)]
+        data[name] = Data(path=str(small_run.write_jsonl(tmp_path / f"{name}.jsonl", rows)))
+    keys = {"judge": None, "prompts": data["prompts"], "demonstrations": data["demonstrations"]}
+    result = run_evaluation(run, config(tmp_path, **keys, pretraining=data["texts"]))
+    assert result["prompts"] == 1 + 1
+    assert "1 of 3 prompts are left out" in capsys.readouterr().out
+    assert all(math.isfinite(model["perplexity"]) for model in result["models"].values())
+    with pytest.raises(UserError, match="no prompt fits in the models' context of 64 tokens"):
+        run_evaluation(run, config(tmp_path, judge=None, max_new_tokens=64))
+
+
+def test_scores_that_are_no_numbers_end_it_with_words(tmp_path, judge):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    model = tiny_models.reward()
+    model.score.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "broken")
+    publish(tmp_path / "broken", run / "rm", Manifest(stage="rm"))
+    with pytest.raises(UserError, match="the reward model gives nan"):
+        run_evaluation(run, config(tmp_path))
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    (run / "eval").mkdir()
+    (run / "eval" / "test.json").write_text("{")
+    with pytest.raises(UserError, match=r"test\.json: damaged .*remove it"):
+        load_record(run)
 
 
 def test_references_must_be_there():

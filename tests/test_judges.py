@@ -38,12 +38,21 @@ def test_exact_is_optional(monkeypatch):
         (lambda *a, **k: [1.0, float("nan")], "score 1 is nan"),
         (lambda *a, **k: 1 / 0, "ZeroDivisionError"),
         (lambda *a, **k: None, "TypeError"),
+        (lambda *a, **k: [None, 1.0], "judge small_judge: score failed: TypeError"),
+        (lambda *a, **k: ["good", "bad"], "judge small_judge: score failed: ValueError"),
     ],
 )
 def test_a_bad_answer_is_refused(monkeypatch, answer, said):
     judge = loaded(monkeypatch, score=answer)
     with pytest.raises(UserError, match=said):
         judge.score(*ASKED, [True, True])
+
+
+def test_a_judge_with_a_mistake_in_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "own_judge.py").write_text("def score(prompts:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="cannot import 'own_judge' .SyntaxError"):
+        load_judge("own_judge")
 
 
 def test_names_that_are_no_judge():
@@ -56,8 +65,6 @@ def test_names_that_are_no_judge():
 def test_gold_is_a_judge():
     judge = load_judge("pipeline.tiny.gold")
     assert judge is not None
-    assert judge.file is not None
-    assert judge.file.name == "gold.py"
     assert "preference" in judge.about
     assert judge.score([], [], [], []) == []
     assert judge.exact([], [], []) == []

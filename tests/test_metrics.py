@@ -138,6 +138,11 @@ def test_groups_are_tallied_apart_and_rows_without_the_key_left_out():
     assert versus["groups"]["family"]["b"]["rate"] == 0
 
 
+def test_a_group_called_none_is_not_the_rows_without_one():
+    rows = [{"family": "None"}, {"family": None}, {}]
+    assert tallies.memberships(rows, ["family"]) == {"family": {"None": [0]}}
+
+
 def test_agreement_of_a_reward_model_that_likes_length():
     grades, lengths = [[1.0, 0.0], [0.0, 2.0]], [[5, 3], [4, 1]]
     found = tallies.agreement([[5.0, 3.0], [4.0, 1.0]], grades, lengths)

@@ -218,6 +218,11 @@ def test_best_of_n_goes_to_the_commonest_k_and_leaves_smaller_ones_out():
     assert rankings.best_of_n(items) == pytest.approx({1: 0.5, 2: 2.5 / 3, 3: 1.0})
 
 
+def test_scores_that_are_no_numbers_are_told():
+    with pytest.raises(UserError, match="1 scores of held-out responses are not finite"):
+        rankings.measure([scored([1, 2], [float("nan"), 0.0])])
+
+
 def test_accuracy_baseline_and_pairs_are_measured_for_each_k():
     items = [scored([1, 2], [1.0, 0.0]), scored([1, 2, 3], [1.0, 2.0, 3.0])]
     items[1].lengths = [3, 2, 1]

@@ -14,7 +14,7 @@ from pipeline.config.schema import GateBars
 from pipeline.errors import UserError
 from pipeline.evaluation import record, summary, verdicts
 from pipeline.handoff import found
-from pipeline.handoff.remembered import Made, note
+from pipeline.handoff.remembered import Made, command, note
 from pipeline.ppo.preflight import of_sft
 
 
@@ -75,6 +75,7 @@ def test_with_an_evaluation_it_tells_win_rate_kl_and_exact_match(run):
         (("base", "sft"), "make rm RUN=run CKPT="),
         (("base", "sft", "rm"), "make ppo RUN=run"),
         (("base", "sft", "ppo"), "make eval report RUN=run"),  # on other rewards
+        (("rm",), "make sft RUN=run"),  # the SFT model that it was trained from is gone
     ],
 )
 def test_the_next_step_is_the_first_missing_stage(tmp_path, stages, command):
@@ -98,7 +99,7 @@ def test_the_next_step_never_is_an_evaluation_that_the_recipe_does_not_have(run,
     ],
 )
 def test_a_command_names_the_folder_of_runs_where_it_is_not_the_usual_one(run, words):
-    assert record.command(Path(run), "chat") == words
+    assert command(Path(run), "chat") == words
 
 
 def test_nothing_made_yet_is_said(tmp_path):
@@ -111,6 +112,14 @@ def test_an_evaluation_of_other_artifacts_is_not_shown(run):
     out = printed(run)
     assert "earlier artifacts" in out
     assert "win rate" not in out
+
+
+def test_when_even_the_first_stage_is_of_something_else_it_is_the_next(run):
+    path = run.parent / "base" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "template_hash": "another"}))
+    out = printed(run)
+    assert "sft was made from another base" in out and "next     make sft RUN=run" in out
 
 
 def test_it_starts_fast_without_torch(run):

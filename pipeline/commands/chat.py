@@ -17,6 +17,7 @@ from rich.text import Text
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
 from pipeline.handoff.found import Stage, find_stages
+from pipeline.handoff.remembered import command
 from pipeline.process.progress import say
 from pipeline.steps import policies
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--temperature is above 0; for the likeliest answer use --greedy")
     stages = find_stages(args.run)
     if "sft" not in stages:
-        raise UserError(f"{args.run}: nobody to talk with yet; make sft RUN={args.run.name}")
+        raise UserError(f"{args.run}: nobody to talk with yet; {command(args.run, 'sft')}")
     limit = args.max_new_tokens or _length_limit(stages)
     room = Room(stages, limit, args.temperature, args.greedy, args.system, args.seed)
     console = Console()
@@ -129,7 +130,7 @@ class Room:
         from pipeline.data.template import encode_prompt
         from pipeline.models.forward import score_sequences
         from pipeline.models.generation import generate
-        from pipeline.models.tokens import pad_id
+        from pipeline.models.tokens import closed, pad_id
 
         messages = [{"role": "user", "content": prompt}]
         if self.system:
@@ -150,7 +151,9 @@ class Room:
             score = None
             if self.reward is not None:
                 pad = pad_id(self.tokenizer)
-                [score] = score_sequences(self.reward, [ids], [response.ids], pad)
+                [score] = score_sequences(
+                    self.reward, [ids], [closed(response.ids, self.tokenizer)], pad
+                )
             answers.append((name, response.text, response.ended, score))
         return answers
 

@@ -16,7 +16,7 @@ from pipeline.evaluation.judges import load_judge
 from pipeline.handoff.artifacts import installed_packages, read
 from pipeline.handoff.found import find_stages, fresh_stages, read_json
 from pipeline.handoff.lineage import identity, recorded
-from pipeline.handoff.remembered import note
+from pipeline.handoff.remembered import command, note
 from pipeline.process.files import jsonl, write_atomically
 from pipeline.process.progress import say
 
@@ -45,9 +45,7 @@ def run_evaluation(
     out = run / "eval" / f"{split}.json"
     stages, problems = fresh_stages(find_stages(run))
     if "sft" not in stages:
-        raise UserError(
-            f"{run}: nothing to evaluate; make its first stage: make sft RUN={run.name}"
-        )
+        raise UserError(f"{run}: nothing to evaluate; make its first stage: {command(run, 'sft')}")
     for problem in problems:
         say(f"eval: left out: {problem}")
     load_judge(config.judge)  # one that cannot be imported ends it here, at once

@@ -1,5 +1,6 @@
 """Asks base, SFT and PPO policies the same held-out prompts and has the answers graded."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import metrics, tallies
 from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.evaluation.likelihoods import (
+    context,
     kl_to_sft,
     perplexities,
     text_perplexities,
@@ -34,7 +36,7 @@ from pipeline.models.loading import (
     prepare_cpu,
     quiet,
 )
-from pipeline.models.tokens import pad_id
+from pipeline.models.tokens import closed, pad_id
 from pipeline.process.progress import say
 from pipeline.steps import policies
 
@@ -66,6 +68,7 @@ def evaluate(
     asked = ask(config, split, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = _load_policies(stages, tokenizer, device)
+    asked = _that_fit(asked, context(models), config.max_new_tokens)
     reward: nn.Module | None = load_reward(stages["rm"].path) if "rm" in stages else None
     if reward is not None:
         reward.to(device)
@@ -110,6 +113,17 @@ def ask(config: EvalConfig, split: Split, tokenizer: PreTrainedTokenizerBase) ->
         [prompt_text(p.messages) for p in prompts],
         [p.row for p in prompts],
     )
+
+
+def _that_fit(asked: Asked, size: int, new: int) -> Asked:
+    """Prompts that leave room for `new` tokens in a context of `size`; the others are said and left out."""
+    fit = [i for i, ids in enumerate(asked.ids) if len(ids) + new <= size]
+    left = f"in the models' context of {size} tokens beside max_new_tokens {new}"
+    if not fit:
+        raise UserError(f"eval: no prompt fits {left}")
+    if long := len(asked.ids) - len(fit):
+        say(f"eval: {long} of {len(asked.ids)} prompts are left out, they do not fit {left}")
+    return Asked(*([xs[i] for i in fit] for xs in vars(asked).values()))
 
 
 def _load_policies(
@@ -187,8 +201,14 @@ def references(rows: Sequence[dict], key: str) -> list[str]:
 def _scores(
     reward: nn.Module, asked: Asked, responses: list[Response], tokenizer: PreTrainedTokenizerBase
 ) -> list[float]:
-    replies = [r.ids for r in responses]
-    return score_sequences(reward, asked.ids, replies, pad_id(tokenizer), 256, "eval: scoring")
+    replies = [closed(r.ids, tokenizer) for r in responses]
+    scores = score_sequences(reward, asked.ids, replies, pad_id(tokenizer), 256, "eval: scoring")
+    if bad := [i for i, score in enumerate(scores) if not math.isfinite(score)]:
+        raise UserError(
+            f"eval: the reward model gives {scores[bad[0]]} ({len(bad)} of {len(scores)} scores are not "
+            f"finite), first to {responses[bad[0]].text!r}; make it again: FORCE=rm"
+        )
+    return scores
 
 
 def _comparisons(

@@ -1,5 +1,7 @@
 """Log-likelihoods under each policy: KL to SFT, and perplexities of held-out data."""
 
+import sys
+
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +19,12 @@ from pipeline.process.progress import tracked
 
 LOGITS_AT_ONCE = 2**25
 """Floats of logits in memory at once when log-likelihoods are read (128 MiB)."""
+
+
+def context(models: dict[str, nn.Module]) -> int:
+    """Tokens that every model has positions for."""
+    sizes = [getattr(m.config, "max_position_embeddings", None) for m in models.values()]
+    return min((size for size in sizes if size), default=sys.maxsize)
 
 
 def kl_to_sft(
@@ -42,11 +50,14 @@ def perplexities(
     """Perplexity of held-out demonstrations' last turns under each policy, at temperature 1."""
     if config.demonstrations is None:
         return {}
-    prompts, responses = [], []
+    prompts, responses, limit = [], [], context(models)
     for item in load_demonstrations(config.demonstrations)[: config.demonstrations_limit]:
         prompt, response = encode_demonstration(tokenizer, item.messages)
-        prompts.append(prompt)
-        responses.append(response)
+        if len(prompt) + len(response) <= limit:
+            prompts.append(prompt)
+            responses.append(response)
+    if not prompts:
+        raise UserError(f"eval: demonstrations: none fits the models' context of {limit} tokens")
     return _perplexity_of(models, prompts, responses, pad_id(tokenizer))
 
 
@@ -62,7 +73,7 @@ def text_perplexities(
     texts = load_texts(config.pretraining)[: config.pretraining_limit]
     encoded = [
         [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id][
-            : config.pretraining_max_length
+            : min(config.pretraining_max_length, context(models))
         ]
         for text in texts
     ]

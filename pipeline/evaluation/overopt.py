@@ -22,6 +22,7 @@ from pipeline.evaluation import calls as steps
 from pipeline.evaluation import plots
 from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.handoff.found import find_stages, fresh_stages, read_jsonl
+from pipeline.handoff.remembered import command
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
 from pipeline.steps import overrides, split_settings
@@ -85,7 +86,7 @@ class Study:
         self.judge: Judge = judge
         stages, _ = fresh_stages(find_stages(run))
         if not {"sft", "rm"} <= stages.keys():
-            raise UserError(f"{run}: needs sft and rm first: make sft rm RUN={run.name}")
+            raise UserError(f"{run}: needs sft and rm first: {command(run, 'sft', 'rm')}")
         self.rows = self._write_prompts(prompts)
 
     def _write_prompts(self, count: int) -> list[dict[str, Any]]:

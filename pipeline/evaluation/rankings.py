@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.evaluation import metrics
 from pipeline.process.files import read_jsonl
 
@@ -72,9 +73,16 @@ class Measured:
 
 
 def measure(items: Sequence[Scored]) -> Measured:
-    """Measure scored rankings, beside the baseline "the longer one wins"; ValueError without a pair."""
+    """Measure scored rankings, beside the baseline "the longer one wins"; ValueError without a pair.
+
+    UserError when a score is no number.
+    """
     scores, ranks = [i.scores for i in items], [i.ranks for i in items]
     lengths = [[float(n) for n in i.lengths] for i in items]
+    if bad := sum(not math.isfinite(score) for row in scores for score in row):
+        raise UserError(
+            f"rm: {bad} scores of held-out responses are not finite; train it again, more gently"
+        )
     margins = [[i.scores[b] - i.scores[w] for b, w in metrics.untied_pairs(i.ranks)] for i in items]
     losses = [sum(map(_log_loss, row)) / len(row) for row in margins if row]
     if not losses:

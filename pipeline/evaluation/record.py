@@ -1,7 +1,6 @@
 """All that a run recorded, read once for the summary and the report; no torch."""
 
 import contextlib
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from pipeline.config.schema import AlarmLimits, GateBars, PPOConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.rankings import Measured, measure, read_scored
 from pipeline.handoff.found import Stage, find_stages, fresh_stages, read_json
-from pipeline.handoff.remembered import FILE, Asked
+from pipeline.handoff.remembered import FILE, Asked, command
 from pipeline.process.files import read_jsonl
 
 
@@ -87,15 +86,6 @@ def _bars(run: Path, stages: dict[str, Stage]) -> PPOConfig:
             made = Asked(run).of("ppo")
             config = steps.load("ppo", made.config, made.settings).model_dump()
     return PPOConfig.model_validate({k: config[k] for k in ("gate_bars", "alarms") if k in config})
-
-
-def command(run: Path, *goals: str) -> str:
-    """`make GOALS` for a run, as it must be typed."""
-    place = run.resolve() if run.name in ("", "..") else run
-    words = ["make", *goals, f"RUN={place.name}"]
-    if place.parent != Path("checkpoints"):
-        words.append(f"CKPT={shlex.quote(str(place.parent))}")
-    return " ".join(words)
 
 
 def values(curve: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:

@@ -17,9 +17,10 @@ from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
 from pipeline.evaluation import plots
 from pipeline.evaluation.rankings import Measured
-from pipeline.evaluation.record import Record, command, load_record, values
+from pipeline.evaluation.record import Record, load_record, values
 from pipeline.evaluation.verdicts import conclusion, verdicts
 from pipeline.handoff.lineage import identity
+from pipeline.handoff.remembered import command
 from pipeline.ppo.preflight import better_rule
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
@@ -242,7 +243,7 @@ def _ranking_charts(measured: Measured | None) -> list[dict[str, str]]:
 
 def _overopt(record: Record) -> dict[str, Any] | None:
     """The study of over-optimisation, if `make overopt` was run."""
-    studies = record.overopt.get("studies") or {}
+    studies = {n: points for n, points in (record.overopt.get("studies") or {}).items() if points}
     if not studies:
         return None
     rows = []

@@ -14,8 +14,9 @@ from pipeline import steps
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
 from pipeline.evaluation.about import Verdict
-from pipeline.evaluation.record import Record, command, load_record
+from pipeline.evaluation.record import Record, load_record
 from pipeline.evaluation.verdicts import conclusion, verdicts
+from pipeline.handoff.remembered import command
 
 COLOURS = {"good": "green", "watch": "yellow", "bad": "red"}
 
@@ -90,6 +91,8 @@ def _took(minutes: object) -> str:
 def next_step(record: Record) -> str:
     """The command that makes sense now."""
     names = list(steps.stages())
+    if names[0] not in record.stages:
+        return record.command(names[0])
     last = max(names.index(name) for name in names if name in record.stages)
     if names[last + 1 :]:  # one before it that is not there was not needed: PPO on other rewards
         return record.command(names[last + 1])

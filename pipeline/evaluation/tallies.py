@@ -40,8 +40,9 @@ def memberships(rows: Sequence[dict], keys: Sequence[str]) -> dict[str, dict[str
     """key -> value -> indices of the rows with that value; rows without the key are left out."""
     out: dict[str, dict[str, list[int]]] = {}
     for key in keys:
-        values = sorted({str(row[key]) for row in rows if row.get(key) is not None})
-        members = {v: [i for i, row in enumerate(rows) if str(row.get(key)) == v] for v in values}
+        there = [(i, str(row[key])) for i, row in enumerate(rows) if row.get(key) is not None]
+        values = sorted({value for _, value in there})
+        members = {v: [i for i, value in there if value == v] for v in values}
         if members:
             out[key] = members
     return out
@@ -98,14 +99,11 @@ def agreement(
     """A reward model against a judge on K candidates of each of P prompts; all (P, K).
 
     Accuracy on the pairs that the judge does not tie, with Wilson's interval (pairs of one prompt
-    are not independent, so it is somewhat too narrow), the baseline "the longer one wins", and how
-    far scores and grades follow length.
+    hang together), the baseline "the longer one wins", and how far scores and grades follow length.
     """
     ranks = [[-g for g in grade] for grade in grades]
     accuracy = metrics.pair_accuracy(scores, ranks)
-    low, high = metrics.wilson(
-        accuracy.share * accuracy.pairs if accuracy.pairs else 0, accuracy.pairs
-    )
+    low, high = metrics.clustered_wilson(*zip(*metrics.pair_points(scores, ranks), strict=True))
     flat_scores = [s for row in scores for s in row]
     flat_lengths = [float(n) for row in lengths for n in row]
     return {

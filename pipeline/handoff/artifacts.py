@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.config.load import config_hash
 from pipeline.errors import UserError
+from pipeline.handoff.remembered import ckpt, command
 from pipeline.process import faults
 from pipeline.process.files import (
     Lock,
@@ -291,14 +292,11 @@ def check_trained_from(child: Path, name: str, parent: Path) -> None:
 
 def make_command(directory: Path, force: bool = True) -> str:
     """The make command that builds an artifact."""
-    stage, run = directory.name, directory.parent.name
-    words = ["make", stage, f"RUN={run}"]
-    if run == "base":
-        stage, words = "base", ["make", "base", f"RECIPE={directory.name}"]
-    root = directory.parent.parent
-    if root != Path("checkpoints") and str(root) != ".":
-        words.append(f"CKPT={root}")
-    return " ".join([*words, f"FORCE={stage}"] if force else words)
+    stage, run = directory.name, directory.parent
+    words = command(run, stage)
+    if run.name == "base":
+        stage, words = "base", f"make base RECIPE={directory.name}{ckpt(run.parent)}"
+    return f"{words} FORCE={stage}" if force else words
 
 
 def _damaged(directory: Path, name: str, reason: str) -> UserError:

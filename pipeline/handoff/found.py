@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import steps
-from pipeline.handoff.artifacts import MANIFEST, content_hash
+from pipeline.errors import UserError
+from pipeline.handoff.artifacts import MANIFEST, content_hash, make_command
 from pipeline.process.files import read_jsonl
 
 
@@ -68,10 +69,13 @@ def _parent_path(name: str, found: dict[str, Stage]) -> Path | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file; {} when there is none."""
+    """An object of a JSON file; {} when there is none, UserError when it is damaged."""
     if not path.is_file():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); remove it, and it is made again") from None
 
 
 def fresh_stages(stages: dict[str, Stage]) -> tuple[dict[str, Stage], list[str]]:
@@ -88,7 +92,8 @@ def fresh_stages(stages: dict[str, Stage]) -> tuple[dict[str, Stage], list[str]]
         ]
         if changed:
             problems.append(
-                f"{name} was made from another {' and '.join(changed)}: run make {name}"
+                f"{name} was made from another {' and '.join(changed)}: "
+                f"{make_command(stage.path, force=False)}"
             )
         else:
             fresh[name] = stage

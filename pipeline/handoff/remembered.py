@@ -2,6 +2,7 @@
 and settings, so that `make eval RUN=x` alone means that run as it is."""
 
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,17 @@ def note(run: Path, name: str, made: Made, recipe: Path | None, borrow: Path | N
     memory.recipe = memory.recipe if recipe is None else recipe.as_posix()
     memory.borrow = memory.borrow if borrow is None else borrow.as_posix()
     write_atomically(run / FILE, json.dumps(memory.model_dump(), indent=1) + "\n")
+
+
+def command(run: Path, *goals: str) -> str:
+    """`make GOALS` for a run, as it is typed; the run remembers its recipe and settings."""
+    place = run if run.name else run.resolve()
+    return f"make {' '.join(goals)} RUN={place.name}{ckpt(place.parent)}"
+
+
+def ckpt(root: Path) -> str:
+    """What a command says of the folder of runs where it is not the usual one."""
+    return "" if root == Path("checkpoints") else f" CKPT={shlex.quote(str(root))}"
 
 
 @dataclass

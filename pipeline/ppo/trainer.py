@@ -21,7 +21,7 @@ from pipeline.models.forward import response_logprobs
 from pipeline.models.generation import stops
 from pipeline.models.packing import pack_if_possible
 from pipeline.models.sequences import Sequences
-from pipeline.models.tokens import left_pad, mask_from_lengths, pad_id
+from pipeline.models.tokens import closed, left_pad, mask_from_lengths, pad_id
 from pipeline.ppo import gates, maths, measures
 from pipeline.ppo.ema import Ema
 from pipeline.ppo.losses import Minibatch, Sums, losses
@@ -130,10 +130,9 @@ class PPO:
         Reward models read every response closed by one EOS, as they were trained, one that was cut off
         too: what it means that it did not end is the missing-EOS rule's to say.
         """
-        eos = self.tokenizer.eos_token_id
         return Episodes(
             queries=[q.ids for q in queries],
-            response_ids=[ids if ids[-1:] == [eos] else [*ids, eos] for ids in responses],
+            response_ids=[closed(ids, self.tokenizer) for ids in responses],
             prompts=[q.text for q in queries],
             responses=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses],
             rows=[q.row for q in queries],
