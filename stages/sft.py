@@ -36,7 +36,7 @@ from pipeline.models.adapters import add_lora, merged
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
 from pipeline.process import faults
-from pipeline.process.progress import tracked
+from pipeline.process.progress import say, tracked
 from pipeline.run import StageRun, given
 from pipeline.training.supervised import TokenTrainer, check_packing, packed
 from pipeline.training.trainers import (

@@ -44,7 +44,8 @@ def test_greedy_answer_is_the_likeliest_and_scored_by_the_reward_model(run):
     best = room.models["sft"](torch.tensor([ids])).logits[0, -1].argmax().item()
     name, text, _, score = room.ask("w1")[1]
     assert (name, text) == ("sft", room.tokenizer.decode([best], skip_special_tokens=True))
-    hidden = room.reward.model(torch.tensor([[*ids, best]])).last_hidden_state[0, -1]
+    closed = [*ids, best, room.tokenizer.eos_token_id]  # cut off, and read with the end it lacks
+    hidden = room.reward.model(torch.tensor([closed])).last_hidden_state[0, -1]
     expected = room.reward.score(hidden).item()
     assert score == pytest.approx(expected, abs=1e-4)
 

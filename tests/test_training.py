@@ -308,11 +308,11 @@ def test_examples_longer_than_the_model_has_places_are_refused_with_the_length_t
     told = "max_length: the longest example has 93 tokens, GPT2LMHeadModel was made for 64"
     with pytest.raises(UserError, match=told):
         train_sft(model, tmp_path, long)
-    train_sft(model, tmp_path, long + ROWS, max_length=64)
+    train_sft(model, tmp_path, long + ROWS, max_length=64, too_long=0.5)
     ranked = [{**row, "responses": ["w1 " * 70, "w1", "w2"], "ranks": [1, 2, 3]} for row in RANKED]
     with pytest.raises(UserError, match="GPT2ForSequenceClassification was made for 64"):
         rm.run(RMConfig(run=tmp_path, **QUIET), ranked)
-    rm.run(RMConfig(run=tmp_path, max_length=64, **QUIET), ranked)
+    rm.run(RMConfig(run=tmp_path, max_length=64, too_long=0.5, **QUIET), ranked)
 
 
 def test_answers_end_where_the_model_has_no_more_places(tmp_path):
