@@ -58,9 +58,8 @@ def test_a_failed_seed_does_not_end_the_study(tmp_path, monkeypatch, capsys):
         if run.name == "r-seed2" and name == "rm":
             raise steps.StepFailed("python -m stages.rm")
 
-    recipe = tmp_path / "recipe"
-    recipe.mkdir()
-    (recipe / "sft.yaml").touch()
+    recipe = fake_stages.write_recipe(tmp_path, eval="prompts: {path: p.jsonl}\n")
+    monkeypatch.setattr(steps, "ensure_base", lambda recipe: None)
     monkeypatch.setattr(steps, "stage", stage)
     monkeypatch.setattr(steps, "evaluation", lambda *words: evaluated.append(words[2:]))
     with pytest.raises(SystemExit) as ended:
@@ -78,7 +77,7 @@ def test_a_failed_seed_does_not_end_the_study(tmp_path, monkeypatch, capsys):
 def test_a_variant_takes_another_ppo_config_and_the_models_of_another_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    fake_stages.write_recipe(tmp_path)
+    fake_stages.write_recipe(tmp_path, eval="prompts: {path: p.jsonl}\n")
     for seed in (1, 2):
         fake_stages.make_all(tmp_path, f"a-seed{seed}")
     Path("other.yaml").write_text(fake_stages.CONFIGS["ppo"] + "kl_coef: 0.5\n")
@@ -115,6 +114,20 @@ def test_a_ppo_config_that_is_not_there_ends_a_study_at_once(tmp_path, monkeypat
     fake_stages.write_recipe(tmp_path)
     with pytest.raises(UserError, match=r"none\.yaml: no such file"):
         seeds.main(["--ppo", "none.yaml"])
+
+
+def test_what_would_end_every_seed_ends_the_study_before_the_first(tmp_path, monkeypatch):
+    recipe = fake_stages.write_recipe(tmp_path)
+    monkeypatch.setattr(steps, "call", lambda *words: pytest.fail("a stage was started"))
+    words = ["--recipe", str(recipe), "--run", str(tmp_path / "r")]
+    with pytest.raises(UserError, match=r"eval\.yaml: no such file"):
+        seeds.main(words)
+    (recipe / "eval.yaml").write_text("prompts: {path: p.jsonl}\n")
+    with pytest.raises(UserError, match="no prompts for the split validation"):
+        seeds.main([*words, "--split", "validation"])
+    (recipe / "ppo.yaml").write_text("iteration: 3\n")
+    with pytest.raises(UserError, match="did you mean `iterations`"):
+        seeds.main(words)
 
 
 def test_perplexity_of_pretraining_text_is_compared_with_sft():
@@ -166,6 +179,8 @@ def test_samples_kept_along_the_way_are_judged_and_meet_the_kl_of_the_next_rollo
     curve = [{"step": s, "objective/kl": float(s - 1)} for s in (1, 2, 3)]
     small_run.write_jsonl(tmp_path / "metrics.jsonl", curve)
     points = overopt.trajectory(tmp_path, [{}, {}], judge)
+    small_run.write_jsonl(tmp_path / "metrics.jsonl", [curve[0], curve[2]])  # log_every: 3
+    assert [p["kl"] for p in overopt.trajectory(tmp_path, [{}, {}], judge)] == [0.0, 2.0, 2.0]
     # the small judge gives one per w1 and one for an end
     assert points == [
         {"step": 0, "kl": 0.0, "judge": 1.5, "rm_score": 0.0},
@@ -212,7 +227,7 @@ def test_an_ensemble_is_trained_on_the_same_rankings_with_other_seeds(tmp_path, 
         assert any(str(ranked) in word for word in words)
     name, args = made[-1]
     assert name == "ppo" and str(args[1]) == "checkpoints/tiny-overopt-ensemble"
-    assert "kl_coef=0" in args
+    assert "kl_coef=0" in args and "gates=warn" in args
     reward = next(json.loads(w.partition("=")[2]) for w in args[2:] if w.startswith("rewards="))
     others = [f"checkpoints/tiny-overopt-rm{i}/rm" for i in (2, 3)]
     assert reward[0]["models"] == ["rm", *others] and reward[0]["aggregate"] == "uncertainty"

@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
 from pipeline.evaluation import plots
 from pipeline.evaluation.judges import Judge, load_judge
+from pipeline.evaluation.record import values
 from pipeline.handoff.found import find_stages, fresh_stages, read_jsonl
 from pipeline.handoff.remembered import command
 from pipeline.process.files import write_atomically
@@ -148,6 +149,7 @@ class Study:
             "kl_target=null",
             "kl_limit=null",
             "schedule=constant",
+            "gates=warn",  # a reward model that is bad on purpose is what is studied
             f"iterations={iterations}",
             f"sample_every={max(1, iterations // points)}",
             f"sample_prompts={json.dumps({'path': str(self.prompts)})}",
@@ -159,10 +161,12 @@ class Study:
 def trajectory(ppo: Path, rows: list[dict[str, Any]], judge: Judge) -> list[Point]:
     """One point for each step of a PPO artifact's samples.jsonl, which answers the same prompts.
 
-    The KL of the policy after s iterations is that of iteration s + 1's rollouts; after the last
-    iteration there is none, so the last point takes the last one's.
+    The KL of the policy after s iterations is that of iteration s + 1's rollouts, or of the next that
+    was logged; after the last iteration there is none, so the last point takes the last one's.
     """
-    kl = {row["step"]: row["objective/kl"] for row in read_jsonl(ppo / "metrics.jsonl")}
+    kl = values(read_jsonl(ppo / "metrics.jsonl"), "objective/kl")
+    if not kl:
+        raise UserError(f"{ppo}/metrics.jsonl: no KL was logged")
     by_step: dict[int, list[dict[str, Any]]] = {}
     for sample in read_jsonl(ppo / "samples.jsonl"):
         by_step.setdefault(sample["step"], []).append(sample)
@@ -181,7 +185,7 @@ def trajectory(ppo: Path, rows: list[dict[str, Any]], judge: Judge) -> list[Poin
         points.append(
             {
                 "step": step,
-                "kl": kl[min(step + 1, max(kl))],
+                "kl": next((value for at, value in kl if at > step), kl[-1][1]),
                 "judge": sum(grades) / len(grades),
                 "rm_score": sum(s["score"] for s in samples) / len(samples),
             }

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import reporting_errors
+from pipeline.config.evaluation import EvalConfig, Split
 from pipeline.config.load import AddSettings
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
 from pipeline.handoff.found import read_json
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
-from pipeline.steps import overrides, split_settings
+from pipeline.steps import load, overrides, split_settings
 
 Values = dict[str, dict[int, float]]
 """Name of a quantity -> seed -> value."""
@@ -35,10 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     run = args.run or steps.default_run(recipe)
     settings = [*split_settings(args.set), *args.settings]
     _refuse_seed(settings)
-    if args.ppo is not None and not args.ppo.is_file():
-        raise UserError(f"{args.ppo}: no such file")
-    steps.ensure_base(recipe)
     study = Study(recipe, run, args.split, settings, args.ppo, args.borrow)
+    study.check()
+    steps.ensure_base(recipe)
     failed = [seed for seed in args.seeds if not study.make(seed)]
     made = [seed for seed in args.seeds if seed not in failed]
     if made:
@@ -73,7 +73,6 @@ def _refuse_seed(settings: list[str]) -> None:
         *prefix, key = word.partition("=")[0].split(".")
         if key == "seed" and prefix != ["eval"]:
             raise UserError(f"{word}: the seeds are those of --seeds (make: SEEDS=)")
-    overrides("sft", settings)  # a key that no stage has ends it before the first stage
 
 
 @dataclass
@@ -82,12 +81,23 @@ class Study:
 
     recipe: Path
     run: Path
-    split: str
+    split: Split
     settings: list[str]
     ppo: Path | None = None
     """A config file in the place of the recipe's."""
     borrow: Path | None = None
     """Another study's run, whose seeds' sft and rm are used."""
+
+    def check(self) -> None:
+        """UserError for what would end every seed, if only after its training."""
+        names = [*(("sft", "rm") if self.borrow is None else ()), "ppo", "eval"]
+        files = {name: self.recipe / f"{name}.yaml" for name in names}
+        files |= {} if self.ppo is None else {"ppo": self.ppo}
+        configs = {n: load(n, file, overrides(n, self.settings)) for n, file in files.items()}
+        config = configs["eval"]
+        assert isinstance(config, EvalConfig)
+        if config.data(self.split) is None:
+            raise UserError(f"{files['eval']}: no prompts for the split {self.split}")
 
     def make(self, seed: int) -> bool:
         """All stages that this study makes and the evaluation with one seed; False if one failed."""
