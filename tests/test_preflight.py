@@ -47,17 +47,17 @@ def test_good_numbers_pass_without_a_word(capsys):
         (
             {"accuracy": 0.5, "accuracy_low": 0.46},
             "rm: accuracy is 0.5 on 2000 pairs (95 % interval from 0.46), must exceed the 0.5 of 'the "
-            "longer one wins': no better than length on these",
+            "longer one wins': no better than length; give it more rankings",
         ),
         (
             {"length_baseline": 0.28},
             "rm: accuracy is 0.7 on 2000 pairs (95 % interval from 0.66), must exceed the 0.72 of 'the "
-            "shorter one wins': no better than length on these",
+            "shorter one wins': no better than length; give it more rankings",
         ),
         (
             {"length_baseline": 0.67},
             "rm: accuracy is 0.7 on 2000 pairs (95 % interval from 0.66), must exceed the 0.67 of 'the "
-            "longer one wins' by more than chance",
+            "longer one wins': no better than length by more than chance; give it more rankings",
         ),
         ({"accuracy_k4": 0.4}, "rm: accuracy_k4 is 0.4 on 300 pairs, must exceed the 0.5 of"),
         ({"pairs_k9": 200}, "rm: accuracy_k9 is 0.4 on 200 pairs, must exceed the 0.6 of"),
@@ -107,6 +107,29 @@ def test_few_pairs_are_said_to_be_few_and_do_not_end_it(capsys):
     assert line.endswith("too few pairs to tell; hold out more rankings")
 
 
+@pytest.mark.parametrize("accuracy", [0.45, 0.5])
+def test_few_pairs_that_fall_the_wrong_way_are_few_all_the_same(accuracy, capsys):
+    few = {
+        "accuracy": accuracy,
+        "accuracy_low": 0.3,
+        "accuracy_high": 0.62,
+        "pairs": 40,
+        "best_of_10": 0.45,
+    }
+    found = list(preflight.of_rm({**RM, "pairs_k4": 40, **few}, GateBars()))
+    assert [f.level for f in found if "accuracy" in f.text or "best_of" in f.text] == ["watch"] * 2
+    assert all("too few pairs to tell" in f.text for f in found if f.level == "watch")
+    certain = {
+        **RM,
+        **few,
+        "pairs_k4": 40,
+        "accuracy": 0.2,
+        "accuracy_low": 0.1,
+        "accuracy_high": 0.35,
+    }
+    assert next(preflight.of_rm(certain, GateBars())).level == "bad"  # worse than a coin
+
+
 def test_random_scores_do_not_pass_where_people_prefer_short_answers():
     """Of 100 reward models that know nothing, on 300 pairs of which the shorter is better in 58 %."""
     passed = 0
@@ -123,7 +146,7 @@ def test_random_scores_do_not_pass_where_people_prefer_short_answers():
 
 
 def test_every_reward_model_among_the_rewards_is_looked_at():
-    other = Manifest(stage="rm", metrics={**RM, "accuracy": 0.4})
+    other = Manifest(stage="rm", metrics={**RM, "accuracy": 0.4, "accuracy_low": 0.36})
     with pytest.raises(UserError, match="reward_1: accuracy is 0.4"):
         preflight.check(PPOConfig(), {**parents(), "reward_1": other})
 

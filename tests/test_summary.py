@@ -253,3 +253,18 @@ def test_the_summary_says_how_long_each_stage_took(run):
     manifest["metrics"]["minutes"] = 1.26
     path.write_text(json.dumps(manifest))
     assert f"{run / 'sft'} (1.3 min)" in printed(run).replace("\n", "")
+
+
+def test_a_judge_on_few_pairs_cannot_tell_either(run):
+    few = {"accuracy": 0.0, "accuracy_low": 0.0, "accuracy_high": 0.79, "pairs": 1}
+    best = [{"n": 1, "judge": 0.5}, {"n": 2, "judge": 0.0}]
+    judged(run, rm={**few, "length_baseline": 0.0, "best_of_n": best})
+    assert level_of(run, "rm") == "watch"
+    many = {**few, "accuracy": 0.45, "accuracy_high": 0.5, "pairs": 900}
+    judged(run, rm={**many, "length_baseline": 0.5, "best_of_n": best})
+    found = verdicts.verdicts(record.load_record(run))
+    rm = next(v for v in found if v.stage == "rm")
+    assert [f.text[:22] for f in rm.findings if f.level == "bad"] == [
+        "It agrees with the jud",
+        "The best of 2 by its s",
+    ]

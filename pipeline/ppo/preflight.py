@@ -76,30 +76,47 @@ def of_rm(metrics: Metrics, bars: GateBars) -> Iterator[Finding]:
 
 
 def _accuracy(metrics: Metrics, bars: GateBars, suffix: str = "") -> Finding:
-    """Accuracy above that of the better rule of length; the whole of it by more than chance.
-
-    Above the rule but not by more than chance is `watch` on few pairs, where nobody could tell, and
-    `bad` on many. Older artifacts have no interval, and a K has none: they are compared as they are.
-    """
+    """Accuracy against that of length. Older artifacts have no interval, and a K has none."""
     name = f"accuracy{suffix}"
     value, longer = metrics.get(name), metrics.get(f"length_baseline{suffix}")
     if value is None or longer is None:
         return Finding(None, name)
     rule, bar = better_rule(longer)
-    low, pairs = metrics.get(f"{name}_low", value), metrics.get(f"pairs{suffix}")
+    low, high = metrics.get(f"{name}_low", value), metrics.get(f"{name}_high", value)
+    pairs = metrics.get(f"pairs{suffix}")
     text = f"{name} is {value:.3g}"
     text += f" on {pairs} pairs" if pairs is not None else ""
     if low < value:
         text += f" (95 % interval from {low:.3g})"
     text += f", must exceed the {bar:.3g} of '{rule}'"
     text += f" by {bars.rm_margin:.3g}" if bars.rm_margin else ""
-    if not value - bar > bars.rm_margin:
-        return Finding("bad", f"{text}: no better than length on these; give it more rankings")
-    if not low - bar > bars.rm_margin:
-        if pairs is not None and pairs < bars.rm_pairs:
-            return Finding("watch", f"{text}: too few pairs to tell; hold out more rankings")
-        return Finding("bad", f"{text} by more than chance: give it more rankings")
-    return Finding("good", text)
+    level, why = above_length(value, (low, high), longer, pairs, bars)
+    if level == "good":
+        return Finding(level, text)
+    return Finding(
+        level, f"{text}: {why}; {'hold out' if level == 'watch' else 'give it'} more rankings"
+    )
+
+
+def above_length(
+    value: float, interval: tuple[float, float], longer: float, pairs: int | None, bars: GateBars
+) -> tuple[Level, str]:
+    """Whether an accuracy exceeds that of the better rule of length by more than chance, and if not why.
+
+    Few pairs cannot tell, whichever way they fall, unless it is worse than a coin for certain.
+    """
+    low, high = interval
+    _, bar = better_rule(longer)
+    if low - bar > bars.rm_margin:
+        return "good", ""
+    if _few(pairs, bars) and high >= 0.5:
+        return "watch", "too few pairs to tell"
+    better = value - bar > bars.rm_margin
+    return "bad", f"no better than length{' by more than chance' if better else ''}"
+
+
+def _few(pairs: int | None, bars: GateBars) -> bool:
+    return pairs is not None and pairs < bars.rm_pairs
 
 
 def better_rule(longer: float) -> tuple[str, float]:
@@ -119,6 +136,8 @@ def _best_of_n(metrics: Metrics, bars: GateBars) -> Finding:
     text = f"best_of_{max(sizes)} is {value:.3g}, must exceed the {any_one:.3g} of any one{more}"
     if value - any_one > bars.best_of_n:
         return Finding("good", text)
+    if _few(metrics.get("pairs"), bars):
+        return Finding("watch", f"{text}: too few pairs to tell; hold out more rankings")
     return Finding("bad", f"{text}: picking by it does not help; train it more")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.evaluation.about import Chart, Line, Verdict, share
 from pipeline.evaluation.record import Record
-from pipeline.ppo.preflight import better_rule, of_rm
+from pipeline.ppo.preflight import above_length, better_rule, of_rm
 
 ACCURACY_WATCH = 0.60
 JUDGE_ACCURACY_WATCH = 0.70
@@ -76,26 +76,25 @@ def verdict(record: Record, verdict: Verdict) -> None:
 
 
 def _against_judge(record: Record, verdict: Verdict, against: dict[str, Any]) -> None:
-    accuracy, low, pairs = against["accuracy"], against["accuracy_low"], against["pairs"]
-    rule, bar = better_rule(against["length_baseline"])
+    accuracy, pairs, longer = against["accuracy"], against["pairs"], against["length_baseline"]
+    interval = against["accuracy_low"], against["accuracy_high"]
+    rule, bar = better_rule(longer)
     text = (
         f"It agrees with the judge on {accuracy:.3f} of {pairs} untied pairs of SFT responses (95 % "
-        f"interval from {low:.3f}); '{rule}' gets {bar:.3f}"
+        f"interval from {interval[0]:.3f}); '{rule}' gets {bar:.3f}"
     )
-    if accuracy <= bar:
-        verdict.add("bad", f"{text} (bad: no better than length).")
-    elif low <= bar:
-        few = pairs < record.bars.rm_pairs
-        why = "watch: too few pairs to tell" if few else "bad: no better than length or chance"
-        verdict.add("watch" if few else "bad", f"{text} ({why}).")
-    else:
+    level, why = above_length(accuracy, interval, longer, pairs, record.bars)
+    if level == "good":
         enough = accuracy >= JUDGE_ACCURACY_WATCH
         verdict.grade(enough, f"{text} (watch below {JUDGE_ACCURACY_WATCH:.2f}).", "watch")
+    else:
+        verdict.add(level, f"{text} ({level}: {why}).")
     best = against.get("best_of_n") or []
     if len(best) > 1:
         first, last = best[0]["judge"], best[-1]["judge"]
         verdict.grade(
             last > first,
             f"The best of {best[-1]['n']} by its score gets {last:.2f} from the judge, any one "
-            f"{first:.2f} (bad unless picking by it helps).",
+            f"{first:.2f} (bad unless picking by it helps, watch on too few pairs to tell).",
+            "watch" if pairs < record.bars.rm_pairs else "bad",
         )
