@@ -1,13 +1,18 @@
 """Demonstrations and rankings -> the rows that the first two stages train on."""
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.rankings import load_rankings
 from pipeline.errors import UserError
+from pipeline.models.generation import generate
 from pipeline.ppo.rollout import Query
+from pipeline.ppo.trainer import PPO
 from stages import ppo, rm, sft
 
 
@@ -83,3 +88,31 @@ def test_a_special_token_that_words_spell_is_told_by_the_stages(capsys):
         "sft: held-out examples: special tokens are spelled 6 times (<bot>, <end>); read as plain text",
         "rm: held-out responses: special tokens are spelled 1 times (<end>); read as plain text",
     ]
+
+
+def test_rewards_and_judges_see_no_thinking():
+    plain = tiny_models.tokenizer()
+    rules = (
+        plain.backend_tokenizer.to_str().replace('"w0"', '"<think>"').replace('"w1"', '"</think>"')
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(rules),
+        eos_token="<end>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=plain.chat_template,
+    )
+    thought = tokenizer.encode("<think> w2 </think> w3 <end>")
+    config = PPOConfig(prompts={"path": "none"})
+    model = tiny_models.policy()
+    trainer = PPO(config, tokenizer, model, tiny_models.policy(), tiny_models.reward(), None)
+    episodes = trainer.episodes([Query([2, 7, 3])] * 2, [thought, tokenizer.encode("w3 w4 <end>")])
+    assert episodes.responses == ["w3", "w3 w4"]
+    assert episodes.response_ids[0] == thought  # reward models read every token
+    torch.nn.init.zeros_(model.lm_head.weight)  # any token is as likely as another
+    torch.manual_seed(0)
+    answers = generate(model, tokenizer, [[2, 7, 3]] * 400, max_new_tokens=8)
+    opened = [a for a in answers if a.ids[0] == thought[0]]
+    assert len(opened) > 5
+    assert all("<think>" not in a.text.split(" ")[:1] for a in opened)
+    assert {thought[0]} <= {number for a in opened for number in a.ids}

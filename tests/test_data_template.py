@@ -16,6 +16,7 @@ from pipeline.data import (
     tokenizer_hash,
 )
 from pipeline.data.literals import tell_spelled
+from pipeline.data.template import response_text, role_markers, well_formed
 from pipeline.errors import UserError
 
 
@@ -356,6 +357,61 @@ def test_what_a_template_puts_before_the_reply_is_learnt_with_it():
     tokenizer = MAKERS["thinking"]()
     prepare_tokenizer(tokenizer)
     assert encode_response(tokenizer, ASK, "a") == ids(tokenizer, "<think></think>a<|im_end|>")
+
+
+QWEN3 = (
+    "{% for m in messages %}{% set content = m['content'] %}{% set thought = '' %}"
+    "{% if m['role'] == 'assistant' and '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}"
+    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}{% endif %}"
+    "{{ content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+OPENED = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+
+
+def thinker(template):
+    return gpt2_like(eos_token="<|im_end|>", chat_template=template)
+
+
+@pytest.mark.parametrize(
+    ("reply", "tokens"),
+    [
+        ("a b", "<think>\n\n</think>\n\na b<|im_end|>"),
+        ("<think>\nhm\n</think>\n\na b", "<think>\nhm\n</think>\n\na b<|im_end|>"),
+    ],
+)
+def test_thinking_stays_among_the_tokens_and_out_of_the_text(reply, tokens):
+    tokenizer = thinker(QWEN3)
+    prepare_tokenizer(tokenizer)
+    response = encode_response(tokenizer, CHAT, reply)
+    assert tokenizer.decode(response) == tokens
+    assert response_text(tokenizer, response) == "a b"
+    assert encode_response(tokenizer, CHAT, "a b")[-3:] == response[-3:]
+    assert well_formed(tokenizer, response, role_markers(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "text"),
+    [
+        (CHATML, "<think>hm</think>\n\na", "a"),
+        (CHATML, "<think>hm</think>a</think>b", "a</think>b"),
+        (CHATML, "<think>hm, cut off", ""),
+        (CHATML, "the tag </think> closes <think>", "the tag </think> closes <think>"),
+        (CHATML, "  a \n", "  a \n"),
+        (QWEN3, "the tag </think> closes", "the tag </think> closes"),
+        (OPENED, "hm</think>\n\na", "a"),
+        (OPENED, "hm, cut off", "hm, cut off"),
+    ],
+)
+def test_what_a_response_says(template, said, text):
+    tokenizer = thinker(template)
+    response = [*ids(tokenizer, said), tokenizer.eos_token_id]
+    assert response_text(tokenizer, response) == text
+    assert well_formed(tokenizer, response, []) == bool(text.strip())
 
 
 def test_a_template_may_trim_the_reply():

@@ -108,6 +108,22 @@ def _response_ids(
     return [*(ids[: ids.index(eos)] if eos in ids else ids), eos]
 
 
+def response_text(tokenizer: Any, response: Sequence[int]) -> str:
+    """What a response says to rewards, judges, labelers and people: its words after any thinking.
+
+    Special tokens and a block of thinking at the start, `<think>...</think>`, are left out of the text and
+    stay among the tokens, which is what models are trained on and score. A block that is not closed says
+    nothing. Where the template itself opens the block in the prompt, what closes it is enough.
+    """
+    text = tokenizer.decode(response, skip_special_tokens=True)
+    thought, closed, said = text.partition("</think>")
+    opened = thought.lstrip().startswith("<think>")
+    if closed and not opened:
+        asked = _render(tokenizer, [message("user", _PROBE)], True)
+        opened = asked.rstrip().endswith("<think>")
+    return said.lstrip() if closed and opened else "" if opened else text
+
+
 def well_formed(tokenizer: Any, response: Sequence[int], markers: Sequence[str]) -> bool:
     """Whether a response's ids, its EOS included, are words and then EOS, and nothing else.
 
@@ -118,7 +134,7 @@ def well_formed(tokenizer: Any, response: Sequence[int], markers: Sequence[str])
     text = tokenizer.decode(inner, skip_special_tokens=False)
     return (
         last == tokenizer.eos_token_id
-        and bool(text.strip())
+        and bool(response_text(tokenizer, response).strip())
         and not set(inner) & set(tokenizer.all_special_ids)
         and not any(marker in text for marker in markers)
     )

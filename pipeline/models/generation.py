@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.data.template import response_text
 from pipeline.errors import UserError
 from pipeline.models.decoding import decoder, survivors
 from pipeline.models.packing import Model, inner
@@ -206,6 +207,5 @@ def generate(
             strict=True,
         )
         for row, length, ended in rows:
-            text = tokenizer.decode(row[:length], skip_special_tokens=True)
-            out.append(Response(row[:length], text, ended))
+            out.append(Response(row[:length], response_text(tokenizer, row[:length]), ended))
     return out

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import Prompt
+from pipeline.data.template import response_text
 from pipeline.models.adapters import adapter_off
 from pipeline.models.forward import response_logprobs
 from pipeline.models.generation import stops
@@ -134,7 +135,7 @@ class PPO:
             queries=[q.ids for q in queries],
             response_ids=[closed(ids, self.tokenizer) for ids in responses],
             prompts=[q.text for q in queries],
-            responses=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses],
+            responses=[response_text(self.tokenizer, ids) for ids in responses],
             rows=[q.row for q in queries],
             messages=[q.messages for q in queries],
             tokens=[[self.tokenizer.decode(i) for i in ids] for ids in responses]
