@@ -8,7 +8,6 @@ from pipeline import cli
 if __name__ == "__main__":
     cli.main("sft")  # checks config and data before the slow imports below
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from pipeline.models.adapters import add_lora, merged
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
 from pipeline.process import faults
+from pipeline.process.files import jsonl
 from pipeline.process.progress import say, tracked
 from pipeline.run import StageRun, given
 from pipeline.training.supervised import TokenTrainer, check_packing, packed
@@ -178,8 +178,7 @@ def _encode(
 
 
 def _write_demonstrations(path: Path, items: list[Demonstration]) -> None:
-    lines = [json.dumps({"messages": item.messages}, ensure_ascii=False) for item in items]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text(jsonl({"messages": item.messages} for item in items), encoding="utf-8")
 
 
 def _answers(

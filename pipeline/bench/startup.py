@@ -7,11 +7,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from pipeline import steps
 from pipeline.config.load import checkpoints_root
 from pipeline.handoff.artifacts import is_published
 
 RECIPE = "tiny"
-NEEDS = {"sft": (), "rm": ("sft",), "ppo": ("sft", "rm")}
+STAGES = list(steps.stages())
+NEEDS = {name: STAGES[:at] for at, name in enumerate(STAGES)}
 HELP_GOAL, STEP_GOAL = 0.5, 6.0
 LONGEST = 120.0
 

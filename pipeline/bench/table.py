@@ -15,7 +15,6 @@ from pipeline.evaluation.plots import COLOURS, INK, STYLE
 
 PHASES = ("generation", "reference", "reward and value", "optimisation")
 SIDES = {"ours": "ours", "theirs": f"TRL {VERSION}"}
-STEP_SIDES = {"ours": "ours", "theirs": "TRL"}
 
 Result = dict[str, Any]
 """case; either not_run, or answers (side -> list), failed (side -> message), flops (a second)."""

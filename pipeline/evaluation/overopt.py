@@ -24,7 +24,7 @@ from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.evaluation.record import values
 from pipeline.handoff.found import find_stages, fresh_stages, read_jsonl
 from pipeline.handoff.remembered import command
-from pipeline.process.files import write_atomically
+from pipeline.process.files import jsonl, write_atomically
 from pipeline.process.progress import say
 from pipeline.steps import overrides, split_settings
 
@@ -94,8 +94,7 @@ class Study:
         """The prompts answered along the way, in RUN/overopt/prompts.jsonl, and their rows."""
         source = self.config.validation_prompts or self.config.prompts
         rows = [prompt.row for prompt in load_prompts(source)[:count]]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(self.prompts, lines)
+        write_atomically(self.prompts, jsonl(rows))
         return rows
 
     @property

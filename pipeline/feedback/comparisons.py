@@ -29,7 +29,7 @@ from pipeline.handoff.lineage import data_fingerprint
 from pipeline.models.device import device
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy
-from pipeline.process.files import sha256, write_atomically
+from pipeline.process.files import jsonl, sha256, write_atomically
 from pipeline.process.progress import track
 
 RECORD = ".to_rank.json"
@@ -65,7 +65,7 @@ def _ranked_by_people(
     if not kept.exists():
         rows = _sample(config.sampling, config.seed, sft, tokenizer)
         told = {"origin": origin, "rows": [_key(row) for row in rows]}
-        text = _lines(rows)
+        text = jsonl(rows)
         told["file"] = hashlib.sha256(text.encode()).hexdigest()
         write_atomically(record, json.dumps(told))
         write_atomically(kept, text)
@@ -119,7 +119,7 @@ def _ranked_by_labeler(
     if subprocess.run([sys.executable, "-c", there, labeler], capture_output=True).returncode:
         raise UserError(f"sampling.labeler: no module {labeler} where this command runs")
     if not samples.exists():
-        write_atomically(samples, _lines(_sample(config.sampling, config.seed, sft, tokenizer)))
+        write_atomically(samples, jsonl(_sample(config.sampling, config.seed, sft, tokenizer)))
     unfinished = ranked.with_name("ranked.jsonl")
     unfinished.unlink(missing_ok=True)
     command = [sys.executable, "-m", labeler]
@@ -185,10 +185,6 @@ def _without_ranks(rows: list[Row]) -> str | None:
 def _places(rows: list[Row]) -> str:
     shown = ", ".join(row.where.rpartition(":")[2] for row in rows[:20])
     return f"lines {shown}" + (" ..." if len(rows) > 20 else "")
-
-
-def _lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 # --- sampling ---------------------------------------------------------------------------------------

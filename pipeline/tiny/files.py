@@ -5,10 +5,10 @@ skip them.
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
+from pipeline.process.files import jsonl
 from pipeline.tiny.corpus import corpus
 from pipeline.tiny.world import demonstration_row, draw_cases, prompt_row
 
@@ -56,8 +56,7 @@ def write(out: Path, seed: int = 0) -> dict[str, Path]:
     paths = {}
     for name, rows in build(seed).items():
         paths[name] = out / f"{name}.jsonl"
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        paths[name].write_text(text, encoding="utf-8")
+        paths[name].write_text(jsonl(rows), encoding="utf-8")
     return paths
 
 

@@ -15,6 +15,7 @@ import math
 import random
 from pathlib import Path
 
+from pipeline.process.files import jsonl
 from pipeline.tiny import gold
 
 TEMPERATURE = 0.5
@@ -49,9 +50,7 @@ def label_file(samples: Path, out: Path, seed: int, temperature: float = TEMPERA
     rng = random.Random(seed)
     with samples.open(encoding="utf-8") as source:
         rows = [json.loads(line) for line in source if line.strip()]
-    text = "".join(
-        json.dumps(label(row, rng, temperature), ensure_ascii=False) + "\n" for row in rows
-    )
+    text = jsonl(label(row, rng, temperature) for row in rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     return len(rows)
