@@ -274,10 +274,25 @@ def test_a_row_that_is_more_than_its_text_is_refused(load, column, value, reason
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize("empty", [None, [], "", "[]", [None], {}])
+@pytest.mark.parametrize("empty", [None, [], "", "[]", [None], {}, {"bytes": None}, 3])
 def test_an_empty_column_changes_nothing(empty):
     row = {"prompt": "q", "response": "a", "images": empty, "tools": empty, "audio": empty}
     assert len(load_demonstrations([row])) == 1
+
+
+def test_a_hint_names_no_column_that_is_what_it_says():
+    with pytest.raises(UserError) as error:
+        load_demonstrations([{"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]}])
+    assert "is `responses` meant" not in str(error.value)
+
+
+def test_thinking_beside_a_messages_content_is_put_before_it():
+    for key in ("reasoning_content", "thinking"):
+        said = [turns("q")[0], {"role": "assistant", "content": "a", key: "hm\n"}]
+        (item,) = load_demonstrations([{"messages": said}])
+        assert item.messages[1]["content"] == "<think>\nhm\n</think>\n\na"
+    said = [turns("q")[0], {"role": "assistant", "content": "a", "reasoning_content": None}]
+    assert load_demonstrations([{"messages": said}])[0].messages == turns("q", "a")
 
 
 def test_turns_that_are_only_read_are_no_demonstrations():

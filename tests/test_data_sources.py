@@ -420,6 +420,7 @@ def test_an_address_is_not_mangled_into_a_path():
 def test_what_lies_unread_in_a_folder_is_told(tmp_path, capsys):
     data = write_lines(tmp_path / "a.jsonl", GOOD).model_copy(update={"path": str(tmp_path)})
     read_rows(data)
+    (tmp_path / "README.md").write_text("About these rows.")
     assert capsys.readouterr().out == ""
     (tmp_path / "b.csv").write_text("instruction,output\n")
     (tmp_path / "more").mkdir()

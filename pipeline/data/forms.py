@@ -34,7 +34,7 @@ from pipeline.data.messages import (
 )
 from pipeline.data.problems import BadRow, Report, kind
 from pipeline.data.readers import Row
-from pipeline.data.sources import report_for, scan, source_name
+from pipeline.data.sources import STANDARD_COLUMNS, report_for, scan, source_name
 
 Item = TypeVar("Item")
 
@@ -336,8 +336,10 @@ def missing(values: dict[str, Any], wanted: Any) -> str:
     if null:
         return f"`{null[0]}` is null"
     names = [str(name) for name in values]
-    near = [found for name in wanted for found in get_close_matches(name, names, 1, 0.6)]
-    hint = f" (is `{near[0]}` meant? `columns` in the config can rename it)" if near else ""
+    free = [name for name in names if name not in STANDARD_COLUMNS]
+    near = [found for name in wanted for found in get_close_matches(name, free, 1, 0.6)]
+    meant = f"is `{near[0]}` meant? " if near else ""
+    hint = f" ({meant}`columns` in the config can rename it)" if free else ""
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     needed = f"no {wanted[0]}" if len(wanted) == 1 else f"none of {', '.join(wanted)}"
     return f"{needed}; the row has {shown or 'nothing'}{hint}"

@@ -22,13 +22,18 @@ _EMPTY = ("", "[]", "{}", "null")
 def check_whole(values: dict[str, Any]) -> None:
     """BadRow for a row whose text is only a part of it: pictures, tools, a tree."""
     for name, why in _UNREAD.items():
-        value = values.get(name)
-        if value is None or (isinstance(value, str) and value.strip() in _EMPTY):
-            continue
-        if not isinstance(value, list | tuple | dict) or any(item is not None for item in value):
+        if _filled(values.get(name)):
             raise BadRow(f"`{name}` is filled: {why}")
     if {"parent_id", "role"} <= values.keys():
         raise BadRow("a message of a tree (`parent_id`); write its paths as rows of `messages`")
+
+
+def _filled(value: Any) -> bool:
+    if isinstance(value, list | tuple | dict):
+        return any(map(_filled, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, str):
+        return value.strip() not in _EMPTY
+    return value is not None and not isinstance(value, int | float)
 
 
 def is_rejected(values: dict[str, Any]) -> bool:

@@ -27,6 +27,11 @@ ROLES = {
 TOOL_ROLES = {"tool", "function", "function_call", "function_response", "observation", "ipython"}
 
 
+THINKING = ("reasoning_content", "thinking")
+"""Keys of a message that hold the thinking before its content; templates that know of thinking read it
+from a block at the content's start, where it is put."""
+
+
 def message(role: str, content: str) -> Message:
     """One message."""
     return {"role": role, "content": content}
@@ -76,7 +81,11 @@ def one_message(value: Any, name: str) -> Message:
         raise BadRow(f"`{name}` uses tools ({role}), which no stage trains on; remove such rows")
     if role not in ROLES:
         raise BadRow(f"`{name}` has the unknown role {role!r}; known are {', '.join(ROLES)}")
-    return message(ROLES[role], content_of(value[keys[1]], f"{name}.{keys[1]}"))
+    content = content_of(value[keys[1]], f"{name}.{keys[1]}")
+    for key in THINKING:
+        if thought := optional_text(value, key).strip():
+            content = f"<think>\n{thought}\n</think>\n\n{content}"
+    return message(ROLES[role], content)
 
 
 def message_list(value: Any, name: str) -> list[Message]:

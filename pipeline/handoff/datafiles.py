@@ -62,7 +62,8 @@ def files(name: str) -> tuple[list[Path], list[str]]:
     inside = sorted(entry for entry in path.iterdir() if entry.name[0] != ".")
     found = [entry for entry in inside if entry.suffix in KINDS and entry.is_file()]
     rows = [file for file in found if file.suffix != ".txt"] or found
-    aside = [entry.name + "/" * entry.is_dir() for entry in inside if entry not in rows]
+    others = [entry for entry in inside if entry not in rows and entry.suffix != ".md"]
+    aside = [entry.name + "/" * entry.is_dir() for entry in others]
     if not rows:
         raise UserError(f"{path}: no {', '.join(KINDS)} file in this folder{_shown(aside)}")
     return [_looked_at(file) for file in rows], aside
