@@ -112,3 +112,18 @@ def test_settings_of_the_command_line_reach_the_builder(tmp_path, monkeypatch):
     base.main([*words, "seed=7", "steps=3"])
     found = artifacts.read_manifest(out).config
     assert (found["seed"], found["steps"]) == (7, 3)
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder"])
+def test_what_is_no_base_model_is_not_replaced_by_one(tmp_path, monkeypatch, what):
+    fake_builder(monkeypatch)
+    out = tmp_path / "out"
+    mine = out if what == "a file" else out / "thesis.txt"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="something else is there, and it stays"):
+        base.build(config(tmp_path, "builder: tiny"), out)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    base.build(config(tmp_path, "builder: tiny"), out)  # an empty folder is nobody's
+    base.build(config(tmp_path, "builder: tiny"), out)

@@ -99,3 +99,26 @@ def test_models_answer_where_the_accelerator_is(run, monkeypatch):
     monkeypatch.setattr("pipeline.models.device.device", lambda: torch.float64)
     room = chat.Room(chat.find_stages(run), max_new_tokens=1)
     assert {model.dtype for model in [*room.models.values(), room.reward]} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--max-new-tokens", "0"], "at least 1"),
+        (["--max-new-tokens", "-3"], "at least 1"),
+        (["--temperature", "nan"], "above 0"),
+        (["--temperature", "inf"], "above 0"),
+        ([], "a prompt of 82 tokens, a model for 64"),
+    ],
+)
+def test_what_no_model_can_do_is_told(run, words, told):
+    with pytest.raises(UserError, match=told):
+        chat.main(["--run", str(run), "--prompt", "w1 " * 80, *words])
+
+
+def test_a_line_that_is_too_long_or_no_text_does_not_end_the_others(run, capsys, monkeypatch):
+    lines = b"w1 " * 80 + b"\n\xff\xfe\nw2\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    chat.main(["--run", str(run)])
+    out = capsys.readouterr().out
+    assert "chat: a prompt of 82 tokens" in out and out.count("ppo") == 2

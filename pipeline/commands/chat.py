@@ -5,6 +5,8 @@ prompts until Ctrl-D; otherwise every line of standard input is one.
 """
 
 import argparse
+import io
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +27,10 @@ from pipeline.steps import policies
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make chat`."""
     args = parser().parse_args(argv)
-    if args.temperature <= 0:
+    if not 0 < args.temperature < math.inf:
         raise UserError("--temperature is above 0; for the likeliest answer use --greedy")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise UserError("--max-new-tokens is at least 1")
     stages = find_stages(args.run)
     if "sft" not in stages:
         raise UserError(f"{args.run}: nobody to talk with yet; {command(args.run, 'sft')}")
@@ -34,7 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     room = Room(stages, limit, args.temperature, args.greedy, args.system, args.seed)
     console = Console()
     for prompt in args.prompt or prompts(console):
-        console.print(table(prompt, room.ask(prompt)))
+        try:
+            console.print(table(prompt, room.ask(prompt)))
+        except UserError as error:  # too long, say; the next one may not be
+            if args.prompt:
+                raise
+            say(f"chat: {error}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
 def prompts(console: Console) -> Iterator[str]:
     """Prompts that a person types until Ctrl-D, or the lines of standard input; blank ones skipped."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
     import readline  # noqa: F401 - gives input() a history and an editable line
