@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.bench import floor, machine, ours, overlay, startup, table, theirs
-from pipeline.bench.__main__ import OVERLAY, parser, refuse_unequal
+from pipeline.bench.__main__ import OVERLAY, main, parser, refuse_unequal
 from pipeline.bench.shapes import CASES, EOS, PAD, SIZES, Size, Work, demonstrations, draw, ranked
 from pipeline.bench.turns import Phases, Worker, WorkerFailed
 from pipeline.errors import UserError
@@ -332,3 +332,20 @@ def test_make_passes_its_variables_on():
     done = subprocess.run(words, cwd=root, env=plain, capture_output=True, text=True, check=True)
     said = " ".join(done.stdout.replace("\\\n", " ").split())
     assert said == "exec py -m pipeline.bench --size M --threads 2 --cases sft"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--iterations", "0"], "at least 1"),
+        (["--threads", "-1"], "at least 1"),
+        (["--device", "cuda"], "torch finds none"),
+    ],
+)
+def test_what_would_measure_nothing_or_something_else_is_refused(
+    tmp_path, monkeypatch, words, told
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=told):
+        main([*words, "--size", "XS", "--cases", "sft", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())

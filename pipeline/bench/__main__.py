@@ -18,6 +18,7 @@ from pipeline.bench.shapes import CASES, SIZES, Case, draw
 from pipeline.bench.turns import Answer, Worker, WorkerFailed
 from pipeline.cli import reporting_errors
 from pipeline.config.load import checkpoints_root
+from pipeline.errors import UserError
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
 
@@ -36,6 +37,10 @@ ENVIRONMENT = {
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make bench`."""
     args = parser().parse_args(argv)
+    if min(args.iterations, args.threads) < 1:
+        raise UserError("--iterations and --threads are at least 1")
+    if args.device == "cuda" and not machine.has_cuda():
+        raise UserError("--device cuda: torch finds none here")
     whole: dict[str, Any] = {
         "size": args.size,
         "iterations": args.iterations,

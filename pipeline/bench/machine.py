@@ -34,6 +34,13 @@ def multiplies_bf16() -> bool:
     return bool(BF16_FLAGS & set((_cpuinfo("flags") or _cpuinfo("Features")).split()))
 
 
+def has_cuda() -> bool:
+    """Whether torch can use an NVIDIA or AMD GPU."""
+    import torch  # slow, and the benchmark's own process needs it for nothing else
+
+    return torch.cuda.is_available()
+
+
 def _cpuinfo(key: str) -> str:
     """What Linux says of the first processor; nothing elsewhere."""
     try:
