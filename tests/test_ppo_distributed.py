@@ -1,37 +1,38 @@
 """Two processes on CPU (gloo) get the numbers of one."""
 
+import json
 import operator
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import test_ppo_exact as exact
-from pipeline.models.sequences import Sequences
-from pipeline.models.tokens import right_pad
+from pipeline.config.schema import Data
+from pipeline.ppo import build
 from pipeline.ppo.rollout import Query, Rollout
 
 CHANGES = [
     {"whiten_rewards": True, "scale_scores": True, "ppo_epochs": 2, "micro_batch_size": 1},
     {"minibatches": 2, "ppo_epochs": 2},
-    {"minibatches": 2, "ptx_coef": 0.5, "ptx_data": {"path": "none"}, "ptx_ratio": 2},
+    {"minibatches": 2, "ptx_coef": 0.5, "ptx_data": {"path": "none"}, "ptx_ratio": 3},
+    {"minibatches": 2, "value": "shared", "sampler_correction": 2.0},
 ]
 
 
 def texts(ppo) -> None:
-    """A stream of pretraining text, each process its share of it."""
-    rows = [[5, 6, 7, 4], [8, 9, 4], [10, 4], [11, 12, 13, 14, 4]]
-    processes, mine = ppo.accelerator.num_processes, ppo.accelerator.process_index
-
-    def batch(step, count):
-        picked = [rows[(step + i) % 4] for i in range(count * processes)]
-        return Sequences.of_texts(*right_pad(picked[mine * count : (mine + 1) * count], 0))
-
-    ppo.ptx = batch
+    """The stream of pretraining text that a stage builds."""
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        rows = [{"text": " ".join(f"w{i}" for i in range(n, 20))} for n in range(12)]
+        file.write("\n".join(map(json.dumps, rows)))
+        file.flush()
+        config = ppo.config.model_copy(update={"ptx_data": Data(path=file.name)})
+        ppo.ptx = build._ptx(config, ppo.tokenizer, ppo.accelerator)
 
 
 def updated_share(

@@ -1,23 +1,33 @@
 """What PPO refuses before it begins, and what it does not let pass while it runs."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate.utils.launch
+import pandas
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import tiny_models
-from pipeline.config.schema import PPOConfig, Reward
+from pipeline.config.schema import Lora, PPOConfig, Reward
+from pipeline.data.template import encode_prompt
 from pipeline.errors import UserError
+from pipeline.models.adapters import add_lora, scorers_on
+from pipeline.models.forward import response_scores
 from pipeline.models.generation import stops
 from pipeline.models.packing import enable_packing
+from pipeline.models.sequences import Sequences
 from pipeline.ppo import build, rewards
 from pipeline.ppo.ema import Ema
 from pipeline.ppo.gates import InvariantError
 from pipeline.ppo.rewards import Episodes
+from pipeline.ppo.rollout import Query
+from pipeline.ppo.watch import Watch
 from pipeline.process import launch
-from test_ppo_exact import QUERIES, make, recorded
+from test_ppo_exact import EOS, QUERIES, RESPONSES, make, recorded
 
 # --- weights move, networks train -----------------------------------------------------------------
 
@@ -34,6 +44,13 @@ def test_an_optimizer_over_other_tensors_is_found_out_at_the_first_step():
 
 def test_a_learning_rate_of_zero_is_no_standstill():
     ppo = make(learning_rate=0.0, value_learning_rate=0.0)
+    ppo.update(recorded(ppo))
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 1e-30}, {"max_grad_norm": 1e-30}])
+def test_a_first_step_smaller_than_rounding_is_no_standstill(changes):
+    """As the first of a long warm-up is."""
+    ppo = make(value_learning_rate=changes.get("learning_rate"), **changes)
     ppo.update(recorded(ppo))
 
 
@@ -73,21 +90,33 @@ def test_engines_that_shard_are_refused(engine):
 def test_a_launcher_config_is_read_before_anything_slow(monkeypatch):
     launch.check_environment()
     launch.check_supported("MULTI_GPU")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP"):
-        launch.check_environment()
+    source = Path(accelerate.utils.launch.__file__).read_text()
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        assert f'"ACCELERATE_USE_{engine}"' in source  # accelerate's own spelling
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=engine):
+            patch.setenv(f"ACCELERATE_USE_{engine}", "true")
+            launch.check_environment()
+    launch.check_environment()
 
 
 def test_what_is_no_folder_is_refused_in_words(tmp_path):
     with pytest.raises(UserError, match="sft: a folder of a model, not a LlamaForCausalLM"):
         build.build_ppo(PPOConfig(), tiny_models.policy(0))
+    with pytest.raises(UserError, match="sft: a folder of a model, not a NoneType"):
+        build.build_ppo(PPOConfig(), None)
+    with pytest.raises(UserError, match="shared_base needs a reward model trained with lora"):
+        tiny_models.policy(0).save_pretrained(tmp_path)
+        tiny_models.tokenizer().save_pretrained(tmp_path)
+        folder = str(tmp_path)  # a text is a folder, too
+        build.build_ppo(PPOConfig(lora=Lora(r=2), shared_base=True), folder, folder)
     with pytest.raises(UserError, match="rewards name rm: give its folder"):
         build.build_ppo(PPOConfig(), tmp_path)
 
 
 def test_queries_are_a_list_of_prompts():
     ppo = make()
-    for wrong in ("hello", [], [[{"role": "user", "content": "w1"}]]):
+    frame = pandas.DataFrame({"prompt": ["w1"]})  # which iterates over its columns
+    for wrong in ("hello", [], [[{"role": "user", "content": "w1"}]], frame, iter(["w1"]), None):
         with pytest.raises(UserError, match="queries: "):
             ppo.queries(wrong)
     assert [q.text for q in ppo.queries(["w1", "w2"])] == ["w1", "w2"]
@@ -152,18 +181,61 @@ def test_a_date_in_a_row_reaches_a_service_as_text(monkeypatch):
     assert json.loads(sent[0].data)["rows"] == [{"day": "2020-01-02"}]
 
 
+def test_samples_show_token_rewards_in_their_scores():
+    """Alone they are all of the score."""
+    ppo = make()
+    ppo.score, ppo.token_score = rewards.weighted_sum([]), lambda e: [[0.5, 1.0] for _ in e.tokens]
+    shown: list[dict] = []
+    tracker = SimpleNamespace(samples=lambda at, rows: shown.extend(rows))
+    Watch(ppo.config, ppo, [Query(ids) for ids in QUERIES], tracker).samples()
+    assert [row["score"] for row in shown] == [1.5] * len(QUERIES)
+
+
+def test_a_response_that_was_cut_off_reads_the_same_to_both_kinds_of_reward_model():
+    """Closed by one EOS, by its tokens and by its text."""
+    ppo, model = make(), tiny_models.reward(1)
+    messages = [{"role": "user", "content": "w2"}]
+    query = Query(encode_prompt(ppo.tokenizer, messages), "w2", {}, messages)
+    for ids in ([10], [10, EOS]):
+        episodes = ppo.episodes([query], [ids])
+        by_text = rewards.text_model_reward(model, ppo.tokenizer, 1)(episodes)
+        by_tokens = rewards.model_reward(model, 0, 1)(episodes)
+        wanted = rewards.score_sequences(model, [query.ids], [[10, EOS]], 0)
+        assert by_text == by_tokens == wanted
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 
-def test_a_shared_value_head_fits_a_model_that_projects_its_last_states():
+def projecting() -> OPTForCausalLM:
+    """As OPT-350M does: hidden states of 16 become 8 before the output layer."""
     sizes = {"vocab_size": 29, "hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 8}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
     torch.manual_seed(0)
     config = OPTConfig(**sizes, dropout=0.0, pad_token_id=0, eos_token_id=4, bos_token_id=2)
-    policy = OPTForCausalLM(config).double().eval()
-    ppo = make(policy_model=policy, value="shared")
-    metrics = ppo.update(recorded(ppo))
-    assert metrics["value/grad_norm"] > 0
+    return OPTForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("old_logprobs", ["recompute", "sampler"])
+def test_a_shared_value_head_fits_a_model_that_projects_its_last_states(old_logprobs):
+    """By both ways to its hidden states: with the logits, and alone."""
+    policy = projecting()
+    ppo = make(policy_model=policy, value="shared", old_logprobs=old_logprobs)
+    torch.nn.init.ones_(ppo.networks.value_head.weight)
+    rollout = recorded(ppo)
+    hidden = policy.model(torch.tensor([QUERIES[0] + RESPONSES[0]])).last_hidden_state[0]
+    wanted = hidden[len(QUERIES[0]) - 1 : -1].sum(dim=1)
+    found = rollout.values[0, : len(wanted)]
+    torch.testing.assert_close(found, wanted.detach(), rtol=1e-6, atol=1e-8)
+    if old_logprobs == "recompute":  # these episodes have no sampler's logprobs
+        assert ppo.update(rollout)["value/grad_norm"] > 0
+
+
+def test_a_value_adapter_fits_a_model_that_projects_its_last_states():
+    policy = add_lora(projecting(), Lora(r=2), "CAUSAL_LM")
+    _, value = scorers_on(policy, None, Lora(r=2))
+    s = Sequences.of(QUERIES, RESPONSES, 0)
+    assert response_scores(value, s).shape == s.response_mask.shape
 
 
 def test_positions_that_depend_on_the_batch_are_not_packed():

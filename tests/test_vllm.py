@@ -74,6 +74,18 @@ def test_stale_weights_end_the_run_before_the_update(sft, monkeypatch):
     assert ppo.optimizer_steps == 2  # it stopped before the update
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float32, 1e-3), (torch.bfloat16, 0.1), (torch.float16, 0.1), (None, 0.1)],
+)
+def test_what_its_logprobs_may_differ_by_fits_the_engine_s_precision(
+    sft, monkeypatch, dtype, bound
+):
+    vllm_stub.install(monkeypatch)
+    monkeypatch.setattr(vllm_stub, "DTYPE", dtype)
+    assert built(sft).sampler.mismatch == bound
+
+
 def test_it_is_told_how_to_sample_and_where_to_stop(sft, monkeypatch):
     vllm_stub.install(monkeypatch)
     ppo = built(sft, stop_tokens=["w3", "w5 w6"], vllm={"memory_share": 0.4})

@@ -17,6 +17,7 @@ from pipeline.models.generation import Stop, sample
 from pipeline.models.tokens import left_pad
 
 VERSION = "0.27.0"  # one that TRL's helper knows
+DTYPE: torch.dtype | None = torch.float32
 LOADED: list["LLM"] = []
 
 
@@ -48,7 +49,10 @@ class LLM:
         self.said: list[SamplingParams] = []
         runner = SimpleNamespace(model=SimpleNamespace(load_weights=self.load_weights))
         worker = SimpleNamespace(model_runner=runner)
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+        self.llm_engine = SimpleNamespace(
+            model_executor=SimpleNamespace(driver_worker=worker),
+            model_config=SimpleNamespace(dtype=DTYPE),
+        )
         LOADED.append(self)
 
     def load_weights(self, weights) -> None:

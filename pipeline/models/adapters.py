@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import Lora
 from pipeline.errors import UserError
-from pipeline.models.packing import Model
+from pipeline.models.packing import Model, hidden_width
 
 ADAPTER = "adapter"
 """Folder of a reward model that was trained with LoRA: its adapter and head, not merged."""
@@ -125,7 +125,7 @@ def scorers_on(
     """
     if rm is None:
         _add(policy, "value", _config(value_lora, "CAUSAL_LM"))
-        width = policy.get_base_model().config.hidden_size
+        width = hidden_width(policy)
         head = nn.Linear(width, 1, bias=False, dtype=policy.dtype)
         nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1))
         return None, AdapterScorer(policy, "value", head, 0.0)

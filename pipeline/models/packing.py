@@ -202,6 +202,11 @@ def trunk(model: Model) -> Model:
     return getattr(bare, bare.base_model_prefix)
 
 
+def hidden_width(model: Model) -> int:
+    """Of last hidden states, which is not `hidden_size` where a projection follows (OPT-350M)."""
+    return inner(model).get_output_embeddings().weight.shape[1]
+
+
 def _unpackable(model: Model) -> str | None:
     config = model.config
     if config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):

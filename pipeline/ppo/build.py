@@ -44,7 +44,7 @@ from pipeline.ppo.vllm import VLLMSampler, require_vllm
 from pipeline.process import launch
 
 
-def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
+def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) -> PPO:
     """A PPO that starts from the policy in `sft`, scored as `config.rewards` says.
 
     `rm` is what the reward `model: rm` means, and where the value network starts. The directories
@@ -53,9 +53,7 @@ def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
     if config.vllm is not None:
         require_vllm()
     check_divides(config)
-    for name, place in {"sft": sft, "rm": rm}.items():
-        if not isinstance(place, str | Path | None):
-            raise UserError(f"build_ppo: {name}: a folder of a model, not a {type(place).__name__}")
+    sft, rm = _folder("sft", sft), None if rm is None else _folder("rm", rm)
     if rm is None and any("rm" in reward.members() for reward in config.rewards):
         raise UserError("build_ppo: rewards name rm: give its folder, rm=..., or other rewards")
     AcceleratorState._reset_state()  # what another PPO in this process was built with
@@ -85,6 +83,12 @@ def build_ppo(config: PPOConfig, sft: Path, rm: Path | None = None) -> PPO:
         accelerator=accelerator,
         sampler=_sampler(config, policy, tokenizer, accelerator),
     )
+
+
+def _folder(name: str, given: object) -> Path:
+    if not isinstance(given, str | Path):
+        raise UserError(f"build_ppo: {name}: a folder of a model, not a {type(given).__name__}")
+    return Path(given)
 
 
 def check_divides(config: PPOConfig) -> None:

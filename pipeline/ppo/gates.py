@@ -91,22 +91,26 @@ def moves(
 ) -> Iterator[None]:
     """Within, the first optimizer step moves each network whose gradient is not 0 (trl#3926).
 
-    Looks at one number a parameter, the one with the largest gradient: no copy of the weights.
+    Looks at one number a parameter, the one with the largest gradient g: no copy of the weights. And
+    only where Adam's first step, lr * g / (g + eps), is more than rounding: the first rate of a long
+    warm-up, or a gradient that is itself rounding, may leave weights as they are. A parameter that the
+    optimizer does not hold counts with the rate of its network.
     """
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     looked_at = []
-    for name, parameters in networks.items() if step == 0 else ():
-        for p in parameters:
-            if p.grad is not None and rates.get(id(p), 1.0) > 0 and bool(p.grad.any()):
+    for (name, parameters), group in zip(networks.items(), optimizer.param_groups, strict=True):
+        for p in parameters if step == 0 else ():
+            if p.grad is not None:
                 place = p.grad.abs().argmax()
-                looked_at.append((name, p, place, p.detach().flatten()[place].clone()))
+                g, before = p.grad.flatten()[place].abs(), p.detach().flatten()[place].clone()
+                moved = group["lr"] * g / (g + group["eps"])
+                if bool(moved > 2 * torch.finfo(p.dtype).eps * before.abs()):
+                    looked_at.append((name, p, place, before))
     yield
     moved = {name for name, p, i, before in looked_at if bool(p.detach().flatten()[i] != before)}
     if still := {name for name, *_ in looked_at} - moved:
         raise InvariantError(
             f"ppo: the first optimizer step left the {' and the '.join(sorted(still))} network as it was "
-            "though its gradient is not 0: the optimizer has other tensors, or learning_rate is too small "
-            "for these weights"
+            "though its gradient is not 0: the optimizer has other tensors"
         )
 
 

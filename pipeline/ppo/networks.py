@@ -13,7 +13,7 @@ from pipeline.models.forward import (
     response_scores,
     spread,
 )
-from pipeline.models.packing import Model
+from pipeline.models.packing import Model, hidden_width
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import logprobs_and_entropy
 
@@ -40,9 +40,7 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value = value
         if value is None:
-            # not config.hidden_size: some models project their last states (OPT-350M)
-            width = policy.get_output_embeddings().weight.shape[1]
-            self.value_head = nn.Linear(width, 1, dtype=policy.dtype)
+            self.value_head = nn.Linear(hidden_width(policy), 1, dtype=policy.dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 

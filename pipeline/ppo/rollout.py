@@ -31,8 +31,9 @@ def queries_of(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt] | Sequence[str]
 ) -> list[Query]:
     """Prompts, or plain user texts, as token ids. UserError for anything else."""
-    if isinstance(prompts, str) or not prompts:
-        raise UserError(f"queries: a list of prompts or of texts, not {prompts!r}")
+    if not isinstance(prompts, list | tuple) or not prompts:
+        shown = repr(prompts) if isinstance(prompts, str | list) else type(prompts).__name__
+        raise UserError(f"queries: a list of prompts or of texts, not {shown}")
     found = []
     for p in tracked(prompts, "ppo: encoding prompts"):
         prompt = Prompt([message("user", p)], {}, "") if isinstance(p, str) else p

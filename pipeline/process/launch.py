@@ -4,7 +4,12 @@ import os
 
 from pipeline.errors import UserError
 
-_ENGINES = {"USE_FSDP": "FSDP", "USE_DEEPSPEED": "DEEPSPEED", "USE_MEGATRON_LM": "MEGATRON_LM"}
+_ENGINES = {
+    "USE_FSDP": "FSDP",
+    "USE_DEEPSPEED": "DEEPSPEED",
+    "USE_MEGATRON_LM": "MEGATRON_LM",
+    "USE_PARALLELISM_CONFIG": "PARALLELISM_CONFIG",
+}
 _SUPPORTED = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU")
 """accelerate's names of one process, and of several that each hold whole models (DDP)."""
 
