@@ -123,14 +123,27 @@ def test_queries_are_a_list_of_prompts():
 
 
 def test_another_precision_in_the_same_process(tmp_path):
+    """Each keeps its own, the earlier ones too when others have been built."""
     for name in ("sft", "rm"):
         model = tiny_models.policy(0) if name == "sft" else tiny_models.reward(1)
         model.save_pretrained(tmp_path / name)
         tiny_models.tokenizer().save_pretrained(tmp_path / name)
+    built = []
     for precision in ("fp32", "bf16", "fp32"):
-        config = PPOConfig(batch_size=2, minibatches=1, precision=precision)
-        ppo = build.build_ppo(config, tmp_path / "sft", tmp_path / "rm")
-        assert ppo.accelerator.mixed_precision == ("bf16" if precision == "bf16" else "no")
+        config = PPOConfig(batch_size=2, minibatches=1, precision=precision, max_new_tokens=3)
+        built.append(build.build_ppo(config, tmp_path / "sft", tmp_path / "rm"))
+    found = []
+    for ppo in built:
+        layer, seen = ppo.networks.policy.model.layers[0].self_attn.q_proj, set()
+        layer.register_forward_hook(lambda module, args, out, seen=seen: seen.add(out.dtype))
+        before = torch.get_autocast_dtype("cpu")
+        torch.set_autocast_dtype("cpu", torch.float16)  # the default on GPUs
+        try:
+            ppo.update(ppo.rollout(ppo.queries(["w1", "w2 w3"])))
+        finally:
+            torch.set_autocast_dtype("cpu", before)
+        found.append(seen)
+    assert found == [{torch.float32}, {torch.bfloat16}, {torch.float32}]
 
 
 # --- rewards --------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 import tiny_models
 from pipeline.config.schema import PPOConfig
@@ -321,19 +320,10 @@ def test_a_lora_policy_is_its_own_reference():
 # --- the sampler's logprobs ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_accelerator():
-    """Accelerate keeps one precision a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.parametrize("value", ["separate", "shared"])
-def test_bf16_multiplies_in_bf16_keeps_float32_weights_and_comes_near(fresh_accelerator, value):
+def test_bf16_multiplies_in_bf16_keeps_float32_weights_and_comes_near(value):
     found, dtypes = {}, {}
     for precision in ("fp32", "bf16"):
-        AcceleratorState._reset_state(reset_partial_state=True)
         keys = {"precision": precision, "value": value, "old_logprobs": None, "learning_rate": 1e-4}
         ppo = PPO(
             PPOConfig(**{**CONFIG, **keys}),

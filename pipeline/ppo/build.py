@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -56,8 +55,7 @@ def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) 
     sft, rm = _folder("sft", sft), None if rm is None else _folder("rm", rm)
     if rm is None and any("rm" in reward.members() for reward in config.rewards):
         raise UserError("build_ppo: rewards name rm: give its folder, rm=..., or other rewards")
-    AcceleratorState._reset_state()  # what another PPO in this process was built with
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    accelerator = launch.accelerator()
     launch.check_supported(accelerator.distributed_type)
     tokenizer = load_tokenizer(sft)
     policy = add_lora(load_policy(sft, tokenizer), config.lora, "CAUSAL_LM")

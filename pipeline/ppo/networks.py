@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.schema import PPOConfig
 from pipeline.models.forward import (
     response_hidden,
     response_logits,
@@ -16,6 +17,14 @@ from pipeline.models.forward import (
 from pipeline.models.packing import Model, hidden_width
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import logprobs_and_entropy
+
+
+def autocast(config: PPOConfig, device: torch.device) -> torch.autocast:
+    """Within, matrix products are made in the config's precision; weights stay float32.
+
+    accelerate's own follows whoever made the last accelerator of the process.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 class Outputs(NamedTuple):

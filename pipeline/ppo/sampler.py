@@ -11,6 +11,7 @@ from pipeline.config.schema import PPOConfig
 from pipeline.models.generation import Sampled, joined, sample, stops
 from pipeline.models.packing import Model
 from pipeline.models.tokens import left_pad, pad_id
+from pipeline.ppo.networks import autocast
 
 MISMATCH = {"fp32": 1e-3, "half": 0.1}
 """Most that the logprobs of a sampler with the policy's weights differ from the policy's, in nats a token
@@ -53,7 +54,7 @@ class PolicySampler:
         for start in range(0, len(prompts), at_once):
             rows = slice(start, start + at_once)
             ids, mask = left_pad(prompts[rows], self.pad)
-            with self.accelerator.autocast():
+            with autocast(self.config, device):
                 parts.append(
                     sample(
                         self.policy,

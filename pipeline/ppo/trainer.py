@@ -26,11 +26,12 @@ from pipeline.models.tokens import closed, left_pad, mask_from_lengths, pad_id
 from pipeline.ppo import gates, maths, measures
 from pipeline.ppo.ema import Ema
 from pipeline.ppo.losses import Minibatch, Sums, losses
-from pipeline.ppo.networks import Outputs, PolicyAndValue
+from pipeline.ppo.networks import Outputs, PolicyAndValue, autocast
 from pipeline.ppo.ptx import Ptx, PtxBatch
 from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore, shaped_scores
 from pipeline.ppo.rollout import Query, Rollout, everywhere, generator, queries_of, real_rows
 from pipeline.ppo.sampler import PolicySampler, Sampler
+from pipeline.process import launch
 
 
 class PPO:
@@ -57,9 +58,7 @@ class PPO:
     ):
         self.config, self.tokenizer = config, tokenizer
         self.score, self.token_score, self.ptx = score, token_score, ptx
-        self.accelerator = accelerator or Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no"
-        )
+        self.accelerator = accelerator or launch.accelerator()
         self.device = self.accelerator.device
         self.stop = stops(tokenizer, config.stop_tokens)
         self.sampler = sampler or PolicySampler(config, policy, tokenizer, self.accelerator)
@@ -145,7 +144,7 @@ class PPO:
 
     def _scores(self, episodes: Episodes) -> Tensor:
         """(B,) one score a response."""
-        with self.accelerator.autocast():
+        with autocast(self.config, self.device):
             scores = torch.tensor(self.score(episodes), dtype=torch.float32, device=self.device)
         gates.finite_scores(scores, self.iteration, episodes.prompts, episodes.responses)
         return scores
@@ -167,7 +166,7 @@ class PPO:
         old, reference, values = [], [], []
         for rows in self._slices(len(s), self._at_once(len(s))):
             batch = s.rows(rows)
-            with self.accelerator.autocast():
+            with autocast(self.config, self.device):
                 if self.config.recompute():
                     out: Outputs = self.networks(batch, self.config.temperature)
                     assert out.logprobs is not None and out.values is not None
@@ -287,7 +286,7 @@ class PPO:
     def _losses(self, networks: nn.Module, batch: Minibatch) -> tuple[Tensor, Sums]:
         """A micro-batch through the policy, the value network, or both."""
         rollout, ptx = batch.rollout, batch.ptx
-        with self.accelerator.autocast():
+        with autocast(self.config, self.device):
             outputs: Outputs = networks(
                 rollout,
                 self.config.temperature,

@@ -1,8 +1,12 @@
 """How this process was started beside others, from the environment that launchers set."""
 
 import os
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _ENGINES = {
     "USE_FSDP": "FSDP",
@@ -34,3 +38,13 @@ def check_supported(distributed_type: str) -> None:
             f"distributed_type {name}: not supported. One process is, and several that each hold whole "
             "models (DDP: distributed_type MULTI_GPU in the launcher's config, as configs/engines/cpu2.yaml)"
         )
+
+
+def accelerator() -> "Accelerator":
+    """Processes and their sums, without a precision: accelerate keeps one a process, that of whoever came
+    first, and refuses another."""
+    from accelerate import Accelerator  # imports torch
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision="no")
