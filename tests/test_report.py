@@ -94,6 +94,17 @@ def test_a_run_without_later_stages_or_evaluation_has_a_page(tmp_path, stages):
     assert 'id="ppo"' not in page
 
 
+def test_what_a_stage_recorded_of_its_data_is_shown(tmp_path):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    path = run / "sft" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["metrics"] |= {"dropped <long>": 409}
+    path.write_text(json.dumps(manifest))
+    page = report.write_report(run).read_text(encoding="utf-8")
+    assert '<code>examples</code></td><td class="num">90</td>' in page
+    assert '<code>dropped &lt;long&gt;</code></td><td class="num">409</td>' in page
+
+
 def test_an_empty_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="make sft RUN=none"):
         report.write_report(tmp_path / "none")
