@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -122,3 +123,25 @@ def test_charts_are_svg_data_uris_and_the_same_each_time():
     assert first.startswith("data:image/svg+xml;base64,")
     assert first == plots.lines({"a": [(1, 0.5), (2, 1.5)], "b": [(1, 1.0)]}, level=0.0)
     assert first != plots.lines({"a": [(1, 0.5), (2, 1.6)], "b": [(1, 1.0)]}, level=0.0)
+
+
+def test_a_run_looked_at_from_within_and_one_whose_name_has_a_space(tmp_path, monkeypatch):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    monkeypatch.chdir(run)
+    page = report.write_report(Path(".")).read_text(encoding="utf-8")
+    assert "<h1>run</h1>" in page and f"--run {run}-again" in page
+    own = run.rename(tmp_path / "my run")
+    assert f"--run &#39;{own}-again&#39;" in report.write_report(own).read_text(encoding="utf-8")
+
+
+def test_the_last_two_policies_are_compared_by_kind_and_one_prompt_has_no_spread(tmp_path):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    groups = {"family": {"odd": {"n": 3, "judge": 1.0}}}
+    versus = {"rate": 0.5, "low": 0.1, "high": 0.9, "groups": {"family": {"odd": {"rate": 0.5}}}}
+    models = {"base": {"judge": 0.0, "groups": groups}, "sft": {"judge": 1.0, "groups": groups}}
+    judged(run, models=models, comparisons={"sft_vs_base": versus}, kl={})
+    [table] = report.family_tables(record.load_record(run))
+    assert table["rate"] == "sft over base" and table["rows"][0]["rate"] == {"rate": 0.5}
+    judged(run, models=models, kl={"sft_vs_base": 1.5, "std_error": None})
+    rows = dict(report.summary_rows(record.load_record(run)))
+    assert rows["KL to BASE, nats per response"] == ["–", "1.50"]

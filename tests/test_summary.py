@@ -268,3 +268,18 @@ def test_a_judge_on_few_pairs_cannot_tell_either(run):
         "It agrees with the jud",
         "The best of 2 by its s",
     ]
+
+
+def test_bars_of_an_older_version_are_the_defaults(run):
+    path = run / "ppo" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"]["alarms"] = {"kl": 3.0, "a_limit_that_is_no_more": 1}
+    path.write_text(json.dumps(manifest))
+    assert record.load_record(run).limits.kl == 40.0
+
+
+def test_a_stale_evaluation_that_the_recipe_cannot_make_again_is_said_without_a_command(run):
+    judged(run, artifacts={"sft": {"manifest_sha256": "0" * 64}})
+    note(run, "sft", Made(config="nowhere/sft.yaml"), Path("nowhere"), None)
+    assert "the evaluation is of earlier artifacts" in printed(run)
+    assert "make eval" not in printed(run)

@@ -33,15 +33,15 @@ def kl_to_sft(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     responses: list[Response],
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """KL(ppo || sft) in nats per response: mean of log pi - log pi_sft over samples of pi (k1)."""
     ids = [r.ids for r in responses]
     args = (prompts, ids, pad_id(tokenizer), config.temperature)
     policy = sequence_logprobs(models["ppo"], *args)
     reference = sequence_logprobs(models["sft"], *args)
     ratios = torch.tensor(policy) - torch.tensor(reference)
-    spread = ratios.std().item() if len(ratios) > 1 else 0.0
-    return {"ppo_vs_sft": ratios.mean().item(), "std_error": spread / len(ratios) ** 0.5}
+    error = ratios.std().item() / len(ratios) ** 0.5 if len(ratios) > 1 else None
+    return {"ppo_vs_sft": ratios.mean().item(), "std_error": error}
 
 
 def perplexities(

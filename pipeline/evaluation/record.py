@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline import steps
 from pipeline.config.schema import AlarmLimits, GateBars, PPOConfig
 from pipeline.errors import UserError
@@ -45,12 +47,15 @@ class Record:
 
 def load_record(run: Path) -> Record:
     """Read a run's directory. An evaluation of artifacts that were replaced since is left out."""
+    run = run.resolve() if run.name in ("", "..") else run
     stages, problems = fresh_stages(find_stages(run))
     result, samples = _evaluation(run, stages)
+    evaluable = not (run / FILE).is_file() or Path(Asked(run).of("eval").config).is_file()
     if (run / "eval").is_dir() and not result:
-        problems.append(f"the evaluation is of earlier artifacts: {command(run, 'eval')}")
+        remedy = f": {command(run, 'eval')}" if evaluable else ""
+        problems.append(f"the evaluation is of earlier artifacts{remedy}")
     config = _bars(run, stages)
-    held_out = read_scored(stages["rm"].path) if "rm" in stages else []
+    held_out = [item for stage in stages.values() for item in read_scored(stage.path)]
     return Record(
         run=run,
         stages=stages,
@@ -62,7 +67,7 @@ def load_record(run: Path) -> Record:
         overopt=read_json(run / "overopt" / "overopt.json"),
         bars=config.gate_bars,
         limits=config.alarms,
-        evaluable=not (run / FILE).is_file() or Path(Asked(run).of("eval").config).is_file(),
+        evaluable=evaluable,
     )
 
 
@@ -80,12 +85,17 @@ def _evaluation(run: Path, stages: dict[str, Stage]) -> tuple[dict[str, Any], li
 def _bars(run: Path, stages: dict[str, Stage]) -> PPOConfig:
     """A config with the bars of the run's PPO: of the one that was made, else of the one that it would
     be made with."""
-    config = stages["ppo"].config if "ppo" in stages else {}
+    name = next(n for n in steps.stages() if "gate_bars" in steps.config_class(n).model_fields)
+    config = stages[name].config if name in stages else {}
     if not config and (run / FILE).is_file():
         with contextlib.suppress(UserError):  # one that is being written is told by what makes PPO
-            made = Asked(run).of("ppo")
-            config = steps.load("ppo", made.config, made.settings).model_dump()
-    return PPOConfig.model_validate({k: config[k] for k in ("gate_bars", "alarms") if k in config})
+            made = Asked(run).of(name)
+            config = steps.load(name, made.config, made.settings).model_dump()
+    try:
+        bars = {key: config[key] for key in ("gate_bars", "alarms") if key in config}
+        return PPOConfig.model_validate(bars)
+    except ValidationError:  # an older version's, with bars that are no more
+        return PPOConfig()
 
 
 def values(curve: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ Writes RUN/report.html, a single file that needs nothing else, from whatever the
 """
 
 import argparse
+import shlex
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -121,16 +122,20 @@ def _evaluated(record: Record) -> dict[str, Any] | None:
 
 def summary_rows(record: Record) -> list[tuple[str, list[str]]]:
     """Name of a quantity and its value for each evaluated policy."""
-    models = [record.model(name) for name in _models(record)]
+    names = _models(record)
+    models = [record.model(name) for name in names]
     rows = [
         (name, [_formatted(model.get(key), form) for model in models])
         for key, name, form in ROWS
         if any(key in model for model in models)
     ]
-    kl = record.result.get("kl")
-    if kl and len(models) > 1:
-        text = f"{kl['ppo_vs_sft']:.2f} ± {kl['std_error']:.2f}"
-        rows.append(("KL to SFT, nats per response", ["–"] * (len(models) - 1) + [text]))
+    kl = dict(record.result.get("kl") or {})
+    error = kl.pop("std_error", None)
+    spread = "" if error is None else f" ± {error:.2f}"
+    for key, value in kl.items():
+        policy, _, other = key.partition("_vs_")
+        cells = [f"{value:.2f}{spread}" if name == policy else "–" for name in names]
+        rows.append((f"KL to {other.upper()}, nats per response", cells))
     return rows
 
 
@@ -164,35 +169,37 @@ def comparison_rows(record: Record) -> list[dict[str, Any]]:
 
 
 def family_tables(record: Record) -> list[dict[str, Any]]:
-    """For each group key a table: value, prompts, win rate of PPO, and grades of every policy."""
+    """For each group key a table: value, prompts, grades of every policy, and how often the last one wins
+    over the one before it."""
     models = _models(record)
-    grade = next(
-        (key for key in ("judge", "token_f1", "rm_score") if key in record.model("sft")), None
-    )
+    last = record.model(models[-1]) if models else {}
+    grade = next((key for key in ("judge", "token_f1", "rm_score") if key in last), None)
+    versus = record.comparison("_vs_".join(models[:-3:-1])).get("groups") or {}
     tables = []
-    for key, members in (record.model("sft").get("groups") or {}).items():
-        rates = (record.comparison("ppo_vs_sft").get("groups") or {}).get(key, {})
+    for key, members in (last.get("groups") or {}).items():
+        rates = versus.get(key, {})
         rows = []
-        for value, sft in members.items():
+        for value, own in members.items():
             cells = [
                 record.model(name).get("groups", {}).get(key, {}).get(value, {}) for name in models
             ]
             rows.append(
                 {
                     "value": value,
-                    "n": sft["n"],
+                    "n": own["n"],
                     "grades": [_formatted(cell.get(grade), "{:.2f}") for cell in cells],
                     "exact": [_formatted(cell.get("exact"), "{:.0%}") for cell in cells],
                     "rate": rates.get(value),
                 }
             )
         exact = any(text != "–" for row in rows for text in row["exact"])
-        tables.append({"key": key, "rows": rows, "has_exact": exact, "has_rate": bool(rates)})
+        rate = " over ".join(models[:-3:-1]) if rates else ""
+        tables.append({"key": key, "rows": rows, "has_exact": exact, "rate": rate})
     return tables
 
 
 def samples(record: Record) -> list[dict[str, Any]]:
-    """Prompts with the answers of SFT and PPO side by side (base too while there is no PPO)."""
+    """Prompts with the answers of the last two policies side by side."""
     shown = int((record.result.get("config") or {}).get("samples", 40))
     rows = []
     for row in record.samples[:shown]:
@@ -262,7 +269,7 @@ def _overopt(record: Record) -> dict[str, Any] | None:
 
 
 def lineage(record: Record) -> list[dict[str, Any]]:
-    """dataset → base → sft → rm → ppo, each with its path, hash and data files."""
+    """Every stage in the order they are made, with its path, hash and data files."""
     return [
         {
             "name": name,
@@ -285,7 +292,7 @@ def _packages(record: Record) -> dict[str, str]:
 
 def reproduce(record: Record) -> list[str]:
     """Commands that make the run again from the resolved configs that the page holds."""
-    again = record.run.with_name(record.run.name + "-again")
+    again = shlex.quote(str(record.run.with_name(record.run.name + "-again")))
     return [
         f"python -m {steps.TABLE[name].module} --config {name}.yaml --run {again}"
         for name in steps.stages()

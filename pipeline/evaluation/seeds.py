@@ -20,6 +20,7 @@ from pipeline.config.evaluation import EvalConfig, Split
 from pipeline.config.load import AddSettings
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
+from pipeline.evaluation.judges import load_judge
 from pipeline.handoff.found import read_json
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
@@ -98,6 +99,7 @@ class Study:
         assert isinstance(config, EvalConfig)
         if config.data(self.split) is None:
             raise UserError(f"{files['eval']}: no prompts for the split {self.split}")
+        load_judge(config.judge)
 
     def make(self, seed: int) -> bool:
         """All stages that this study makes and the evaluation with one seed; False if one failed."""

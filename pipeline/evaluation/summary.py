@@ -73,7 +73,7 @@ def places(record: Record) -> list[tuple[str, str]]:
     found = [
         (name, f"{stage.path}{_took(stage.metrics.get('minutes'))}")
         for name, stage in record.stages.items()
-        if name != "base"
+        if name in steps.stages()
     ]
     if record.result:
         judge = record.result["config"].get("judge") or "none"
