@@ -125,6 +125,8 @@ def test_what_would_end_every_seed_ends_the_study_before_the_first(tmp_path, mon
     (recipe / "eval.yaml").write_text("prompts: {path: p.jsonl}\n")
     with pytest.raises(UserError, match="no prompts for the split validation"):
         seeds.main([*words, "--split", "validation"])
+    with pytest.raises(UserError, match="judge: cannot import 'no_such_judge'"):
+        seeds.main([*words, "--set", "eval.judge=no_such_judge"])
     (recipe / "ppo.yaml").write_text("iteration: 3\n")
     with pytest.raises(UserError, match="did you mean `iterations`"):
         seeds.main(words)
@@ -231,3 +233,18 @@ def test_an_ensemble_is_trained_on_the_same_rankings_with_other_seeds(tmp_path, 
     reward = next(json.loads(w.partition("=")[2]) for w in args[2:] if w.startswith("rewards="))
     others = [f"checkpoints/tiny-overopt-rm{i}/rm" for i in (2, 3)]
     assert reward[0]["models"] == ["rm", *others] and reward[0]["aggregate"] == "uncertainty"
+
+
+def test_a_study_of_over_optimisation_tells_its_mistakes_before_it_trains(
+    tmp_path, monkeypatch, capsys, judge
+):
+    recipe = fake_stages.write_recipe(
+        tmp_path, eval=f"prompts: {{path: p.jsonl}}\njudge: {judge.name}\n", ppo="iteration: 3\n"
+    )
+    monkeypatch.setattr(steps, "call", lambda *words: pytest.fail("a stage was started"))
+    with pytest.raises(UserError, match="did you mean `iterations`"):
+        overopt.main(["--recipe", str(recipe), "--run", str(tmp_path / "r")])
+    for word in ("--points", "--prompts", "--n", "--iterations"):
+        with pytest.raises(SystemExit):
+            overopt.main(["--recipe", str(recipe), word, "0"])
+        assert f"argument {word}: 0: a whole number from 1 on" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Runs the command lines of stages and of the evaluation, for studies that need several runs."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,13 @@ from pipeline.process.progress import say
 
 class StepFailed(Exception):
     """A command of a study ended with an error, which it has printed."""
+
+
+def count(text: str) -> int:
+    """An argument that is a number of things, at least one."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 on")
+    return int(text)
 
 
 def recipe_folder(name: str) -> Path:

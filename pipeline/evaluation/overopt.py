@@ -26,7 +26,7 @@ from pipeline.handoff.found import find_stages, fresh_stages, read_jsonl
 from pipeline.handoff.remembered import command
 from pipeline.process.files import jsonl, write_atomically
 from pipeline.process.progress import say
-from pipeline.steps import overrides, split_settings
+from pipeline.steps import load, overrides, split_settings
 
 Point = dict[str, float]
 """kl in nats per response, judge = mean gold, rm_score = mean proxy; and step or n."""
@@ -53,12 +53,12 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--run", type=Path, help="run whose sft and rm are used; default: checkpoints/RECIPE"
     )
-    out.add_argument("--iterations", type=int, help="of PPO; default: twice the recipe's")
-    out.add_argument("--points", type=int, default=12, help="of each curve")
+    out.add_argument("--iterations", type=steps.count, help="of PPO; default: twice the recipe's")
+    out.add_argument("--points", type=steps.count, default=12, help="of each curve")
     out.add_argument(
-        "--prompts", type=int, default=200, help="validation prompts judged at each point"
+        "--prompts", type=steps.count, default=200, help="validation prompts judged at each point"
     )
-    out.add_argument("--n", type=int, default=16, help="largest n of best-of-n")
+    out.add_argument("--n", type=steps.count, default=16, help="largest n of best-of-n")
     out.add_argument(
         "--ensemble", type=int, default=0, help="reward models in an ensemble; 0 = no ensemble"
     )
@@ -85,6 +85,8 @@ class Study:
         if judge is None:
             raise UserError(f"{recipe / 'eval.yaml'}: judge: this study needs one")
         self.judge: Judge = judge
+        for name in ("rm", "ppo"):  # what is wrong there is told before the first of them trains
+            load(name, recipe / f"{name}.yaml", overrides(name, settings))
         stages, _ = fresh_stages(find_stages(run))
         if not {"sft", "rm"} <= stages.keys():
             raise UserError(f"{run}: needs sft and rm first: {command(run, 'sft', 'rm')}")
