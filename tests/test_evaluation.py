@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -138,6 +139,14 @@ def test_a_stage_of_another_parent_is_left_out(tmp_path, judge, capsys):
     result = run_evaluation(run, config(tmp_path))
     assert set(result["models"]) == {"base", "sft"}
     assert "ppo was made from another sft" in capsys.readouterr().out
+
+
+def test_a_base_model_that_was_removed_since_is_left_out_and_no_other(tmp_path, judge, capsys):
+    run = small_run.make_run(tmp_path)
+    shutil.rmtree(tmp_path / "base")
+    assert list(run_evaluation(run, config(tmp_path))["models"]) == ["sft", "ppo"]
+    assert "eval: the base model is left out" in capsys.readouterr().out
+    assert list(report.family_tables(load_record(run)))
 
 
 def test_an_artifact_that_changed_is_refused(tmp_path, judge):

@@ -84,7 +84,8 @@ def fresh_stages(stages: dict[str, Stage]) -> tuple[dict[str, Stage], list[str]]
     problems: list[str] = []
     for name, stage in stages.items():
         parents = stage.manifest.get("parents") or {}
-        known = {parent: stages[parent] for parent in parents if parent in stages}
+        there = {name: stage for name, stage in stages.items() if stage.manifest}
+        known = {parent: there[parent] for parent in parents if parent in there}
         changed = [
             parent
             for parent, found in known.items()
