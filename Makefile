@@ -84,7 +84,7 @@ $(error ENGINE=$(ENGINE): no configs/engines/$(ENGINE).yaml)
 endif
 # A run remembers what it was made with (pipeline/handoff/remembered.py).
 ifeq ($(origin RECIPE),undefined)
-RECIPE := $(or $(shell sed -n 's/^ "recipe": "configs.\([A-Za-z0-9._-]*\)",*$$/\1/p' \
+RECIPE := $(or $(shell sed -n 's/^ \{1,\}"recipe": "configs.\([A-Za-z0-9._-]*\)",*$$/\1/p' \
 	$(call quote,$(CKPT)/$(RUN)/run.json) 2>/dev/null),tiny)
 endif
 ifneq ($(call plain,RECIPE),)

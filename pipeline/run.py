@@ -16,7 +16,7 @@ from pipeline.config.schema import Data, PPOConfig, StageConfig
 from pipeline.data.sources import rows_from_memory
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, sealed
-from pipeline.handoff.artifacts import RECORDS, Lock, Manifest, Parent
+from pipeline.handoff.artifacts import RECORDS, Lock, Manifest, Parent, is_published
 from pipeline.handoff.lineage import inputs_of, parents_of, why_stale
 from pipeline.handoff.remembered import Made, note
 from pipeline.process import faults
@@ -105,7 +105,8 @@ class StageRun:
             if self.main:
                 artifacts.recover(self.final)
                 self._prepare_work()
-                self._remember()
+                if not is_published(self.final):
+                    self._remember()  # what is published is remembered until it is replaced
         except BaseException:
             faults.clear()
             self._unlock()
@@ -178,6 +179,7 @@ class StageRun:
             metrics={**metrics, "minutes": round((time.monotonic() - self._started) / 60, 2)},
         )
         artifacts.publish(self.output, self.final, manifest)
+        self._remember()
         self.tracker.finish(self.final, artifacts.read_manifest(self.final))
         return self.final
 

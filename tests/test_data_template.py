@@ -476,3 +476,28 @@ def test_hashes_tell_tokenizers_and_templates_apart():
     assert templates["gpt2"] == templates["words"]  # the default one
     assert templates["chatml"] == templates["chatml with another eos"] != templates["gpt2"]
     assert len(set(templates.values())) == len(made) - 2
+
+
+def test_thinking_whose_marks_are_special_tokens_stays_out_of_the_text():
+    from tokenizers import AddedToken
+
+    import tiny_models
+
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ("<think>", "</think>")])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    ids = tokenizer("<think> w1 w2 </think> w3 <end>", add_special_tokens=False)["input_ids"]
+    assert response_text(tokenizer, ids).strip() == "w3"
+
+
+@pytest.mark.parametrize(
+    "written", ["strftime_now ('%Y')", "strftime_now('%Y' ~ '-%m')", "f('%Y')"]
+)
+def test_a_date_that_cannot_be_fixed_is_refused(written):
+    import tiny_models
+
+    tokenizer = tiny_models.tokenizer()
+    start = "{% set f = strftime_now %}" if written.startswith("f(") else ""
+    tokenizer.chat_template = start + "{{ " + written + " }}" + tokenizer.chat_template
+    with pytest.raises(UserError, match="strftime_now"):
+        prepare_tokenizer(tokenizer)

@@ -19,6 +19,7 @@ from pipeline.run import StageRun, start_again
 
 @pytest.fixture(autouse=True)
 def a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.run._command", None)  # what a command line in this process told
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     write_recipe(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fake_stages import train, write_recipe
-from pipeline import cli, steps
+from pipeline import cli, run, steps
 from pipeline.commands import plan as planning
 from pipeline.commands import status
 from pipeline.config.schema import Data, StageConfig
@@ -296,3 +296,61 @@ def test_a_run_remembers_whom_it_borrows_from():
     asked = Asked(Path("checkpoints/b"))
     assert asked.borrow == RUN
     assert planning.to_run(planning.stale(asked, ["ppo"]))[0] == "ppo"
+
+
+def test_another_recipe_is_not_mixed_with_the_one_that_is_remembered():
+    everything()
+    other = write("configs/other/sft.yaml", Path("configs/tiny/sft.yaml").read_text()).parent
+    for name in ("rm", "ppo"):
+        write(f"configs/other/{name}.yaml", Path(f"configs/tiny/{name}.yaml").read_text())
+    note(RUN, "sft", Made(config="configs/other/sft.yaml"), other, None)
+    assert Asked(RUN, other).of("rm").config == "configs/other/rm.yaml"
+    assert Asked(RUN).of("rm").config == "configs/tiny/rm.yaml"
+
+
+def test_what_comes_after_a_stale_stage_is_not_replaced_by_another_setting_either():
+    everything()
+    with (RECIPE / "sft.yaml").open("a") as file:
+        file.write("seed: 7\n")
+    assert not refused()
+    assert "FORCE=ppo" in refused("ppo.kl_coef=0.5")
+
+
+def test_a_lost_memory_is_found_again_where_it_fits():
+    everything()
+    (RUN / "run.json").unlink()
+    status.main(["--run", str(RUN), "--recipe", str(RECIPE), "--plan", "ppo"])
+    assert Asked(RUN).memory.steps["ppo"].config == "configs/tiny/ppo.yaml"
+
+
+def test_what_failed_is_not_what_the_run_is():
+    everything()
+    run.started(
+        loaded("ppo", "seed=9"), Made(config="configs/tiny/ppo.yaml", settings=["seed=9"]), RECIPE
+    )
+    with pytest.raises(ZeroDivisionError), run.StageRun(loaded("ppo", "seed=9")):
+        raise ZeroDivisionError
+    assert Asked(RUN).of("ppo").settings == []
+
+
+def loaded(name: str, *words: str):
+    return steps.load(name, RECIPE / f"{name}.yaml", words).model_copy(update={"run": RUN})
+
+
+def test_a_later_setting_stands_later():
+    asked = Asked(
+        RUN, RECIPE, settings=["ppo.prompts.path=a", "ppo.prompts={path: b}", "ppo.prompts.path=c"]
+    )
+    assert asked.of("ppo").settings == ["prompts={path: b}", "prompts.path=c"]
+
+
+def test_status_shows_what_is_borrowed(capsys):
+    everything()
+    b = Path("checkpoints/b")
+    borrowing = loaded("ppo").model_copy(update={"run": b, "borrow": RUN})
+    train(borrowing)
+    note(b, "ppo", Asked(b, RECIPE).of("ppo"), RECIPE, RUN)
+    status.main(["--run", str(b)])
+    shown = capsys.readouterr().out
+    assert "borrowed from checkpoints/tiny" in shown
+    assert "not made yet" not in shown.partition("eval")[0]

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.handoff import artifacts, lineage
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.lineage import why_stale
-from pipeline.handoff.remembered import Asked
+from pipeline.handoff.remembered import Asked, note
 
 FORCED = "asked for"
 _AFTER = "after "
@@ -119,7 +119,9 @@ def check_replaced(plan: Plan) -> None:
     for step in to_run(plan):
         reason, before = plan.reasons[step] or "", plan.asked.memory.steps.get(step)
         now = plan.asked.of(step) if step in steps.stages() else None
-        if now is None or step in plan.forced or reason.startswith(_AFTER) or before == now:
+        if now is None or step in plan.forced or before == now:
+            continue
+        if before is None and reason.startswith(_AFTER):
             continue
         if is_published(plan.run / step):
             problems.append(
@@ -129,6 +131,14 @@ def check_replaced(plan: Plan) -> None:
             )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def remember_what_fits(plan: Plan) -> None:
+    """A stage that is what was asked for and that nobody remembers, its `run.json` lost, is remembered."""
+    for step in steps.stages():
+        if plan.reasons.get(step, "") is None and step not in plan.asked.memory.steps:
+            if is_published(plan.run / step):
+                note(plan.run, step, plan.asked.of(step), plan.asked.recipe, plan.asked.borrow)
 
 
 # --- why ------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from pipeline import steps
 from pipeline.cli import reporting_errors
-from pipeline.commands.plan import Plan, check_replaced, stale, to_run
+from pipeline.commands.plan import Plan, check_replaced, remember_what_fits, stale, to_run
 from pipeline.config.load import AddSettings
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import is_published, lock_path, read_manifest
-from pipeline.handoff.remembered import Asked
+from pipeline.handoff.remembered import Asked, recall
 from pipeline.process.files import Lock
 
 
@@ -109,16 +109,26 @@ def plan_of(args: argparse.Namespace, goals: Iterable[str]) -> Plan:
     return stale(asked, goals, force, base)
 
 
+def _elsewhere(run: Path, borrow: str | None, name: str) -> bool:
+    """Whether a stage is there in the run that is borrowed from, and not here."""
+    if borrow is None or name not in steps.stages() or is_published(run / name):
+        return False
+    return is_published(Path(borrow) / name)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = parse(argv)
     if args.plan is None:
         # an evaluation that the recipe does not have is no mistake here
-        show(plan_of(args, [name for name in steps.TABLE if name != "eval"]))
+        borrow = args.borrow or recall(args.run).borrow
+        mine = [n for n in steps.TABLE if n != "eval" and not _elsewhere(args.run, borrow, n)]
+        show(plan_of(args, mine))
         return
     try:
         plan = plan_of(args, args.plan.split())
         check_replaced(plan)
+        remember_what_fits(plan)
         print(" ".join(to_run(plan)) or "nothing")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

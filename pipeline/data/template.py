@@ -34,7 +34,8 @@ tokenizer, whereas "Assistant: " would leave a space that belongs to the reply's
 
 DATE = datetime.date(2024, 7, 26)
 """Today, to a template that asks: the day that Llama 3.2's own falls back to."""
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_ASKS_TODAY = re.compile(r"strftime_now(?!\s+is\s+defined)")
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 
 _PROBE = "\u2042"  # an asterism: a reply that no template has reason to treat specially
 
@@ -115,7 +116,11 @@ def response_text(tokenizer: Any, response: Sequence[int]) -> str:
     stay among the tokens, which is what models are trained on and score. A block that is not closed says
     nothing. Where the template itself opens the block in the prompt, what closes it is enough.
     """
-    text = tokenizer.decode(response, skip_special_tokens=True)
+    marks = {"<think>", "</think>"} & set(tokenizer.all_special_tokens)
+    if marks:  # they would be gone with the other special tokens
+        gone = set(tokenizer.all_special_ids) - set(tokenizer.convert_tokens_to_ids(sorted(marks)))
+        response = [token for token in response if token not in gone]
+    text = tokenizer.decode(response, skip_special_tokens=not marks)
     thought, closed, said = text.partition("</think>")
     opened = thought.lstrip().startswith("<think>")
     if closed and not opened:
@@ -190,11 +195,11 @@ def _dated(tokenizer: Any) -> str:
         template = str(tokenizer.get_chat_template())
     except ValueError as error:  # several by name, and none that is called default
         raise UserError(f"chat template: {error}") from error
-    if "strftime_now(" not in template:
+    if not _ASKS_TODAY.search(template):
         return template
     say(f"chat template: it writes today's date; {DATE:%d %b %Y} stands there from now on")
     dated = _TODAY.sub(lambda found: repr(DATE.strftime(found[2])), template)
-    if "strftime_now(" in dated:
+    if _ASKS_TODAY.search(dated):
         raise UserError(
             "chat template: write the date in the place of strftime_now (chat_template)"
         )

@@ -23,6 +23,7 @@ class Made(BaseModel):
     model_config = ConfigDict(extra="forbid")
     config: str
     settings: list[str] = []
+    of_recipe: str = ""
 
     def __str__(self) -> str:
         return self.config + (f' with SET="{" ".join(self.settings)}"' if self.settings else "")
@@ -54,6 +55,7 @@ def recall(run: Path) -> Memory:
 def note(run: Path, name: str, made: Made, recipe: Path | None, borrow: Path | None) -> None:
     """Remember how a step is made."""
     memory = recall(run)
+    made.of_recipe = made.of_recipe if recipe is None else recipe.as_posix()
     memory.steps[name] = made
     memory.recipe = memory.recipe if recipe is None else recipe.as_posix()
     memory.borrow = memory.borrow if borrow is None else borrow.as_posix()
@@ -83,8 +85,9 @@ class Asked:
 
     def __post_init__(self) -> None:
         self.memory = recall(self.run)
-        same = self.recipe is None or self.recipe.as_posix() == self.memory.recipe
-        self._kept = self.memory.steps if same else {}
+        only = self.recipe and self.recipe.as_posix()
+        made = self.memory.steps.items()
+        self._kept = {name: m for name, m in made if only in (None, m.of_recipe)}
         self.recipe = self.recipe or Path(self.memory.recipe or DEFAULT_RECIPE)
         if self.borrow is None and self.memory.borrow is not None:
             self.borrow = Path(self.memory.borrow)
@@ -98,9 +101,18 @@ class Asked:
         assert self.recipe is not None
         own = Path(before.config) if before else self.recipe / f"{name}.yaml"
         words = [*(before.settings if before else []), *steps.overrides(name, self.settings)]
-        return Made(config=self.files.get(name, own).as_posix(), settings=_last_ones(words))
+        return Made(
+            config=self.files.get(name, own).as_posix(),
+            settings=_last_ones(words),
+            of_recipe=before.of_recipe if before else self.recipe.as_posix(),
+        )
 
 
 def _last_ones(words: Iterable[str]) -> list[str]:
     """`key=value` words, of those with the same key the last."""
-    return list({word.partition("=")[0]: word for word in words}.values())
+    last: dict[str, str] = {}
+    for word in words:
+        key = word.partition("=")[0]
+        last.pop(key, None)  # the later one stands later: it may be put over a group that holds it
+        last[key] = word
+    return list(last.values())
