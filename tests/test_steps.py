@@ -354,3 +354,13 @@ def test_status_shows_what_is_borrowed(capsys):
     shown = capsys.readouterr().out
     assert "borrowed from checkpoints/tiny" in shown
     assert "not made yet" not in shown.partition("eval")[0]
+
+
+def test_a_run_that_was_made_with_borrowed_stages_stays_so_by_its_name_alone():
+    everything()
+    b = Path("checkpoints/b")
+    train(loaded("ppo").model_copy(update={"run": b, "borrow": RUN}))
+    note(b, "ppo", Asked(b, RECIPE).of("ppo"), RECIPE, RUN)
+    assert planning.to_run(planning.stale(Asked(b), ["sft", "rm", "ppo"])) == ["eval", "report"]
+    assert planning.to_run(planning.stale(Asked(b), ["ppo"], ["rm"]))[0] == "rm"
+    assert planning.to_run(planning.stale(Asked(b, borrow=RUN), ["rm", "ppo"]))[:2] == ["rm", "ppo"]

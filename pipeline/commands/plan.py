@@ -43,8 +43,13 @@ class Plan:
         return self.base if steps.TABLE[step].kind == "base" else self.run
 
     def borrowed(self, step: str) -> bool:
-        """Whether another run's stage is used: none asked for here and none made here."""
-        if self.borrow is None or step not in steps.stages() or step in self.goals | self.forced:
+        """Whether another run's stage is used: none asked for here (a run that was made with a borrowed
+        one, and never began its own, stays so when its name alone is given) and none made here."""
+        begun = self.asked.memory.steps.keys() if self.asked.lent else self.goals
+        own = self.forced | (self.goals & begun)
+        if self.borrow is None or step not in steps.stages() or step in own:
+            return False
+        if self.asked.lent and not is_published(self.borrow / step):
             return False
         return not is_published(self.run / step)
 

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import itertools
+import signal
 import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
@@ -72,6 +73,7 @@ def _docs(cls: type) -> dict[str, str]:
 
 def main() -> None:
     """Command line of `make show-config`."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     plan = plan_of(parse(), [])
     for name, config in plan.configs.items():
         print(f"# --- {name}: {plan.asked.of(name)} ---\n{documented(config)}\n")

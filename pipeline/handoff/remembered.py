@@ -89,8 +89,10 @@ class Asked:
         made = self.memory.steps.items()
         self._kept = {name: m for name, m in made if only in (None, m.of_recipe)}
         self.recipe = self.recipe or Path(self.memory.recipe or DEFAULT_RECIPE)
-        if self.borrow is None and self.memory.borrow is not None:
-            self.borrow = Path(self.memory.borrow)
+        self.lent = self.borrow is None and self.memory.borrow is not None
+        """Nobody named the run that is borrowed from: this one was made so, and stays so."""
+        if self.lent:
+            self.borrow = Path(str(self.memory.borrow))
 
     def of(self, name: str) -> Made:
         """The file and settings of a step: those asked for, over those it was made with.
