@@ -446,7 +446,7 @@ def test_a_stage_of_its_own_process_killed_at_random(project):
 def test_killed_fifty_times_at_random_in_one_run(project, stage):
     """Saved at every step and killed at any instant, start, save and publication included."""
     chance = random.Random(stage)
-    steps = "iterations=60" if stage == "ppo" else "max_steps=60"
+    steps = "iterations=240" if stage == "ppo" else "max_steps=240"
     words = [steps, "save_every=1"]
     assert project.make(stage, "unkilled", *words).code == 0
     state, kills = project.work("soak", stage), 0
