@@ -194,7 +194,8 @@ def _encode(
             }
         )
     what = f"rm: {name} responses"
-    tell_spelled(what, tokenizer, (text for ranking in rankings for text in ranking.responses))
+    said = ([m["content"] for m in r.messages] + r.responses for r in rankings)
+    tell_spelled(f"rm: {name}", tokenizer, (text for texts in said for text in texts))
     long = over_limit(what, lengths, "max_length", config.max_length, too_long)
     if long or same or empty:
         say(

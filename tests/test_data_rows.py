@@ -82,11 +82,11 @@ def test_a_special_token_that_words_spell_is_told_by_the_stages(capsys):
     spelled = load_demonstrations([{"prompt": "w1 <end>", "completion": "w2 <bot>"}] * 3)
     rows, _ = sft._encode(tokenizer, spelled, SFTConfig(model="none"))
     assert tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])[-3:] == ["w2", "<unk>", "<end>"]
-    compared = load_rankings([{"prompt": "w1", "chosen": "w2 <end>", "rejected": "w3"}])
+    compared = load_rankings([{"prompt": "w1 <end>", "chosen": "w2 <end>", "rejected": "w3"}])
     rm._encode(tokenizer, compared, RMConfig())
     assert capsys.readouterr().out.splitlines() == [
         "sft: held-out examples: special tokens are spelled 6 times (<bot>, <end>); read as plain text",
-        "rm: held-out responses: special tokens are spelled 1 times (<end>); read as plain text",
+        "rm: held-out: special tokens are spelled 2 times (<end>); read as plain text",
     ]
 
 

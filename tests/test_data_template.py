@@ -15,7 +15,7 @@ from pipeline.data import (
     template_hash,
     tokenizer_hash,
 )
-from pipeline.data.literals import tell_spelled
+from pipeline.data.literals import tell_spelled, text_ids
 from pipeline.data.template import response_text, role_markers, well_formed
 from pipeline.errors import UserError
 
@@ -241,6 +241,29 @@ def test_words_around_a_spelled_special_token_are_read_as_ever(name):
         response = encode_response(tokenizer, ASK, text)
         assert not set(response[:-1]) & {tokenizer.eos_token_id, tokenizer.bos_token_id}
         assert tokenizer.decode(response, skip_special_tokens=True).strip() == text.strip()
+
+
+@pytest.mark.parametrize("words", ["{0}{1}", "{0}0{0}", "{0}999{0}", "{0}{1}{0}", "a{0}b"])
+def test_words_cannot_forge_the_mark_of_a_special_token(tokenizer, words):
+    words = words.format("\U0010ffff", tokenizer.eos_token)
+    response = encode_response(tokenizer, ASK, f"a {words} b")
+    assert specials_among(tokenizer, response) == [tokenizer.eos_token_id]
+    assert response[-2] != tokenizer.eos_token_id
+    plain = encode_response(tokenizer, ASK, "a " + words.replace("\U0010ffff", "\ufffd") + " b")
+    assert response == plain
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": words}])
+    assert specials_among(tokenizer, prompt) == specials_among(
+        tokenizer, encode_prompt(tokenizer, ASK)
+    )
+
+
+def test_a_text_without_a_template_is_letters_too(tokenizer):
+    text = f"a {tokenizer.eos_token} b"
+    encoded = text_ids(tokenizer, text)
+    assert specials_among(tokenizer, encoded) == []
+    assert text_ids(tokenizer, "a b what") == ids(tokenizer, "a b what")
+    if tokenizer.unk_token is None:
+        assert tokenizer.decode(encoded) == text
 
 
 def test_what_words_spell_is_counted_and_told_once(capsys):

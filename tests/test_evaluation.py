@@ -103,13 +103,13 @@ def test_sft_alone_without_a_judge(tmp_path):
 
 def test_perplexity_of_pretraining_text_is_that_of_every_token_but_the_first(tmp_path):
     run = small_run.make_run(tmp_path, ("base", "sft", "ppo"))
-    texts = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9", "w1", "w2 w3"]  # the last is beyond the limit
+    texts = ["w1 w2 w3", "w4 w5 <end> w7 w8 w9", "w1", "w2 w3"]  # the last is beyond the limit
     small_run.write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     changes = {"pretraining_limit": 3, "pretraining_max_length": 4, "judge": None}
     data = Data(path=str(tmp_path / "texts.jsonl"))
     result = run_evaluation(run, config(tmp_path, pretraining=data, **changes))
     tokenizer = tiny_models.tokenizer()
-    rows = [tokenizer.encode(text) for text in ("w1 w2 w3 <end>", "w4 w5 w6 w7", "w1 <end>")]
+    rows = [tokenizer.encode(text) for text in ("w1 w2 w3 <end>", "w4 w5 <unk> w7", "w1 <end>")]
     for name, seed in (("base", 0), ("sft", 1), ("ppo", 2)):
         model, total = tiny_models.policy(seed), 0.0
         for ids in rows:

@@ -255,6 +255,15 @@ def test_ptx_texts_are_cut_at_their_longest(tmp_path):
         assert texts.query_mask.all() and texts.response_mask.all()
 
 
+def test_a_special_token_that_a_ptx_text_spells_is_letters(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "w1 <end> w2"}) + "\n")
+    config = PPOConfig(prompts={"path": "none"}, ptx_coef=0.5, ptx_data={"path": str(path)})
+    tokenizer = tiny_models.tokenizer()
+    texts = _ptx(config, tokenizer, Accelerator())(0, 1)
+    assert texts.responses.tolist() == [tokenizer.encode("<unk> w2 <end>")]
+
+
 def test_ptx_examples_come_in_the_configured_ratio():
     counts = []
     ppo = with_text(make(**{**PTX, "ptx_ratio": 3, "minibatches": 2}), [[5, 6, 4]])

@@ -15,19 +15,23 @@ from pipeline.data.messages import Message, message
 from pipeline.errors import UserError
 from pipeline.process.progress import say
 
-_MARK = "\U0010ffff"  # no character: Unicode keeps it out of texts
+_MARK = "\U0010ffff"  # no character: Unicode keeps it out of texts, and `_spelled` out of the rest
 
 
 def marked(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
     """The messages, with a mark in the place of every special token that their words spell."""
+    return [message(item["role"], _spelled(tokenizer, item["content"])) for item in messages]
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that no template writes, such as a document: no special token among them."""
+    return token_ids(tokenizer, _spelled(tokenizer, text))
+
+
+def _spelled(tokenizer: Any, words: str) -> str:
     pattern, numbers = _specials(tokenizer, len(tokenizer))
-    return [
-        message(
-            item["role"],
-            pattern.sub(lambda m: f"{_MARK}{numbers[m[0]]}{_MARK}", item["content"]),
-        )
-        for item in messages
-    ]
+    words = words.replace(_MARK, "\ufffd")  # a mark of theirs would pass for one of ours
+    return pattern.sub(lambda m: f"{_MARK}{numbers[m[0]]}{_MARK}", words)
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.evaluation import EvalConfig
 from pipeline.data.forms import load_demonstrations, load_texts
+from pipeline.data.literals import text_ids
 from pipeline.data.template import encode_demonstration
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics
@@ -72,7 +73,7 @@ def text_perplexities(
         return {}
     texts = load_texts(config.pretraining)[: config.pretraining_limit]
     encoded = [
-        [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id][
+        [*text_ids(tokenizer, text), tokenizer.eos_token_id][
             : min(config.pretraining_max_length, context(models))
         ]
         for text in texts

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import PPOConfig, Reward
 from pipeline.data.forms import load_texts
+from pipeline.data.literals import text_ids
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.errors import UserError
 from pipeline.models.adapters import add_lora, scorers_on
@@ -189,8 +190,7 @@ def _ptx(
     if config.ptx_data is None:
         return None
     texts = [
-        tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-        for text in load_texts(config.ptx_data)
+        text_ids(tokenizer, text) + [tokenizer.eos_token_id] for text in load_texts(config.ptx_data)
     ]
     rows = [ids[: config.ptx_max_length] for ids in texts if len(ids) > 1]
     processes, mine = accelerator.num_processes, accelerator.process_index
