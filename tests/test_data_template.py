@@ -427,7 +427,8 @@ def test_thinking_stays_among_the_tokens_and_out_of_the_text(reply, tokens):
         (CHATML, "  a \n", "  a \n"),
         (QWEN3, "the tag </think> closes", "the tag </think> closes"),
         (OPENED, "hm</think>\n\na", "a"),
-        (OPENED, "hm, cut off", "hm, cut off"),
+        (OPENED, "hm, cut off", ""),
+        (OPENED, "\n</think>\n\na", "a"),
     ],
 )
 def test_what_a_response_says(template, said, text):

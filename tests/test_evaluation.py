@@ -206,7 +206,8 @@ def test_a_damaged_result_is_named(tmp_path):
 
 
 def test_references_must_be_there():
-    assert references([{"a": "x"}], "a") == ["x"]
+    rows = [{"a": "x"}, {"a": "<think>hm</think>\n\ny"}]
+    assert references(rows, "a") == ["x", "y"]  # as responses are read
     with pytest.raises(UserError, match="prompt 2 has no text under the key 'a'"):
         references([{"a": "x"}, {"b": "y"}], "a")
 
@@ -246,8 +247,9 @@ def test_a_judge_that_reads_a_column_gets_the_rankings_rows_or_is_left_out(monke
         return [float(r == row["answer"]) for r, row in zip(responses, rows, strict=True)]
 
     judge = load_judge(small_run.install(monkeypatch, small_run.judge_module(score=score)))
+    thought = "<think>\nw2\n</think>\n\nw1"
     item = Scored(
-        "p", ["w1", "w2"], [1, 2], lengths=[2, 2], scores=[1.0, 0.0], row={"answer": "w1"}
+        "p", [thought, "w2"], [1, 2], lengths=[2, 2], scores=[1.0, 0.0], row={"answer": "w1"}
     )
     assert labels([item], judge)["ceiling"] == 1.0
     for row, why in ((None, "published without their rows"), ({}, "KeyError: 'answer'")):

@@ -113,20 +113,24 @@ def response_text(tokenizer: Any, response: Sequence[int]) -> str:
     """What a response says to rewards, judges, labelers and people: its words after any thinking.
 
     Special tokens and a block of thinking at the start, `<think>...</think>`, are left out of the text and
-    stay among the tokens, which is what models are trained on and score. A block that is not closed says
-    nothing. Where the template itself opens the block in the prompt, what closes it is enough.
+    stay among the tokens, which is what models are trained on and score. Where the template itself opens
+    the block in the prompt, every response begins inside it. A block that is not closed says nothing.
     """
     marks = {"<think>", "</think>"} & set(tokenizer.all_special_tokens)
     if marks:  # they would be gone with the other special tokens
         gone = set(tokenizer.all_special_ids) - set(tokenizer.convert_tokens_to_ids(sorted(marks)))
         response = [token for token in response if token not in gone]
     text = tokenizer.decode(response, skip_special_tokens=not marks)
-    thought, closed, said = text.partition("</think>")
-    opened = thought.lstrip().startswith("<think>")
-    if closed and not opened:
-        asked = _render(tokenizer, [message("user", _PROBE)], True)
-        opened = asked.rstrip().endswith("<think>")
-    return said.lstrip() if closed and opened else "" if opened else text
+    opens = "<think>" in str(tokenizer.chat_template) and _render(
+        tokenizer, [message("user", _PROBE)], True
+    ).rstrip().endswith("<think>")
+    return without_thinking(text, inside=opens)
+
+
+def without_thinking(text: str, inside: bool = False) -> str:
+    """`response_text` of a response that is text already; `inside`: it begins in the block."""
+    thought, _, said = text.partition("</think>")
+    return said.lstrip() if inside or thought.lstrip().startswith("<think>") else text
 
 
 def well_formed(tokenizer: Any, response: Sequence[int], markers: Sequence[str]) -> bool:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.evaluation import EvalConfig, Split
 from pipeline.data.forms import Prompt, load_prompts
 from pipeline.data.messages import prompt_text
-from pipeline.data.template import encode_prompt
+from pipeline.data.template import encode_prompt, without_thinking
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics, tallies
 from pipeline.evaluation.judges import Judge, load_judge
@@ -195,7 +195,7 @@ def references(rows: Sequence[dict], key: str) -> list[str]:
     for i, row in enumerate(rows):
         if not isinstance(row.get(key), str):
             raise UserError(f"eval: reference: prompt {i + 1} has no text under the key {key!r}")
-    return [row[key] for row in rows]
+    return [without_thinking(row[key]) for row in rows]
 
 
 def _scores(
@@ -272,8 +272,8 @@ def labels(items: list[Scored], judge: Judge | None) -> dict[str, Any]:
 def _grades(item: Scored, judge: Judge) -> list[float]:
     if item.row is None:
         raise UserError("this reward model was published without their rows")
-    k = len(item.responses)
-    return judge.score([item.prompt] * k, item.responses, [item.row] * k, [True] * k)
+    k, texts = len(item.responses), [without_thinking(text) for text in item.responses]
+    return judge.score([item.prompt] * k, texts, [item.row] * k, [True] * k)
 
 
 def _reward_model(
