@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pandas
 import pytest
 
@@ -317,6 +318,8 @@ def test_memory_holds_columns_rows_or_a_dataset():
         ({"a": [1], "b": [1, 2]}, "columns of different lengths"),
         ({"a": "text"}, "column `a` is a text"),
         ({"a": 1}, "column `a` is a number"),
+        (iter([GOOD]), "rows that can be read only once; give a list"),
+        ({"a": map(str, [1])}, "column `a` is map"),
     ],
 )
 def test_memory_of_another_shape_is_an_error(source, reason):
@@ -333,6 +336,18 @@ def test_a_data_frame_is_rows(tmp_path):
         read = load_demonstrations(source)
         assert [item.messages[-1]["content"] for item in read] == ["a", "3"]
     assert "Series" in failure(load_demonstrations, frame["messages"])
+
+
+def test_columns_of_arrays_are_plain_values():
+    columns = {
+        "prompt": numpy.array(["q", "r"]),
+        "completion": pandas.Series(["a", "b"]),
+        "label": numpy.array([True, False]),
+        "scores": [[1, 2], [3, 4]],
+    }
+    assert [item.messages[-1]["content"] for item in load_demonstrations(columns)] == ["a"]
+    ranked = {"prompt": ["q"], "answers": [["a", "b"]], "ranks": numpy.array([[1, 2]])}
+    assert load_rankings(ranked)[0].ranks == [1, 2]
 
 
 def test_memory_errors_name_the_row():
@@ -396,6 +411,7 @@ def test_a_share_of_bad_rows_may_be_allowed_and_is_counted(tmp_path):
         ("a.jsonl", b"\x1f\x8b\x08\x00", "packed by gzip; unpack it first"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
+        ("a.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8"),
         ("a.bin", b"", "unknown kind of file"),
     ],
 )

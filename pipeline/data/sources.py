@@ -85,15 +85,16 @@ def rows_from_memory(dataset: Any) -> list[Row]:
 def _scan_memory(dataset: Any) -> Iterator[Row]:
     if type(dataset).__module__.partition(".")[0] == "pandas":
         dataset = _from_frame(dataset)
-    if isinstance(dataset, dict):
-        dataset = _from_columns(dataset)
     if isinstance(dataset, str | bytes | PathLike):
         raise UserError(f"dataset: {str(dataset)[:80]!r} is a text; give a file as Data(path=...)")
+    if isinstance(dataset, Iterator):
+        raise UserError("dataset: rows that can be read only once; give a list of them")
     if not isinstance(dataset, Iterable):
         raise UserError(
             f"dataset: {kind(dataset)}, not a dict of columns, a list of dicts, a Dataset or a DataFrame"
         )
-    for number, values in enumerate(dataset, 1):
+    rows = _from_columns(dataset) if isinstance(dataset, dict) else dataset
+    for number, values in enumerate(rows, 1):
         if not isinstance(values, dict):
             raise UserError(
                 f"dataset: row {number} is {kind(values)}; a row is a dict such as "
@@ -116,9 +117,12 @@ def _from_columns(columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if any(hasattr(column, "column_names") for column in columns.values()):
         raise UserError(f"dataset: several splits ({', '.join(columns)}); give one of them")
     for name, column in columns.items():
-        if isinstance(column, str | bytes) or not isinstance(column, Iterable):
+        if isinstance(column, str | bytes | Iterator) or not isinstance(column, Iterable):
             raise UserError(f"dataset: column `{name}` is {kind(column)}, not a list of values")
-    lists = {name: list(column) for name, column in columns.items()}
+    lists = {  # of arrays plain values: a numpy False is not False
+        name: column.tolist() if hasattr(column, "tolist") else list(column)
+        for name, column in columns.items()
+    }
     lengths = {name: len(column) for name, column in lists.items()}
     if len(set(lengths.values())) > 1:
         raise UserError(f"dataset: columns of different lengths: {lengths}")

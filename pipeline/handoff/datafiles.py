@@ -84,6 +84,8 @@ def _looked_at(path: Path) -> Path:
     for begin, what in _NO_ROWS.items():
         if head.startswith(begin):
             raise UserError(f"{path}: {what}")
+    if b"\0" in head and path.suffix != ".parquet":
+        raise UserError(f"{path}: no text; if it is UTF-16: iconv -f UTF-16LE -t UTF-8 IN > OUT")
     return path
 
 
