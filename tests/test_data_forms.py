@@ -286,6 +286,15 @@ def test_a_hint_names_no_column_that_is_what_it_says():
     assert "is `responses` meant" not in str(error.value)
 
 
+@pytest.mark.parametrize("pair", [("output_1", "output_2"), ("response1", "response2")])
+def test_two_answers_are_no_misspelt_reply(pair):
+    row = {"instruction": "q", **dict.fromkeys(pair, "a"), "preference": 1}
+    with pytest.raises(UserError) as error:
+        load_demonstrations([row])
+    assert f"`{pair[0]}` and `{pair[1]}` are a comparison" in str(error.value)
+    assert "meant?" not in str(error.value)
+
+
 def test_thinking_beside_a_messages_content_is_put_before_it():
     for key in ("reasoning_content", "thinking"):
         said = [turns("q")[0], {"role": "assistant", "content": "a", key: "hm\n"}]

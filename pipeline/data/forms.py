@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from pipeline.data.meaning import check_whole, is_context, is_rejected
+from pipeline.data.meaning import check_whole, is_context, is_rejected, two_answers
 from pipeline.data.messages import (
     Message,
     is_transcript,
@@ -327,6 +327,9 @@ def _no_reply(values: dict[str, Any]) -> str:
     name = first_of(values, PROMPTS)
     if name in ("messages", "conversations"):
         return f"`{name}` does not end in an assistant message"
+    if pair := two_answers(values):
+        learn = f"to learn one's answers: columns: {{completion: {pair[0]}}}"
+        return f"`{pair[0]}` and `{pair[1]}` are a comparison, for the reward model; {learn}"
     return f"no reply to `{name}`: {missing(values, REPLIES)}"
 
 

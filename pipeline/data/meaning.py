@@ -18,6 +18,17 @@ _UNREAD = {
 
 _EMPTY = ("", "[]", "{}", "null")
 
+_ANSWERS = ("response", "output", "answer", "completion", "conversation")
+_ENDS = (("1", "2"), ("a", "b"), ("0", "1"))
+TWO = {
+    tuple(f"{stem}{dash}{shape(end)}" for end in ends): ends
+    for stem in _ANSWERS
+    for dash in ("_", "")
+    for ends in _ENDS
+    for shape in (str.lower, str.upper)
+}
+"""Pairs of columns -> the ends by which a verdict names them."""
+
 
 def check_whole(values: dict[str, Any]) -> None:
     """BadRow for a row whose text is only a part of it: pictures, tools, a tree."""
@@ -53,3 +64,8 @@ def is_context(turn: Any) -> bool:
     if weight not in (None, 0, 1):
         raise BadRow(f"a turn's `weight` is {weight!r}; 1 (learnt) and 0 (only read) are known")
     return weight == 0 or turn.get("train") is False
+
+
+def two_answers(values: dict[str, Any]) -> tuple[str, ...] | None:
+    """The columns of a row's two answers, such as `output_1` and `output_2`."""
+    return next((pair for pair in TWO if all(values.get(n) is not None for n in pair)), None)

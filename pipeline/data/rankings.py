@@ -27,6 +27,7 @@ from pipeline.data.forms import (
     missing,
     without_reply,
 )
+from pipeline.data.meaning import TWO, two_answers
 from pipeline.data.messages import Message
 from pipeline.data.problems import BadRow, Report, kind
 
@@ -117,21 +118,11 @@ def _pair(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | Non
 # --- two answers and a verdict --------------------------------------------------------------------
 
 VERDICTS = ("preference", "winner", "label", "better_response_id")
-ANSWERS = ("response", "output", "answer", "completion", "conversation")
-ENDS = (("1", "2"), ("a", "b"), ("0", "1"))
-_NAMES = {
-    tuple(f"{stem}{dash}{shape(end)}" for end in ends): ends
-    for stem in ANSWERS
-    for dash in ("_", "")
-    for ends in ENDS
-    for shape in (str.lower, str.upper)
-}
-"""Pairs of columns -> the ends by which a verdict names them."""
 
 
 def _verdict(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | None]] | None:
     """AlpacaEval's, LLMBar's, PandaLM's, PKU-SafeRLHF's and the Chatbot Arena's rows."""
-    names = next((pair for pair in _NAMES if all(values.get(n) is not None for n in pair)), None)
+    names = two_answers(values)
     column = first_of(values, VERDICTS)
     if names is None or (column is None and first_of(values, ("chosen", *LISTS))):
         return None
@@ -139,7 +130,7 @@ def _verdict(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | 
         raise BadRow(
             f"`{names[0]}` and `{names[1]}` without a verdict: {missing(values, VERDICTS)}"
         )
-    places = _places_of(values[column], column, _NAMES[names])
+    places = _places_of(values[column], column, TWO[names])
     before = without_reply(find_prompt(values) or [])
     return [complete(before, values[name], name) for name in names], places
 
