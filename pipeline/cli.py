@@ -14,6 +14,7 @@ from pipeline.config.load import AddSettings
 from pipeline.config.schema import StageConfig
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, sealed
+from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.lineage import inputs_of, why_stale
 from pipeline.handoff.remembered import Asked
 from pipeline.process import disk, faults, launch, memory, stopping
@@ -37,6 +38,12 @@ def main(stage: str, argv: list[str] | None = None) -> None:
         if args.force:
             if is_main_process():
                 run.start_again(config)
+        elif (
+            args.config is None
+            and (told := asked.replaces(stage))
+            and is_published(config.run / stage)
+        ):
+            raise UserError(f"{stage}: {told}; another --run, or --force")
         elif (reason := why_stale(stage, config, config.run)) is None:
             say(f"{stage}: up to date ({config.run / stage})")
             sys.exit(0)

@@ -2,7 +2,7 @@
 
 Whatever knows a step by its name reads it here. A step is added by an entry: the module that makes it
 (`python -m MODULE`), its config, and the steps it reads; keys of its config that name models, data or
-code say so themselves (`pipeline.config.schema.Reads`).
+code say so themselves (`pipeline.config.section.Reads`).
 """
 
 import importlib

@@ -16,7 +16,8 @@ from pipeline.config.load import (
     load_config,
     strict_yaml,
 )
-from pipeline.config.schema import BaseConfig, PPOConfig, RMConfig, Section, SFTConfig
+from pipeline.config.schema import BaseConfig, PPOConfig, RMConfig, SFTConfig
+from pipeline.config.section import Section
 from pipeline.errors import UserError
 from pipeline.steps import config_class, overrides, split_settings, stages
 

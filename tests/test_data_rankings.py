@@ -280,3 +280,20 @@ def test_dense_ranks_do_not_depend_on_the_first_rank(ranks, shift):
 
 def test_every_column_that_is_read_can_be_mapped():
     assert {*LISTS, "chosen", "rejected", "ranks", "scores", "preference"} <= STANDARD_COLUMNS
+
+
+def test_a_ranked_list_counts_before_a_pair_beside_it():
+    row = {
+        "prompt": "p",
+        "responses": ["a", "b", "c"],
+        "ranks": [2, 1, 3],
+        "chosen": "c",
+        "rejected": "b",
+    }
+    [found] = load_rankings([row, {**row, "prompt": "q"}])[:1]
+    assert (found.responses, found.ranks) == (["a", "b", "c"], [2, 1, 3])
+
+
+def test_a_number_beyond_every_float_is_a_bad_row():
+    with pytest.raises(UserError, match=r"row 1: `scores\[0\]` is too large, not a finite number"):
+        load_rankings([{"prompt": "p", "responses": ["a", "b"], "scores": [10**400, 1]}])

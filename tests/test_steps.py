@@ -364,3 +364,30 @@ def test_a_run_that_was_made_with_borrowed_stages_stays_so_by_its_name_alone():
     assert planning.to_run(planning.stale(Asked(b), ["sft", "rm", "ppo"])) == ["eval", "report"]
     assert planning.to_run(planning.stale(Asked(b), ["ppo"], ["rm"]))[0] == "rm"
     assert planning.to_run(planning.stale(Asked(b, borrow=RUN), ["rm", "ppo"]))[:2] == ["rm", "ppo"]
+
+
+def test_the_folder_of_checkpoints_is_the_same_by_any_name(tmp_path, monkeypatch):
+    everything()
+    with (RECIPE / "ppo.yaml").open("a") as file:
+        file.write("sample_prompts: {path: checkpoints/own/p.jsonl}\n")
+    write("checkpoints/own/p.jsonl", "{}\n")
+    make_what_is_stale()
+    assert plan() == []
+    monkeypatch.setenv("RLHF_CHECKPOINTS", str(tmp_path / "checkpoints"))
+    named = Asked(tmp_path / RUN, RECIPE)
+    assert planning.to_run(planning.stale(named, ["ppo", "eval", "report"])) == []
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_runs():
+    everything()
+    (RECIPE / "sft.yaml").write_text("model: /nowhere/model\ndata: {path: demonstrations.jsonl}\n")
+    with pytest.raises(UserError, match="/nowhere/model: no such model directory"):
+        plan("sft")
+
+
+def test_a_stage_s_own_command_replaces_nothing_by_a_setting_alone(capsys):
+    everything()
+    with pytest.raises(SystemExit) as end:
+        cli.main("ppo", ["--run", str(RUN), "ppo.seed=9"])
+    assert end.value.code == 2
+    assert "would be replaced by one from configs/tiny/ppo.yaml with SET" in capsys.readouterr().err

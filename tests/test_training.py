@@ -38,10 +38,7 @@ QUIET = {"wandb": {"mode": "disabled"}, "log_every": 1}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_models.policy(0).save_pretrained(folder)
-    tiny_models.tokenizer().save_pretrained(folder)
-    return str(folder)
+    return tiny_models.saved_policy(tmp_path_factory.mktemp("base"))
 
 
 def train_sft(base: str, run: Path, only: list[dict] = ROWS, **changes) -> Path:

@@ -1,5 +1,7 @@
 """Random models of a few thousand parameters and a word-level tokenizer, for tests in seconds."""
 
+from pathlib import Path
+
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -67,6 +69,13 @@ def reward(seed: int = 1, dtype=torch.float32, bias: float = 0.0) -> LlamaForSeq
     model = LlamaForSequenceClassification(llama_config(num_labels=1)).to(dtype).eval()
     model.config.reward_bias = bias
     return model
+
+
+def saved_policy(folder: Path) -> str:
+    """A policy and its tokenizer in a folder, as a stage takes them."""
+    policy(0).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pipeline import steps
 from pipeline.config.load import checkpoints_root, did_you_mean
-from pipeline.config.schema import Reads, Section, StageConfig
+from pipeline.config.schema import StageConfig
+from pipeline.config.section import Reads, Section
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, lineage
 from pipeline.handoff.artifacts import is_published
@@ -121,17 +122,15 @@ def check_replaced(plan: Plan) -> None:
     """UserError for a published stage that would be replaced by one of another file or setting, unless
     that was asked for: an edited file redoes it, another file is another run."""
     problems = []
-    for step in to_run(plan):
-        reason, before = plan.reasons[step] or "", plan.asked.memory.steps.get(step)
-        now = plan.asked.of(step) if step in steps.stages() else None
-        if now is None or step in plan.forced or before == now:
-            continue
-        if before is None and reason.startswith(_AFTER):
-            continue
-        if is_published(plan.run / step):
+    for step in set(to_run(plan)) & steps.stages().keys() - plan.forced:
+        reason, told = plan.reasons[step] or "", plan.asked.replaces(step)
+        if told is None and step not in plan.asked.memory.steps and not reason.startswith(_AFTER):
+            told = (
+                f"made from what the run does not remember, would be one from {plan.asked.of(step)}"
+            )
+        if told and is_published(plan.run / step):
             problems.append(
-                f"{plan.run / step}: made from {before or 'something that the run does not remember'}, "
-                f"would be replaced by one from {now} ({reason}).\n"
+                f"{plan.run / step}: {told} ({reason}).\n"
                 f"  Keep it: another RUN=. Replace it: FORCE={step}"
             )
     if problems:

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.schema import CodeName, Data, Positive, Section, Text
+from pipeline.config.schema import Data, Positive
+from pipeline.config.section import CodeName, Section, Text
 
 Split = Literal["test", "validation"]
 

@@ -194,6 +194,19 @@ def _relocated(value: Any) -> Any:
     return value
 
 
+def portable(value: Any) -> Any:
+    """`_relocated` undone: what lies below `checkpoints_root()`, by whatever name of that folder, as
+    `checkpoints/...`."""
+    if isinstance(value, dict):
+        return {key: portable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [portable(inner) for inner in value]
+    for root in (checkpoints_root(), checkpoints_root().resolve()):
+        if isinstance(value, str) and value.startswith(f"{root}/"):
+            return f"{CHECKPOINTS}/{value.removeprefix(f'{root}/')}"
+    return value
+
+
 def _defaults_as_text(cls: type[BaseModel]) -> dict[str, str]:
     """Defaults that are paths: strict JSON validation wants even those as text."""
     fields = cls.model_fields.items()

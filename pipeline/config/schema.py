@@ -4,79 +4,26 @@ One flat YAML file a stage; unknown keys, duplicate keys and values out of range
 `pipeline.config.load`). Defaults follow InstructGPT (arXiv 2203.02155) where it names a value.
 """
 
-from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
 
-AnyPath = Annotated[Path, Field(strict=False)]
-"""A path, or the text of one."""
+from pipeline.config.section import (
+    AnyPath,
+    CodeName,
+    DataName,
+    File,
+    ModelName,
+    Reads,
+    Section,
+    Text,
+)
+
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["constant", "linear", "cosine"]
-
-
-class Reads(Enum):
-    """What the text under a key names: what is behind it decides whether a result is up to date."""
-
-    DATA = "a file of rows, a folder of them, or a hub id"
-    MODEL = "a folder of weights, a hub id, or a stage of this run"
-    CODE = "a module, or a function in one as module:function"
-    FILE = "a file"
-    NOTHING = "nothing on a disk"
-
-
-DataName = Annotated[str, Reads.DATA]
-ModelName = Annotated[str, Reads.MODEL]
-CodeName = Annotated[str, Reads.CODE]
-File = Annotated[AnyPath, Reads.FILE]
-Text = Annotated[str, Reads.NOTHING]
-
-
-class Section(BaseModel):
-    """A strict group of keys: a key that nobody declared is an error, and so is a number in quotes.
-
-    Every key that holds text says what it names (`Reads`), or its class is refused here: a forgotten
-    one would have a stale result called up to date.
-    """
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        for name, field in cls.model_fields.items():
-            if reads(field) is None and {str, Path} & set(_parts(field)):
-                raise TypeError(f"{cls.__name__}.{name}: say what this text names: see `Reads`")
-
-    def references(self) -> Iterator[tuple["Section", Reads, str]]:
-        """Every text of these keys and of those in them: the group it stands in, what it names, itself."""
-        for name, field in type(self).model_fields.items():
-            pending = [getattr(self, name)]
-            while pending:
-                value = pending.pop(0)
-                if isinstance(value, Section):
-                    yield from value.references()
-                elif isinstance(value, list | dict):
-                    pending += value.values() if isinstance(value, dict) else value
-                elif isinstance(value, str | Path) and (kind := reads(field)) is not None:
-                    yield self, kind, str(value)
-
-
-def reads(field: FieldInfo) -> Reads | None:
-    """What a key's text names; None when nobody said so."""
-    return next((part for part in _parts(field) if isinstance(part, Reads)), None)
-
-
-def _parts(field: FieldInfo) -> list[Any]:
-    """All that a key's annotation is made of, metadata included."""
-    found: list[Any] = [*field.metadata, field.annotation]
-    for part in found:
-        found += get_args(part)
-    return found
 
 
 class Data(Section):

@@ -13,7 +13,7 @@ The prompt stands in any of the columns of `pipeline.data.forms`. Where ranks an
 there, ranks count. A response whose rank or score is null was not judged and is left out.
 """
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,8 +62,9 @@ def load_rankings(source: Any, notes: list[str] | None = None) -> list[Ranking]:
 
 def ranking(values: dict[str, Any], where: str, report: Report) -> Ranking | None:
     """One row's ranking, or None (counted in the report) if it compares nothing."""
-    read = _pair if first_of(values, ("chosen", "rejected")) else _list
-    conversations, places = _verdict(values) or read(values)
+    ordered = first_of(values, LISTS) and first_of(values, ("ranks", "scores"))
+    read = _pair if first_of(values, ("chosen", "rejected")) and not ordered else _list
+    conversations, places = (None if ordered else _verdict(values)) or read(values)
     prompts = [conversation[:-1] for conversation in conversations]
     if any(prompt != prompts[0] for prompt in prompts):
         raise BadRow("the responses do not share a prompt")
@@ -208,8 +209,9 @@ def _number(value: Any, name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"`{name}` is {kind(value)}, expected a number")
-    if not math.isfinite(value):
-        raise BadRow(f"`{name}` is {value}, not a finite number")
+    if not abs(value) <= sys.float_info.max:  # NaN, and integers beyond floats
+        shown = value if isinstance(value, float) else "too large"
+        raise BadRow(f"`{name}` is {shown}, not a finite number")
     return value
 
 

@@ -19,8 +19,9 @@ from pydantic import BaseModel
 
 from pipeline import steps
 from pipeline.config.evaluation import EvalConfig
-from pipeline.config.load import checkpoints_root, differences
-from pipeline.config.schema import Data, Reads, Section, StageConfig
+from pipeline.config.load import checkpoints_root, differences, portable
+from pipeline.config.schema import Data, StageConfig
+from pipeline.config.section import Reads, Section
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, datafiles
 from pipeline.handoff.artifacts import is_published
@@ -85,13 +86,15 @@ def recorded(name: str, run: Path, output: Path | None = None) -> Identity | Non
             return None
         manifest = artifacts.read_listing(place.parent, name)
         parents = {n: link.manifest_sha256 for n, link in manifest.parents.items()}
-        return Identity(_deciding(step.config, manifest.config), parents, manifest.inputs)
+        inputs = {portable(name): value for name, value in manifest.inputs.items()}
+        return Identity(_deciding(step.config, manifest.config), parents, inputs)
     if not place.is_file():
         return None
     if step.kind == "result":
         done = read_json(place)
         parents = {n: made["manifest_sha256"] for n, made in done.get("artifacts", {}).items()}
-        return Identity(done.get("config", {}), parents, done.get("inputs", {}))
+        inputs = {portable(name): value for name, value in done.get("inputs", {}).items()}
+        return Identity(_deciding(step.config, done.get("config", {})), parents, inputs)
     found = re.search(_PAGE_MARK.format("(.*?)"), place.read_text(encoding="utf-8"))
     return Identity(**json.loads(html.unescape(found[1]))) if found else Identity({}, {}, {})
 
@@ -109,8 +112,10 @@ def identity(name: str, config: BaseModel | None, run: Path) -> Identity:
         fresh, _ = fresh_stages(find_stages(run))
         parents = {n: stage.manifest_sha256 for n, stage in fresh.items()}
     if step.kind == "page":
-        return Identity(values, parents, _hashed(page_sources(run)))
-    return Identity(values, parents, inputs_of(config) if isinstance(config, Section) else {})
+        inputs = _hashed(page_sources(run))
+    else:
+        inputs = inputs_of(config) if isinstance(config, Section) else {}
+    return Identity(values, parents, {portable(name): value for name, value in inputs.items()})
 
 
 def page_sources(run: Path) -> list[Path]:
@@ -122,7 +127,7 @@ def page_sources(run: Path) -> list[Path]:
 def _deciding(kind: type[BaseModel] | None, config: dict[str, Any]) -> dict[str, Any]:
     """A resolved config without the keys that decide nothing of the result."""
     cosmetic: set[str] = getattr(kind, "cosmetic", set())
-    return {key: value for key, value in config.items() if key not in cosmetic}
+    return {key: portable(value) for key, value in config.items() if key not in cosmetic}
 
 
 # --- earlier artifacts ----------------------------------------------------------------------------
@@ -185,13 +190,15 @@ def data_fingerprint(data: Data) -> dict[str, str]:
 
 
 def missing_data(config: Section, coming: list[Path]) -> list[str]:
-    """What is wrong with the data paths of a config, those below `coming` directories excepted."""
+    """What is wrong with a config's paths of data and models, those below `coming` directories excepted."""
     problems = []
     for _, kind, name in config.references():
         path = Path(name)
         awaited = any(folder == path or folder in path.parents for folder in coming)
         if kind is Reads.DATA and not awaited and (problem := datafiles.problem(name)):
             problems.append(problem)
+        if kind is Reads.MODEL and not awaited and name not in steps.stages():
+            problems += [] if path.is_dir() or not _meant_as_path(name) else [_no_model(name)]
     return problems
 
 
@@ -212,9 +219,18 @@ def _model(name: str) -> dict[str, str]:
         return {}  # a parent
     if path.is_dir():
         return _hashed(list(_visible(path)))
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such model directory")
+    if _meant_as_path(name):
+        raise UserError(_no_model(name))
     return {name: name}
+
+
+def _meant_as_path(name: str) -> bool:
+    """Whether a model that is not there was meant as a folder and not as a hub id."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
+def _no_model(name: str) -> str:
+    return f"{name}: no such model directory"
 
 
 def _visible(folder: Path) -> Iterator[Path]:

@@ -109,6 +109,15 @@ class Asked:
             of_recipe=before.of_recipe if before else self.recipe.as_posix(),
         )
 
+    def replaces(self, name: str) -> str | None:
+        """What a step was made from and would be made from now, where the run remembers another thing."""
+        before, now = self.memory.steps.get(name), self.of(name)
+        return (
+            f"made from {before}, would be replaced by one from {now}"
+            if before and before != now
+            else None
+        )
+
 
 def _last_ones(words: Iterable[str]) -> list[str]:
     """`key=value` words, of those with the same key the last."""

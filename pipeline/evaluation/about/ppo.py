@@ -53,7 +53,7 @@ def _kl(record: Record) -> float | None:
 def verdict(record: Record, verdict: Verdict) -> None:
     """Score, judge, drift, answers, and what rang while it ran."""
     curve = record.curves["ppo"]
-    if scores := ends(curve, "objective/scores"):
+    if (scores := ends(curve, "objective/scores")) and len(curve) > 1:
         verdict.grade(
             scores[1] > scores[0],
             f"The score it optimises went from {scores[0]:.3f} to {scores[1]:.3f} (bad unless it rises).",
