@@ -5,26 +5,26 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from pipeline import steps
-from pipeline.config.load import config_hash, differences
+from pipeline.config.load import config_hash
 from pipeline.config.schema import Data, PPOConfig, StageConfig
 from pipeline.data.sources import rows_from_memory
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, sealed
 from pipeline.handoff.artifacts import RECORDS, Lock, Manifest, Parent, is_published
-from pipeline.handoff.lineage import inputs_of, parents_of, why_stale
+from pipeline.handoff.lineage import Identity, deciding, inputs_of, parents_of, why_stale
 from pipeline.handoff.remembered import Made, note
 from pipeline.process import faults
 from pipeline.process.files import remove, write_atomically
 from pipeline.process.progress import is_main_process
 from pipeline.tracking.tracker import Tracker
 
-IDENTITY = "run.json"
+IDENTITY = "made_from.json"
 _SCRATCH = ("output", "trainer")  # of no use to a run that goes on
 _UNRANKED = ("to_rank.jsonl", "ranked.jsonl")  # samples, and what a labeler had not finished
 _TRANSIENT = {*RECORDS, *_SCRATCH, *_UNRANKED, IDENTITY, "wandb_id"}
@@ -212,11 +212,8 @@ class StageRun:
 
     def _prepare_work(self) -> None:
         """Keep what an interrupted run of the same kind left; refuse what another kind left."""
-        identity = {
-            "config": self.config.model_dump(mode="json"),
-            "inputs": self.inputs,
-            "parents": _hashes(self.links),
-        }
+        values = deciding(type(self.config), self.config.model_dump(mode="json"))
+        identity = Identity(values, _hashes(self.links), self.inputs)
         sealed.sweep(self.work)
         before = _read_identity(self.work / IDENTITY)
         if before is None and sealed.states(self.work):
@@ -224,7 +221,7 @@ class StageRun:
                 f"{self.work / IDENTITY}: missing or unreadable: nobody can tell which config the "
                 f"states beside it belong to. {_start_again(self.stage)}"
             )
-        if before and (told := self._told(before, identity)):
+        if before and (told := list(before.differences(identity))):
             if any(entry.name not in _TRANSIENT for entry in self.work.iterdir()):
                 raise UserError(_refusal(self.work, told, self.stage))
             remove(self.work)
@@ -234,15 +231,7 @@ class StageRun:
         if not sealed.states(self.work):
             for name in (*RECORDS, "wandb_id"):
                 (self.work / name).unlink(missing_ok=True)
-        write_atomically(self.work / IDENTITY, json.dumps(identity, indent=1))
-
-    def _told(self, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-        """What decides the result and differs between the interrupted run and this one."""
-        return [
-            *differences(before["config"], now["config"], skip=self.config.cosmetic),
-            *(f"{what} has changed" for what in _changed_names(before["inputs"], now["inputs"])),
-            *(f"{what} has changed" for what in _changed_names(before["parents"], now["parents"])),
-        ]
+        write_atomically(self.work / IDENTITY, json.dumps(asdict(identity), indent=1))
 
     def _unlock(self) -> None:
         if self.main:
@@ -294,12 +283,11 @@ def _start_again(stage: str) -> str:
     return f"FORCE={stage} (--force) starts again."
 
 
-def _read_identity(path: Path) -> dict[str, Any] | None:
+def _read_identity(path: Path) -> Identity | None:
     try:
-        identity = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return Identity(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return None
-    return identity if isinstance(identity, dict) else None
 
 
 def _refusal(work: Path, told: list[str], stage: str) -> str:

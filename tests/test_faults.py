@@ -388,7 +388,7 @@ def test_ctrl_c_twice_ends_at_once_and_says_so(project, stage):
 def test_ctrl_c_while_nothing_trains_says_what_is_saved(project):
     fault = ",".join(["sft:eval:0:slow"] * 3)
     child = project.start("sft", "ctrl-c-before", fault=fault)
-    wait_for(project.work("ctrl-c-before", "sft") / "run.json")
+    wait_for(project.work("ctrl-c-before", "sft") / "made_from.json")
     time.sleep(0.5)
     child.signal(signal.SIGINT)
     outcome = child.wait()

@@ -230,8 +230,8 @@ def test_cut_off_while_publishing_the_artifact_is_whole_and_nothing_is_left(
 
 def test_states_without_the_config_they_belong_to_are_not_used(tmp_path):
     config = config_of(tmp_path, "sft")
-    (interrupted(config) / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run.json: missing or unreadable.*FORCE=sft"):
+    (interrupted(config) / "made_from.json").write_text("{")
+    with pytest.raises(UserError, match=r"made_from.json: missing or unreadable.*FORCE=sft"):
         StageRun(config).__enter__()
 
 

@@ -42,17 +42,21 @@ class Identity:
     parents: dict[str, str]
     inputs: dict[str, str]
 
+    def differences(self, now: "Identity") -> Iterator[str]:
+        """What another one has differently, a line each."""
+        yield from differences(self.config, now.config)
+        for mine, theirs in ((self.parents, now.parents), (self.inputs, now.inputs)):
+            for name in dict.fromkeys([*mine, *theirs]):
+                if mine is self.parents and name not in theirs:
+                    yield f"{name} is not there"
+                elif mine.get(name) != theirs.get(name):
+                    yield f"{name} has changed"
+
     def differs(self, now: "Identity") -> str | None:
-        """What another one has differently, in words; None when nothing."""
+        """The same in a few words: all of the config, else the first; None when nothing."""
         if told := differences(self.config, now.config):
             return "config: " + "; ".join(told)
-        for name in dict.fromkeys([*self.parents, *now.parents]):
-            if name not in now.parents:
-                return f"{name} is not there"
-            if self.parents.get(name) != now.parents[name]:
-                return f"{name} has changed"
-        told = differences(self.inputs, now.inputs)
-        return f"{told[0].partition(': ')[0]} has changed" if told else None
+        return next(self.differences(now), None)
 
     def mark(self) -> str:
         """A line for the head of a page, found again by `recorded`."""
@@ -87,14 +91,14 @@ def recorded(name: str, run: Path, output: Path | None = None) -> Identity | Non
         manifest = artifacts.read_listing(place.parent, name)
         parents = {n: link.manifest_sha256 for n, link in manifest.parents.items()}
         inputs = {portable(name): value for name, value in manifest.inputs.items()}
-        return Identity(_deciding(step.config, manifest.config), parents, inputs)
+        return Identity(deciding(step.config, manifest.config), parents, inputs)
     if not place.is_file():
         return None
     if step.kind == "result":
         done = read_json(place)
         parents = {n: made["manifest_sha256"] for n, made in done.get("artifacts", {}).items()}
         inputs = {portable(name): value for name, value in done.get("inputs", {}).items()}
-        return Identity(_deciding(step.config, done.get("config", {})), parents, inputs)
+        return Identity(deciding(step.config, done.get("config", {})), parents, inputs)
     found = re.search(_PAGE_MARK.format("(.*?)"), place.read_text(encoding="utf-8"))
     return Identity(**json.loads(html.unescape(found[1]))) if found else Identity({}, {}, {})
 
@@ -102,7 +106,7 @@ def recorded(name: str, run: Path, output: Path | None = None) -> Identity | Non
 def identity(name: str, config: BaseModel | None, run: Path) -> Identity:
     """What a step would be made from now. UserError for a file that is not there."""
     step = steps.TABLE[name]
-    values = {} if config is None else _deciding(type(config), config.model_dump(mode="json"))
+    values = {} if config is None else deciding(type(config), config.model_dump(mode="json"))
     if isinstance(config, StageConfig):
         made = {n: path for n, path in parents_of(config).items() if is_published(path)}
         parents = {n: artifacts.manifest_hash(path) for n, path in made.items()}
@@ -124,7 +128,7 @@ def page_sources(run: Path) -> list[Path]:
     return [path for name in names if (path := run / name).is_file()]
 
 
-def _deciding(kind: type[BaseModel] | None, config: dict[str, Any]) -> dict[str, Any]:
+def deciding(kind: type[BaseModel] | None, config: dict[str, Any]) -> dict[str, Any]:
     """A resolved config without the keys that decide nothing of the result."""
     cosmetic: set[str] = getattr(kind, "cosmetic", set())
     return {key: portable(value) for key, value in config.items() if key not in cosmetic}
