@@ -379,10 +379,12 @@ def test_the_folder_of_checkpoints_is_the_same_by_any_name(tmp_path, monkeypatch
 
 
 def test_a_model_that_is_not_there_is_told_before_anything_runs():
-    everything()
-    (RECIPE / "sft.yaml").write_text("model: /nowhere/model\ndata: {path: demonstrations.jsonl}\n")
-    with pytest.raises(UserError, match="/nowhere/model: no such model directory"):
-        plan("sft")
+    """Of a step that comes last, when nothing has been made yet."""
+    with (RECIPE / "ppo.yaml").open("a") as file:
+        file.write("rewards: [{model: /nowhere/judge}]\n")
+    with pytest.raises(UserError, match="ppo: /nowhere/judge: no such model directory"):
+        plan("ppo")
+    assert plan("sft") == ["base", "sft"]
 
 
 def test_a_stage_s_own_command_replaces_nothing_by_a_setting_alone(capsys):
