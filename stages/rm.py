@@ -33,9 +33,9 @@ from pipeline.evaluation.rankings import Scored, measure, write_scored
 from pipeline.feedback.comparisons import sampled_rankings
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import ADAPTER, add_lora, merged, save_adapter
+from pipeline.models.causal import places
 from pipeline.models.device import device
-from pipeline.models.forward import score_head, score_sequences
-from pipeline.models.generation import places
+from pipeline.models.forward import layout, score_head, score_sequences
 from pipeline.models.loading import load_tokenizer, prepare_cpu, reward_from_policy
 from pipeline.models.tokens import pad_id
 from pipeline.process import faults
@@ -95,9 +95,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
 
         checkpoint.seed_everything(config.seed)
         model = reward_from_policy(sft, tokenizer).to(device())
-        check_length(
-            model, [ids for row in training_rows + held_out_rows for ids in row["sequences"]]
-        )
+        check_length(model, *_apart(training_rows + held_out_rows))
         before = measure(_score(model, tokenizer, held_out_rows))
         trainer = KwiseTrainer(
             model=_trainable(model, config),
@@ -110,7 +108,10 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
             ),
             data_collator=KwiseCollator(pad_id(tokenizer)),
             train_dataset=Dataset.from_list(
-                [{name: row[name] for name in ("sequences", "ranks")} for row in training_rows]
+                [
+                    {"prompt": row["prompt_ids"], "responses": row["ids"], "ranks": row["ranks"]}
+                    for row in training_rows
+                ]
             ),
             processing_class=tokenizer,
         )
@@ -163,7 +164,7 @@ def _encode(
     config: RMConfig,
     too_long: float | None = None,
 ) -> tuple[list[dict], int]:
-    """Rows of K token sequences and their ranks, and how many responses are over `max_length`.
+    """Rows of a prompt's ids, those of K responses and their ranks, and how many responses are over `max_length`.
 
     Those go (UserError above a share `too_long`); so do those whose ids equal another's of the prompt,
     and then prompts that are left with fewer than two responses or with nothing but ties.
@@ -174,10 +175,10 @@ def _encode(
         prompt, encoded = encode_responses(tokenizer, ranking.messages, ranking.responses)
         kept: dict[tuple[int, ...], tuple[int, str]] = {}
         for response, own, rank in zip(ranking.responses, encoded, ranking.ranks, strict=True):
-            ids = (*prompt, *own)
-            lengths.append(len(ids))
+            ids, length = tuple(own), len(prompt) + len(own)
+            lengths.append(length)
             same += ids in kept
-            if len(ids) <= config.max_length:
+            if length <= config.max_length:
                 kept.setdefault(ids, (rank, response))
         ranks = [rank for rank, _ in kept.values()]
         if len(set(ranks)) < 2:
@@ -185,9 +186,9 @@ def _encode(
             continue
         rows.append(
             {
-                "sequences": [list(ids) for ids in kept],
+                "prompt_ids": prompt,
+                "ids": [list(ids) for ids in kept],
                 "ranks": ranks,
-                "prompt_length": len(prompt),
                 "prompt": ranking.messages[-1]["content"],
                 "responses": [text for _, text in kept.values()],
                 "row": ranking.row,
@@ -217,8 +218,8 @@ def _score(
             prompt=row["prompt"],
             responses=row["responses"],
             ranks=row["ranks"],
-            lengths=[len(ids) - row["prompt_length"] for ids in row["sequences"]],
-            scores=[next(scores) for _ in row["sequences"]],
+            lengths=[len(ids) for ids in row["ids"]],
+            scores=[next(scores) for _ in row["ids"]],
             row=row["row"],
         )
         for row in rows
@@ -227,8 +228,8 @@ def _score(
 
 def _apart(rows: list[dict]) -> tuple[list[list[int]], list[list[int]]]:
     """Ids of all prompts and of all responses, as often as there are responses."""
-    whole = [(ids, row["prompt_length"]) for row in rows for ids in row["sequences"]]
-    return [ids[:n] for ids, n in whole], [ids[n:] for ids, n in whole]
+    pairs = [(row["prompt_ids"], ids) for row in rows for ids in row["ids"]]
+    return [prompt for prompt, _ in pairs], [ids for _, ids in pairs]
 
 
 def _demonstration_mean(
@@ -239,11 +240,12 @@ def _demonstration_mean(
     items = load_demonstrations(source)[: config.demonstrations_limit]
     encoded = [encode_demonstration(tokenizer, item.messages) for item in items]
     limit = min(config.max_length, places(model))
-    room = [max(limit - len(response), 0) for _, response in encoded]
+    longest = min(limit - 1, layout(model).room(model, 1))  # a prompt has a token left at least
+    responses = [response[-longest:] for _, response in encoded]
     prompts = [
-        ids[len(ids) - min(n, len(ids)) :] for (ids, _), n in zip(encoded, room, strict=True)
+        ids[-(limit - len(response)) :]
+        for (ids, _), response in zip(encoded, responses, strict=True)
     ]
-    responses = [response[-limit:] for _, response in encoded]
     pad, bar = pad_id(tokenizer), "rm: scoring demonstrations"
     scores = score_sequences(model, prompts, responses, pad, progress=bar)
     return sum(scores) / len(scores)

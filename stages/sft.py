@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback
-from trl import SFTConfig as TRLConfig
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 
 from pipeline.config.schema import SFTConfig
 from pipeline.data.forms import Demonstration, load_demonstrations
@@ -31,21 +29,19 @@ from pipeline.data.template import (
     well_formed,
 )
 from pipeline.handoff import checkpoint
-from pipeline.models.adapters import add_lora, merged
+from pipeline.models.adapters import merged
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
 from pipeline.process import faults
 from pipeline.process.files import jsonl
-from pipeline.process.progress import say, tracked
+from pipeline.process.progress import tracked
 from pipeline.run import StageRun, given
-from pipeline.training.supervised import TokenTrainer, check_packing, packed
+from pipeline.training.supervised import check_packing, sft_trainer
 from pipeline.training.trainers import (
     Recorder,
     ShowsEvaluation,
-    arguments,
     check,
     check_length,
-    one_gpu,
     quiet,
     train,
 )
@@ -78,7 +74,9 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         quiet()
         prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
-        tokenizer = load_tokenizer(config.model, config.chat_template)
+        tokenizer = load_tokenizer(
+            config.model, config.chat_template, config.source_language, config.target_language
+        )
         policy = load_policy(config.model, tokenizer)
         if config.packing:
             check_packing(policy)
@@ -86,24 +84,9 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         training_rows, too_long = _encode(tokenizer, training, config, config.too_long)
         validation_rows, _ = _encode(tokenizer, held_out, config)
 
-        check_length(policy, [row["input_ids"] for row in training_rows + validation_rows])
-        rows = Dataset.from_list(training_rows)
-        if config.packing:
-            rows = packed(rows, config.max_length)
-            say(f"sft: {len(training_rows)} examples packed into {len(rows)} rows")
-        trainer = TokenTrainer(
-            model=add_lora(policy, config.lora, "CAUSAL_LM"),
-            args=one_gpu(
-                TRLConfig(
-                    **arguments(config, len(rows), stage.work),
-                    max_length=None,  # rows that are too long have been dropped
-                    padding_free=config.packing,
-                )
-            ),
-            train_dataset=rows,
-            eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
-            processing_class=tokenizer,
-        )
+        rows = training_rows + validation_rows
+        check_length(policy, [r["prompt"] for r in rows], [r["response"] for r in rows])
+        trainer = sft_trainer(config, policy, tokenizer, training_rows, validation_rows, stage.work)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(ShowsEvaluation("sft: held-out loss"))
         before = _validation_loss(trainer)
@@ -130,7 +113,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         )
 
 
-def _validation_loss(trainer: TokenTrainer) -> dict[str, float]:
+def _validation_loss(trainer: Trainer) -> dict[str, float]:
     """Mean nats per held-out response token; nothing when nothing is held out."""
     if trainer.eval_dataset is None:
         return {}
@@ -159,7 +142,7 @@ def _encode(
     config: SFTConfig,
     too_long: float | None = None,
 ) -> tuple[list[dict], int]:
-    """One row of `input_ids` and `labels` for every assistant turn to be learnt; the loss is on that
+    """One row of a `prompt` and its `response` for every assistant turn to be learnt; the loss is on that
     turn alone. And how many rows are left out as over `max_length`: UserError above a share `too_long`.
     """
     name = "held-out" if too_long is None else "training"
@@ -170,11 +153,11 @@ def _encode(
                 continue
             prompt, response = encode_demonstration(tokenizer, item.messages[: turn + 1])
             lengths.append(len(prompt) + len(response))
-            rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+            rows.append({"prompt": prompt, "response": response})
     limit, what = config.max_length, f"sft: {name} examples"
     tell_spelled(what, tokenizer, (m["content"] for item in items for m in item.messages))
     dropped = over_limit(what, lengths, "max_length", limit, too_long)
-    return [row for row in rows if len(row["input_ids"]) <= limit], dropped
+    return [row for row in rows if len(row["prompt"]) + len(row["response"]) <= limit], dropped
 
 
 def _write_demonstrations(path: Path, items: list[Demonstration]) -> None:

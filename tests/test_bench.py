@@ -50,9 +50,9 @@ def test_full_length_leaves_no_padding_among_responses():
 
 def test_all_pairs_of_a_ranking_the_better_first():
     (row,) = ranked(XS, prompts=1, k=4)
-    a, b, c, d = row.sequences
+    a, b, c, d = (row.prompt + response for response in row.responses)
     assert row.pairs == [(a, b), (a, c), (a, d), (b, c), (b, d), (c, d)]
-    assert all(sequence[-1] == EOS for sequence in row.sequences)
+    assert all(response[-1] == EOS for response in row.responses)
 
 
 def test_the_loss_of_a_demonstration_is_on_its_response():

@@ -81,7 +81,7 @@ def test_a_special_token_that_words_spell_is_told_by_the_stages(capsys):
     tokenizer = tiny_models.tokenizer()
     spelled = load_demonstrations([{"prompt": "w1 <end>", "completion": "w2 <bot>"}] * 3)
     rows, _ = sft._encode(tokenizer, spelled, SFTConfig(model="none"))
-    assert tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])[-3:] == ["w2", "<unk>", "<end>"]
+    assert tokenizer.convert_ids_to_tokens(rows[0]["response"])[-3:] == ["w2", "<unk>", "<end>"]
     compared = load_rankings([{"prompt": "w1 <end>", "chosen": "w2 <end>", "rejected": "w3"}])
     rm._encode(tokenizer, compared, RMConfig())
     assert capsys.readouterr().out.splitlines() == [

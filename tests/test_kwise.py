@@ -57,12 +57,14 @@ def test_the_gradient_is_that_of_separate_prompts():
 
 def test_collator_flattens_prompts_of_different_k():
     rows = [
-        {"sequences": [[1, 2, 3], [4]], "ranks": [1, 2]},
-        {"sequences": [[5, 6], [7, 8], [9]], "ranks": [2, 1, 2]},
+        {"prompt": [1], "responses": [[2, 3], [4]], "ranks": [1, 2]},
+        {"prompt": [3, 4], "responses": [[5, 6], [7, 8], [9]], "ranks": [2, 1, 2]},
     ]
     batch = KwiseCollator(pad_token_id=0)(rows)
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0], [7, 8, 0], [9, 0, 0]]
-    assert batch["attention_mask"].sum(1).tolist() == [3, 1, 2, 2, 1]
+    assert batch["queries"].tolist() == [[0, 1], [0, 1], [3, 4], [3, 4], [3, 4]]
+    assert batch["query_mask"].sum(1).tolist() == [1, 1, 2, 2, 2]
+    assert batch["responses"].tolist() == [[2, 3], [4, 0], [5, 6], [7, 8], [9, 0]]
+    assert batch["response_mask"].sum(1).tolist() == [2, 1, 2, 2, 1]
     assert batch["ranks"].tolist() == [1, 2, 2, 1, 2]
     assert batch["groups"].tolist() == [0, 0, 1, 1, 1]
 
@@ -75,7 +77,7 @@ def test_a_model_that_scores_everything_alike_has_half_of_the_pairs_right(tmp_pa
 
     model, tokenizer = tiny_models.reward(), tiny_models.tokenizer()
     model.score.weight.data.zero_()
-    rows = [{"sequences": [[2, 6, 3, 9], [2, 6, 3, 10], [2, 6, 3, 11]], "ranks": [1, 2, 3]}]
+    rows = [{"prompt": [2, 6, 3], "responses": [[9], [10], [11]], "ranks": [1, 2, 3]}]
     trainer = KwiseTrainer(
         model=model,
         args=RewardConfig(

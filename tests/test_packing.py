@@ -5,15 +5,11 @@ import torch
 
 import tiny_models
 from pipeline.models import packing
+from pipeline.models.causal import hidden_at, last_real, logits_at, needed, predicting
 from pipeline.models.forward import (
-    hidden_at,
-    last_real,
-    logits_at,
-    needed,
-    predicting,
     response_logprobs,
+    score_head,
     score_sequences,
-    scores_at,
 )
 from pipeline.models.packing import enable_packing, inner, pack, pack_if_possible, packs
 from pipeline.models.sequences import Sequences
@@ -93,7 +89,7 @@ def test_packed_scores_and_their_gradients_equal_padded_ones_in_float64(where):
     for packed in (False, True):
         if packed:
             enable_packing(model)
-        values = scores_at(model, IDS, MASK, where)
+        values = score_head(model)(hidden_at(model, IDS, MASK, where))
         found.append((values.detach(), _gradients(model, values.square().sum())))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-10, atol=1e-12)
     _close(found[1][1], found[0][1], 1e-9)
@@ -103,7 +99,7 @@ def test_scores_are_read_at_the_last_real_token_of_each_sequence():
     model = tiny_models.reward(1)
     enable_packing(model)
     assert last_real(MASK).long().argmax(1).tolist() == [9, 6, 10, 5, 7]
-    together = scores_at(model, IDS, MASK, last_real(MASK))
+    together = score_head(model)(hidden_at(model, IDS, MASK, last_real(MASK))).squeeze(1)
     alone = [
         score_sequences(model, [[]], [IDS[b][MASK[b].bool()].tolist()], pad_token_id=0)[0]
         for b in range(len(IDS))

@@ -302,7 +302,7 @@ def gpt2(folder: Path) -> str:
 def test_examples_longer_than_the_model_has_places_are_refused_with_the_length_to_set(tmp_path):
     model = gpt2(tmp_path / "gpt2")
     long = [{"prompt": "w1 " * 30, "completion": "w2 " * 60}] * 4
-    told = "max_length: the longest example has 93 tokens, GPT2LMHeadModel was made for 64"
+    told = "max_length: an example has 32 and 61 tokens, GPT2LMHeadModel was made for 64"
     with pytest.raises(UserError, match=told):
         train_sft(model, tmp_path, long)
     train_sft(model, tmp_path, long + ROWS, max_length=64, too_long=0.5)

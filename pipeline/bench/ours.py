@@ -112,7 +112,7 @@ def _reward_adapter(size: Size, lora: Lora) -> Path:
 def rm(size: Size, case: Case, turns: Turns) -> None:
     """Optimizer steps of the reward model's stage: one forward pass a response."""
     rows = [
-        {"sequences": row.sequences, "ranks": list(range(1, case.k + 1))}
+        {**vars(row), "ranks": list(range(1, case.k + 1))}
         for row in ranked(size, case.batch, case.k)
     ]
     config = RMConfig(batch_size=case.batch, max_steps=STEPS, learning_rate=LEARNING_RATE)

@@ -125,14 +125,9 @@ class Ranked:
     responses: list[list[int]]  # each ends with EOS
 
     @property
-    def sequences(self) -> list[list[int]]:
-        """Prompt and response, of each response."""
-        return [self.prompt + response for response in self.responses]
-
-    @property
     def pairs(self) -> list[tuple[list[int], list[int]]]:
         """All C(K, 2) (better, worse) sequences, as a trainer on pairs reads them."""
-        sequences = self.sequences
+        sequences = [self.prompt + response for response in self.responses]
         return [(a, b) for i, a in enumerate(sequences) for b in sequences[i + 1 :]]
 
 

@@ -160,9 +160,14 @@ class SFTConfig(StageConfig, Optimisation):
     stage: ClassVar[str] = "sft"
 
     model: ModelName
-    """Directory or hub id of the pretrained causal model."""
+    """Directory or hub id of the pretrained model, causal or encoder-decoder."""
     chat_template: File | None = None
-    """A jinja file; none = the tokenizer's own, or a plain User/Assistant template if it has none."""
+    """A jinja file; none = the tokenizer's own, or if it has none a plain User/Assistant template (for an
+    encoder-decoder, the words as they are)."""
+    source_language: Text | None = None
+    """What a model of several languages reads, by its tokenizer's code (mBART: en_XX; M2M100: en)."""
+    target_language: Text | None = None
+    """And what it writes; needed where a tokenizer has such codes."""
     data: Data | None = None
     """Demonstrations, in any of the forms of `pipeline.data.forms`; needed unless rows come in memory."""
     validation_data: Data | None = None

@@ -32,6 +32,16 @@ The reply begins on a line of its own, for a line break is a token boundary in e
 tokenizer, whereas "Assistant: " would leave a space that belongs to the reply's first token.
 """
 
+ENCODER_TEMPLATE = (
+    "{%% for message in messages %%}"
+    "{%% if message['role'] == 'assistant' and loop.last %%}{{ %(end)s + message['content'] + eos_token }}"
+    "{%% else %%}{{ '' if loop.first else eos_token }}{{ message['content'] }}{%% endif %%}"
+    "{%% endfor %%}"
+    "{%% if add_generation_prompt %%}{{ %(end)s }}{%% endif %%}"
+)
+"""For encoder-decoders without a template: the words alone, turns parted by EOS, and around them what the
+tokenizer puts around a text; then the reply, which the decoder writes."""
+
 DATE = datetime.date(2024, 7, 26)
 """Today, to a template that asks: the day that Llama 3.2's own falls back to."""
 _ASKS_TODAY = re.compile(r"strftime_now(?!\s+is\s+defined)")
@@ -40,7 +50,9 @@ _TODAY = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 _PROBE = "\u2042"  # an asterism: a reply that no template has reason to treat specially
 
 
-def prepare_tokenizer(tokenizer: Any, chat_template: Path | None = None) -> None:
+def prepare_tokenizer(
+    tokenizer: Any, chat_template: Path | None = None, encoder_decoder: bool = False
+) -> None:
     """Give a tokenizer, in place, what the stages need: a pad token and a working chat template.
 
     A template that writes today's date gets a fixed one in its place, and is saved with it: the ids of a
@@ -54,6 +66,8 @@ def prepare_tokenizer(tokenizer: Any, chat_template: Path | None = None) -> None
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         tokenizer.chat_template = _read_template(Path(chat_template))
+    elif not tokenizer.chat_template and encoder_decoder:
+        tokenizer.chat_template = _encoder_template(tokenizer)
     elif not tokenizer.chat_template:
         tokenizer.chat_template = _bos(tokenizer) + DEFAULT_TEMPLATE
     tokenizer.chat_template = _dated(tokenizer)
@@ -208,6 +222,21 @@ def _dated(tokenizer: Any) -> str:
             "chat template: write the date in the place of strftime_now (chat_template)"
         )
     return dated
+
+
+def around(tokenizer: Any, target: bool = False) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and after a text; `target`: one that a decoder writes."""
+    given = {"text_target" if target else "text": "a"}
+    whole = tokenizer(**given)["input_ids"]
+    bare = tokenizer(**given, add_special_tokens=False)["input_ids"]
+    at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:at], whole[at + len(bare) :]
+
+
+def _encoder_template(tokenizer: Any) -> str:
+    before, after = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in around(tokenizer))
+    start = f"{{{{ {json.dumps(before)} }}}}" if before else ""
+    return start + ENCODER_TEMPLATE % {"end": json.dumps(after or tokenizer.eos_token)}
 
 
 def _bos(tokenizer: Any) -> str:

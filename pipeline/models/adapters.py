@@ -20,7 +20,8 @@ ADAPTER = "adapter"
 
 
 def add_lora(model: Model, lora: Lora | None, task: str) -> Model:
-    """Wrap in a peft LoRA model (`task` CAUSAL_LM or SEQ_CLS), or return the model as it is.
+    """Wrap in a peft LoRA model (`task` CAUSAL_LM, of encoder-decoders too, or SEQ_CLS), or return the
+    model as it is.
 
     A sequence classifier's head trains in full beside its adapters.
     """
@@ -28,6 +29,8 @@ def add_lora(model: Model, lora: Lora | None, task: str) -> Model:
         return model
     from peft import get_peft_model  # slow to import, and only LoRA runs need it
 
+    if task == "CAUSAL_LM" and model.config.is_encoder_decoder:
+        task = "SEQ_2_SEQ_LM"
     try:
         return get_peft_model(model, _config(lora, task))
     except ValueError as error:  # nothing in the model has that name

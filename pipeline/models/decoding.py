@@ -10,18 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutput
 
-from pipeline.models.forward import accepts
+from pipeline.models.causal import accepts
+from pipeline.models.encoder_decoder import decoder_prefix, is_encoder_decoder
 from pipeline.models.packing import Model, inner, pack, packs
-from pipeline.models.tokens import position_ids
+from pipeline.models.tokens import position_ids, to_the_left
 
 
 def decoder(model: Model, queries: Tensor, query_mask: Tensor, max_new_tokens: int) -> "Decoder":
     """The fastest decoder that the model can use, for left-padded queries (B, Q)."""
-    if packs(model):
-        kind: type[Decoder] = PackedDecoder
+    kind: type[Decoder]
+    if is_encoder_decoder(model):
+        kind = CrossDecoder
+    elif packs(model):
+        kind = PackedDecoder
     else:
         kind = CachedDecoder if accepts(model, "past_key_values") else Decoder
     return kind(model, queries, query_mask, max_new_tokens)
@@ -74,6 +79,36 @@ class CachedDecoder(Decoder):
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
         self.cache.batch_select_indices(rows)
+
+
+class CrossDecoder(Decoder):
+    """Of an encoder-decoder: the prompts are read once, and each layer's view of them is kept."""
+
+    def start(self) -> Tensor:
+        ids, mask = to_the_left(self.ids, self.mask.bool())
+        self.mask = mask.long()
+        self.read = inner(self.model).get_encoder()(input_ids=ids, attention_mask=self.mask)[0]
+        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        prefix = torch.tensor(decoder_prefix(inner(self.model).config), device=ids.device)
+        return self._next(prefix.expand(len(ids), -1))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self._next(tokens[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        self.mask, self.read = self.mask[rows], self.read[rows]
+        self.cache.batch_select_indices(rows)
+
+    def _next(self, ids: Tensor) -> Tensor:
+        """Logits (B, V) of what follows the decoder's ids (B, w)."""
+        out = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=self.read),  # type: ignore[arg-type]
+            attention_mask=self.mask,
+            decoder_input_ids=ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return out.logits[:, -1]
 
 
 class PackedDecoder(Decoder):

@@ -1,6 +1,5 @@
 """Sampling responses, token in and token out."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.template import response_text
 from pipeline.errors import UserError
+from pipeline.models.causal import places
 from pipeline.models.decoding import decoder, survivors
-from pipeline.models.packing import Model, inner
+from pipeline.models.forward import layout
+from pipeline.models.packing import Model
 from pipeline.models.tokens import left_pad, logprobs_of, pad_id, scaled
 from pipeline.process.progress import tracked
 
@@ -159,12 +160,6 @@ def _forced(logits: Tensor, uniforms: Tensor, last: Tensor, stop: list[int]) -> 
     return torch.where(last, stop[0], drawn(going_on, uniforms))
 
 
-def places(model: Model) -> int:
-    """Tokens of the longest sequence that the model was made for; a great many if it does not say."""
-    config = inner(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
-
-
 def generate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -187,9 +182,10 @@ def generate(
     out: list[Response] = []
     for start in tracked(range(0, len(prompts), batch_size), progress):
         queries, mask = left_pad(prompts[start : start + batch_size], pad)
-        room = places(model) - queries.shape[1]
+        width = queries.shape[1]
+        room = layout(model).room(model, width)
         if room < 1:
-            raise UserError(f"a prompt of {queries.shape[1]} tokens, a model for {places(model)}")
+            raise UserError(f"a prompt of {width} tokens, a model for {places(model)}")
         sampled = sample(
             model,
             queries.to(device),

@@ -1,7 +1,8 @@
 """The four models of RLHF: policy, reference, reward model and value network.
 
-All are plain transformers models; what is published loads with `AutoModelForCausalLM` or
-`AutoModelForSequenceClassification`. Dropout is off everywhere: a policy that samples with one mask
+All are plain transformers models; what is published loads with `AutoModelForCausalLM`,
+`AutoModelForSeq2SeqLM` or `AutoModelForSequenceClassification`, but for reward models of encoder-decoders
+(`pipeline.models.scorer`). Dropout is off everywhere: a policy that samples with one mask
 and trains with another is not on-policy (invariant 2).
 """
 
@@ -9,6 +10,7 @@ import math
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,17 +18,22 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from pipeline.data.template import prepare_tokenizer
 from pipeline.errors import UserError
+from pipeline.models.encoder_decoder import set_decoder_prefix
 from pipeline.models.forward import score_head
 from pipeline.models.packing import pack_if_possible
+from pipeline.models.scorer import EncoderDecoderScorer
 from pipeline.process import memory
 
 # --- the process ---------------------------------------------------------------------------------
@@ -49,12 +56,40 @@ def prepare_cpu(threads: int | None) -> None:
 # --- loading ------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: str | Path, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
-    """Tokenizer with a pad token and a chat template (see `pipeline.data.template`)."""
+def load_tokenizer(
+    path: str | Path,
+    chat_template: Path | None = None,
+    source_language: str | None = None,
+    target_language: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Tokenizer with a pad token and a chat template (see `pipeline.data.template`).
+
+    The languages are what a model that translates among several reads and writes, as its tokenizer names
+    them; UserError where it does not.
+    """
     tokenizer = _load(AutoTokenizer, path)
-    prepare_tokenizer(tokenizer, chat_template)
+    for name, code in (("src_lang", source_language), ("tgt_lang", target_language)):
+        if code is not None:
+            _set_language(tokenizer, name, code)
+    prepare_tokenizer(tokenizer, chat_template, _is_encoder_decoder(path))
     _pad_apart_from_eos(tokenizer)
     return tokenizer
+
+
+def _is_encoder_decoder(path: str | Path) -> bool:
+    try:
+        return config_of(path).is_encoder_decoder
+    except UserError:  # a tokenizer's folder, without a model
+        return False
+
+
+def _set_language(tokenizer: PreTrainedTokenizerBase, name: str, code: str) -> None:
+    if not hasattr(tokenizer, name):
+        raise UserError(f"{type(tokenizer).__name__} has no languages: leave out {code}")
+    known = getattr(tokenizer, "lang_code_to_id", {})
+    if known and code not in known:
+        raise UserError(f"{type(tokenizer).__name__} has no language {code}; {', '.join(known)}")
+    setattr(tokenizer, name, code)
 
 
 def _pad_apart_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -81,50 +116,70 @@ def _pad_apart_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 def load_policy(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedModel:
-    """Causal language model in float32, dropout off, with a generation config free of sampling rules.
+    """Language model in float32, dropout off, with a generation config free of sampling rules.
 
-    Truncated sampling or penalties that a model ships with (top-k 50, repetition penalty) would make
-    the rollout distribution differ from the one PPO computes logprobs of (trl#6789).
+    Truncated sampling or penalties that a model ships with (top-k 50, repetition penalty, beams) would
+    make the rollout distribution differ from the one PPO computes logprobs of (trl#6789).
     """
-    _check_causal(path)
-    model = _load(AutoModelForCausalLM, path, dtype=torch.float32)
-    model.generation_config = GenerationConfig(
-        eos_token_id=model.generation_config.eos_token_id,
-        bos_token_id=model.generation_config.bos_token_id,
-        pad_token_id=model.generation_config.pad_token_id,
-    )
+    config = check_policy(path)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = _load(kind, path, dtype=torch.float32)
+    shipped = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(shipped, name) for name in _KEPT})
     if tokenizer is not None:
         fit_tokenizer(model, tokenizer)
     return _ready(model)
 
 
+_KEPT = ["eos_token_id", "bos_token_id", "pad_token_id"]
+_KEPT += ["decoder_start_token_id", "forced_bos_token_id"]
 _CAUSAL = re.compile("CausalLM|LMHead|ConditionalGeneration")
+_SEQ2SEQ = re.compile("ConditionalGeneration|MTModel|LMHead")
 
 
-def _check_causal(path: str | Path) -> None:
-    """UserError for a model that does not predict the next token: a classifier, an encoder, a bare trunk.
+def check_policy(path: str | Path) -> PreTrainedConfig:
+    """The config of a model that writes text; UserError for a classifier, an encoder, a bare trunk.
 
-    transformers would load its trunk and add what is missing, drawn at random.
+    transformers would load its trunk and add what is missing, drawn at random. No weight is read.
     """
     config = config_of(path)
-    if config.is_encoder_decoder:
-        raise UserError(f"{path}: an encoder-decoder model; this stage needs a causal one")
     names = config.architectures or []
-    if names and not any(_CAUSAL.search(name) for name in names):
+    if config.is_encoder_decoder:
+        known, wanted = _SEQ2SEQ, "an encoder-decoder's ...ForConditionalGeneration"
+        if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            raise UserError(f"{path}: {config.model_type} models read no text, or write none")
+    else:
+        known, wanted = _CAUSAL, "a ...ForCausalLM or ...LMHeadModel"
+    if names and not any(known.search(name) for name in names):
         raise UserError(
-            f"{path}: a {', '.join(names)}, which does not predict the next token; give a causal "
-            "language model (its config.json names a ...ForCausalLM or ...LMHeadModel)"
+            f"{path}: a {', '.join(names)}, which does not predict the next token; give a language "
+            f"model (its config.json names {wanted})"
         )
+    return config
+
+
+def check_reward(path: str | Path) -> PreTrainedConfig:
+    """The config of a model with one score for a text; UserError for any other. No weight is read."""
+    config = config_of(path)
+    names = config.architectures or []
+    ours = EncoderDecoderScorer.__name__
+    if config.is_encoder_decoder and names != [ours]:
+        raise UserError(
+            f"{path}: a {', '.join(names) or config.model_type}: of encoder-decoders, a reward model is "
+            f"what the rm stage publishes (its config.json names {ours})"
+        )
+    if config.num_labels != 1:
+        raise UserError(f"{path}: a reward model has num_labels 1, this has {config.num_labels}")
+    return config
 
 
 def load_reward(path: str | Path) -> PreTrainedModel:
     """Sequence classifier with one output, float32, dropout off."""
-    model = _load(AutoModelForSequenceClassification, path, dtype=torch.float32)
-    if model.config.num_labels != 1:
-        raise UserError(
-            f"{path}: a reward model has num_labels 1, this has {model.config.num_labels}"
-        )
-    return _ready(model)
+    return _ready(_load(_classifier(check_reward(path)), path, dtype=torch.float32))
+
+
+def _classifier(config: PreTrainedConfig) -> Any:
+    return EncoderDecoderScorer if config.is_encoder_decoder else AutoModelForSequenceClassification
 
 
 def reward_from_policy(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -132,7 +187,8 @@ def reward_from_policy(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
 
     Draws from the global generator: seed it first.
     """
-    model = _load(AutoModelForSequenceClassification, path, num_labels=1, dtype=torch.float32)
+    kind = _classifier(config_of(path))
+    model = _load(kind, path, num_labels=1, dtype=torch.float32)
     fit_tokenizer(model, tokenizer)
     head = score_head(model)
     nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
@@ -164,13 +220,25 @@ def _load(auto_class, path: str | Path, **kwargs):
 
 
 def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the model agree with the tokenizer on size, padding and end."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    """Make the model agree with the tokenizer on size, padding, end, and where a decoder begins.
+
+    UserError for a tokenizer with more words than the model: another's. Tokens that were added to it get
+    rows of their own.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) - len(tokenizer.get_added_vocab()) > rows:
+        raise UserError(
+            f"{type(model).__name__}: {rows} rows of embeddings, and a tokenizer of {len(tokenizer)} "
+            "words; give the model's own tokenizer"
+        )
+    if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
             config.pad_token_id = tokenizer.pad_token_id
             config.eos_token_id = tokenizer.eos_token_id
+    if model.config.is_encoder_decoder:
+        set_decoder_prefix(model, tokenizer)
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:

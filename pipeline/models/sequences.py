@@ -24,6 +24,11 @@ class Sequences:
         return Sequences(*left_pad(queries, pad), *right_pad(responses, pad))
 
     @staticmethod
+    def within(batch: dict[str, Tensor]) -> "Sequences":
+        """Those that a collator has put among other tensors."""
+        return Sequences(**{f.name: batch[f.name] for f in fields(Sequences)})
+
+    @staticmethod
     def of_texts(ids: Tensor, mask: Tensor) -> "Sequences":
         """Right-padded texts (B, W), of which all but the first token is to be predicted."""
         return Sequences(ids[:, :1], mask[:, :1].bool(), ids[:, 1:], mask[:, 1:].bool())

@@ -23,7 +23,7 @@ def closed(ids: list[int], tokenizer: Any) -> list[int]:
 def left_pad(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
     """Lists of ids -> ids (B, Q), left-padded, and a bool mask of the real ones."""
     width = max(len(ids) for ids in rows)
-    ids = torch.tensor([[value] * (width - len(row)) + row for row in rows])
+    ids = torch.tensor([[value] * (width - len(row)) + row for row in rows], dtype=torch.long)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, torch.arange(width)[None, :] >= width - lengths[:, None]
 
@@ -34,6 +34,12 @@ def right_pad(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
     width = int(lengths.max())
     ids = torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long)
     return ids, mask_from_lengths(lengths, width)
+
+
+def to_the_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (B, Q) with their real tokens moved to the left, and the mask of those."""
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
 
 
 def mask_from_lengths(lengths: Tensor, width: int) -> Tensor:

@@ -6,14 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import PPOConfig
-from pipeline.models.forward import (
-    response_hidden,
-    response_logits,
-    response_logits_and_hidden,
-    response_logprobs,
-    response_scores,
-    spread,
-)
+from pipeline.models.forward import layout, response_logprobs, response_scores, spread
 from pipeline.models.packing import Model, hidden_width
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import logprobs_and_entropy
@@ -38,9 +31,9 @@ class Outputs(NamedTuple):
 
 
 class PolicyAndValue(nn.Module):
-    """A causal policy with its value function: a separate network, or a head on the policy's trunk.
+    """A policy with its value function: a separate network, or a head on the policy's trunk.
 
-    `value` is a sequence classifier (see `pipeline.models.forward.scores_at`), maybe on the policy's base, or
+    `value` is a sequence classifier (see `pipeline.models.forward.response_scores`), maybe on the policy's base, or
     None for a head on the policy's trunk, which starts at zero.
     """
 
@@ -72,7 +65,7 @@ class PolicyAndValue(nn.Module):
         if self.value is not None:
             out = _of_policy(self.policy, s, temperature, entropy_grad, ptx)
             return out._replace(values=self.values(s))
-        logits, hidden = response_logits_and_hidden(self.policy, s)
+        logits, hidden = layout(self.policy).logits_and_hidden(self.policy, s)
         out = _of_logits(logits, s, temperature, entropy_grad)
         values = spread(self._head(hidden), s.response_mask)
         return out._replace(values=values, likelihood=_likelihood(self.policy, ptx))
@@ -81,7 +74,7 @@ class PolicyAndValue(nn.Module):
         """Values (B, T) alone, without the policy's logits."""
         if self.value is not None:
             return response_scores(self.value, s)
-        return spread(self._head(response_hidden(self.policy, s)), s.response_mask)
+        return spread(self._head(layout(self.policy).hidden(self.policy, s)), s.response_mask)
 
     def _head(self, hidden: Tensor) -> Tensor:
         """(n, d) -> (n,)"""
@@ -147,7 +140,7 @@ class ValuePass(nn.Module):
 def _of_policy(
     policy: Model, s: Sequences, temperature: float, entropy_grad: bool, ptx: Sequences | None
 ) -> Outputs:
-    out = _of_logits(response_logits(policy, s), s, temperature, entropy_grad)
+    out = _of_logits(layout(policy).logits(policy, s), s, temperature, entropy_grad)
     return out._replace(likelihood=_likelihood(policy, ptx))
 
 

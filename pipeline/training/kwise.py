@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trl import RewardTrainer
 
-from pipeline.models.forward import last_real, scores_at
-from pipeline.models.tokens import right_pad
+from pipeline.models.forward import final_scores
+from pipeline.models.sequences import Sequences
 from pipeline.training.trainers import Checked
 
 
@@ -45,20 +45,20 @@ def _better(ranks: Tensor, groups: Tensor) -> Tensor:
 
 @dataclass
 class KwiseCollator:
-    """Prompts with K tokenised responses each -> one right-padded batch of all responses.
+    """Prompts with K tokenised responses each -> one batch of all responses, each beside its prompt.
 
-    Each row holds `sequences` (K lists of ids) and `ranks` (K); K may differ from row to row.
+    Each row holds a `prompt` (ids), its `responses` (K lists of ids) and `ranks` (K); K may differ from row
+    to row.
     """
 
     pad_token_id: int
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        flat = [ids for row in rows for ids in row["sequences"]]
-        ids, mask = right_pad(flat, self.pad_token_id)
-        sizes = torch.tensor([len(row["sequences"]) for row in rows])
+        prompts = [row["prompt"] for row in rows for _ in row["responses"]]
+        responses = [ids for row in rows for ids in row["responses"]]
+        sizes = torch.tensor([len(row["responses"]) for row in rows])
         return {
-            "input_ids": ids,
-            "attention_mask": mask.long(),
+            **vars(Sequences.of(prompts, responses, self.pad_token_id)),
             "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
             "groups": torch.repeat_interleave(torch.arange(len(rows)), sizes),
         }
@@ -67,7 +67,7 @@ class KwiseCollator:
 class KwiseTrainer(Checked, RewardTrainer):
     """TRL's reward trainer with InstructGPT's loss: all pairs of a prompt are one batch element.
 
-    Rows hold `sequences` (K lists of ids) and `ranks`; one forward pass per response.
+    Rows as `KwiseCollator` takes them; one forward pass per response.
     """
 
     loss_is_scaled_for_ga = True  # by the prompts of the whole batch, however it is cut up
@@ -80,11 +80,10 @@ class KwiseTrainer(Checked, RewardTrainer):
         return batches, sum(prompts_with_pairs(b["ranks"], b["groups"]) for b in batches)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        with (
-            self.accelerator.autocast()
-        ):  # which only the model's own forward would enter by itself
-            scores = scores_at(model, ids, mask, last_real(mask))
+        s = Sequences.within(inputs)
+        # which only the model's own forward would enter by itself
+        with self.accelerator.autocast():
+            scores = final_scores(model, s)
         loss, better = kwise_loss(scores, inputs["ranks"], inputs["groups"], num_items_in_batch)
         margins = (scores[:, None] - scores[None, :])[better].detach()
         if len(margins):

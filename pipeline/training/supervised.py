@@ -1,14 +1,131 @@
-"""TRL's SFT trainer with every mean over tokens, and packed rows that keep their examples apart."""
+"""Trainers of the first stage, every mean over tokens, and packed rows that keep their examples apart."""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
+from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from pipeline.config.schema import SFTConfig
 from pipeline.errors import UserError
-from pipeline.training.trainers import Checked
+from pipeline.models.adapters import add_lora
+from pipeline.models.encoder_decoder import is_encoder_decoder
+from pipeline.models.forward import layout
+from pipeline.models.sequences import Sequences
+from pipeline.models.tokens import pad_id
+from pipeline.process.progress import say
+from pipeline.training.trainers import Checked, arguments, one_gpu
+
+
+def sft_trainer(
+    config: SFTConfig,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: list[dict],
+    held_out: list[dict],
+    work: Path,
+) -> Any:
+    """The trainer for a policy's kind; rows hold the ids of a `prompt` and of the `response` to be learnt."""
+    model = add_lora(policy, config.lora, "CAUSAL_LM")
+    if is_encoder_decoder(policy):
+        args = Seq2SeqTrainingArguments(
+            **arguments(config, len(training), work), remove_unused_columns=False
+        )
+        return Seq2SeqTokenTrainer(
+            model=model,
+            args=one_gpu(args),
+            data_collator=lambda rows: _sequences(rows, pad_id(tokenizer)),
+            train_dataset=training,
+            eval_dataset=held_out or None,
+            processing_class=tokenizer,
+        )
+    rows = Dataset.from_list([_joined(row) for row in training])
+    if config.packing:
+        rows = packed(rows, config.max_length)
+        say(f"sft: {len(training)} examples packed into {len(rows)} rows")
+    args = TRLConfig(
+        **arguments(config, len(rows), work),
+        max_length=None,  # rows that are too long have been dropped
+        padding_free=config.packing,
+    )
+    return TokenTrainer(
+        model=model,
+        args=one_gpu(args),
+        train_dataset=rows,
+        eval_dataset=Dataset.from_list([_joined(row) for row in held_out]) if held_out else None,
+        processing_class=tokenizer,
+    )
+
+
+def _joined(row: dict) -> dict:
+    """A row as TRL takes it."""
+    prompt, response = row["prompt"], row["response"]
+    return {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
+
+
+def _sequences(rows: list[dict], pad: int) -> dict[str, Tensor]:
+    """A batch of rows."""
+    return vars(Sequences.of([r["prompt"] for r in rows], [r["response"] for r in rows], pad))
+
+
+class Seq2SeqTokenTrainer(Checked, Seq2SeqTrainer):
+    """transformers' trainer of encoder-decoders; its losses are sums over response tokens, divided by those
+    of the whole batch or validation set.
+
+    Left to themselves the models would average each micro-batch, for they do not heed the count of
+    items that the trainer believes they divide by.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss below is scaled by `num_items_in_batch`
+        self._sums = {"train": torch.zeros(3), "eval": torch.zeros(3)}  # nats, right tokens, tokens
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(int(batch["response_mask"].sum()) for batch in batches)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        s = Sequences.within(inputs)
+        # which only the model's own forward would enter by itself
+        with self.accelerator.autocast():
+            logits = layout(model).logits(model, s)
+        tokens = s.responses[s.response_mask]
+        nats = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="sum")
+        right = (logits.argmax(dim=-1) == tokens).sum()
+        seen = torch.stack([nats.detach(), right, torch.tensor(len(tokens))]).cpu()
+        self._sums["train" if model.training else "eval"] += seen
+        loss = nats / (num_items_in_batch or len(tokens))
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._sums["eval"].zero_()
+        out = super().evaluation_loop(*args, **kwargs)
+        nats, right, tokens = self._sums["eval"].tolist()
+        out.metrics |= {"eval_loss": nats / tokens, "eval_mean_token_accuracy": right / tokens}
+        return out
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            _, right, tokens = self._sums["train"].tolist()
+            logs["mean_token_accuracy"] = right / tokens
+            self._sums["train"].zero_()
+        super().log(logs, *args, **kwargs)
 
 
 class TokenTrainer(Checked, SFTTrainer):
@@ -51,6 +168,8 @@ def check_packing(model: PreTrainedModel) -> None:
     Two short examples go through it in one row, laid out as they are for training, and alone.
     """
     name, training = type(model).__name__, model.training
+    if is_encoder_decoder(model):
+        raise UserError(f"packing: {name} is an encoder-decoder, not packed; set packing: false")
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = [number * 7919 % vocabulary for number in range(9)]
     row = {"input_ids": ids, "labels": ids, "seq_lengths": [5, 4]}

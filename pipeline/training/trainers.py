@@ -15,8 +15,9 @@ from pipeline.config.schema import Optimisation, StageConfig
 from pipeline.errors import UserError
 from pipeline.handoff import checkpoint, sealed
 from pipeline.models import loading as models
+from pipeline.models.causal import places
 from pipeline.models.device import device
-from pipeline.models.generation import places
+from pipeline.models.forward import layout
 from pipeline.process import faults, stopping
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say, track, tracked
@@ -94,14 +95,15 @@ def check(config: Any, kind: type[StageConfig]) -> None:
         raise UserError(f"batch_size {batch} does not divide by micro_batch_size {micro}")
 
 
-def check_length(model: Any, sequences: list[list[int]]) -> None:
-    """UserError for sequences that are longer than the model has places for."""
-    longest, limit = max(map(len, sequences)), places(model)
-    if longest > limit:
-        raise UserError(
-            f"max_length: the longest example has {longest} tokens, {type(model).__name__} was made "
-            f"for {limit}; set max_length: {limit}"
-        )
+def check_length(model: Any, prompts: list[list[int]], responses: list[list[int]]) -> None:
+    """UserError for a prompt and response that are longer than the model has places for."""
+    room, limit = layout(model).room, places(model)
+    for prompt, response in zip(map(len, prompts), map(len, responses), strict=True):
+        if response > room(model, prompt):
+            raise UserError(
+                f"max_length: an example has {prompt} and {response} tokens, {type(model).__name__} "
+                f"was made for {limit}; set max_length: {limit}"
+            )
 
 
 def steps_of(epochs: float, examples: int, batch: int) -> int:
