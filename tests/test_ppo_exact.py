@@ -5,6 +5,7 @@ the formulas are written out with Python floats. Weights after the step must agr
 """
 
 import copy
+import functools
 import math
 from dataclasses import fields, replace
 
@@ -39,16 +40,30 @@ CONFIG = {
 }
 
 
-def make(policy_model=None, value_model=None, **changes) -> PPO:
+KINDS = {
+    "llama": (tiny_models.policy, tiny_models.reward),
+    **{
+        kind: (
+            functools.partial(tiny_models.seq2seq, kind),
+            functools.partial(tiny_models.seq2seq_reward, kind),
+        )
+        for kind in ("bart", "t5")
+    },
+}
+"""Policies and reward models by kind: (seed, dtype) -> model."""
+
+
+def make(policy_model=None, value_model=None, kind="llama", **changes) -> PPO:
     config = PPOConfig(**{**CONFIG, **changes})
-    policy = policy_model or tiny_models.policy(0, torch.float64)
-    value = value_model or tiny_models.reward(1, torch.float64, bias=0.25)
+    draw, draw_value = KINDS[kind]
+    policy = policy_model or draw(0, torch.float64)
+    value = value_model or draw_value(1, torch.float64, bias=0.25)
     return PPO(
         config,
         tiny_models.tokenizer(),
         policy=copy.deepcopy(policy),
         # another reference than the policy, so that the KL is not zero
-        reference=tiny_models.policy(5, torch.float64),
+        reference=draw(5, torch.float64),
         value=None if config.value == "shared" else copy.deepcopy(value),
         score=lambda episodes: SCORES[: len(episodes.prompts)],
     )
@@ -83,22 +98,39 @@ def evaluated(ppo: PPO, rollout: Rollout) -> Rollout:
 # --- the reference -------------------------------------------------------------------------------
 
 
+PREFIX = {"bart": [4, 1], "t5": [0]}
+"""What their decoders read before a response."""
+
+
+def alone(model, query, response):
+    """A stock model's output for one episode, and where the response's first token is predicted."""
+    if not model.config.is_encoder_decoder:
+        return model(torch.tensor([query + response])), len(query) - 1
+    prefix = PREFIX[model.config.model_type]
+    ids = {
+        "input_ids": torch.tensor([query]),
+        "decoder_input_ids": torch.tensor([prefix + response]),
+    }
+    return model(**ids), len(prefix) - 1
+
+
 def logprobs_alone(model, query, response, temperature):
-    logits = model(torch.tensor([query + response])).logits[0] / temperature
-    logp = torch.log_softmax(logits, dim=-1)
-    return [logp[len(query) - 1 + i, token] for i, token in enumerate(response)]
+    out, first = alone(model, query, response)
+    logp = torch.log_softmax(out.logits[0] / temperature, dim=-1)
+    return [logp[first + i, token] for i, token in enumerate(response)]
 
 
 def values_alone(model, query, response, bias):
-    hidden = model.model(torch.tensor([query + response])).last_hidden_state[0]
-    values = model.score(hidden)[:, 0] - bias
-    return [values[len(query) - 1 + i] for i in range(len(response))]
+    out, first = alone(model.model, query, response)
+    values = model.score(out.last_hidden_state[0])[:, 0] - bias
+    return [values[first + i] for i in range(len(response))]
 
 
-def reference_step(config: PPOConfig, episodes=range(4), steps: int = 1):
+def reference_step(config: PPOConfig, episodes=range(4), steps: int = 1, kind="llama"):
     """Weights of policy and value after `steps` epochs over the fixed episodes in one minibatch."""
-    policy, ref = tiny_models.policy(0, torch.float64), tiny_models.policy(5, torch.float64)
-    value = tiny_models.reward(1, torch.float64, bias=0.25)
+    draw, draw_value = KINDS[kind]
+    policy, ref = draw(0, torch.float64), draw(5, torch.float64)
+    value = draw_value(1, torch.float64, bias=0.25)
     optimizer = torch.optim.AdamW(
         [{"params": policy.parameters(), "lr": 1e-2}, {"params": value.parameters(), "lr": 2e-2}],
         eps=1e-5,
@@ -159,10 +191,13 @@ def assert_same(model, expected, rtol=1e-6):
 
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (3, 0), (0, 4), (2, 2)])
 @pytest.mark.parametrize("micro", [None, 1, 3])
-def test_an_update_equals_the_reference_whatever_the_padding_and_micro_batch(left, right, micro):
-    ppo = make(micro_batch_size=micro)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_equals_the_reference_whatever_the_padding_and_micro_batch(
+    left, right, micro, kind
+):
+    ppo = make(micro_batch_size=micro, kind=kind)
     ppo.update(recorded(ppo, left, right))
-    policy, value = reference_step(ppo.config)
+    policy, value = reference_step(ppo.config, kind=kind)
     assert_same(ppo.networks.policy, policy)
     assert_same(ppo.networks.value, value)
 

@@ -17,6 +17,8 @@ from transformers import (
 
 from pipeline.config.schema import Lora
 from pipeline.models.adapters import add_lora
+from pipeline.models.encoder_decoder import set_decoder_prefix
+from pipeline.models.scorer import EncoderDecoderScorer
 
 WORDS = [f"w{i}" for i in range(24)]
 TEMPLATE = (
@@ -130,3 +132,45 @@ def causal(kind: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = getattr(transformers, f"{name}Config")(**{**sizes, **changes})
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+SEQ2SEQ = ["bart", "mbart", "m2m100", "marian", "pegasus", "t5", "mt5", "umt5"]
+"""Kinds of encoder-decoders."""
+_SEQ2SEQ = {"mbart": "MBart", "m2m100": "M2M100", "mt5": "MT5", "umt5": "UMT5"}
+
+
+def seq2seq_config(kind: str, **changes) -> transformers.PreTrainedConfig:
+    """Their starts are their own: BART's is the end token and then `<s>`, T5's is padding."""
+    sizes = {"vocab_size": 29, "d_model": 16, "pad_token_id": 0, "eos_token_id": 4}
+    if kind.endswith("t5"):
+        sizes |= {"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    else:
+        for side in ("encoder", "decoder"):
+            sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 32}
+        sizes |= {"max_position_embeddings": 64, "init_std": 0.4, "dropout": 0.0}
+    sizes["decoder_start_token_id"] = {"bart": 4, "mbart": 5, "m2m100": 4}.get(kind, 0)
+    name = _SEQ2SEQ.get(kind, kind.capitalize())
+    return getattr(transformers, f"{name}Config")(**{**sizes, **changes})
+
+
+def seq2seq(kind: str, seed: int = 0, dtype=torch.float32, **changes) -> PreTrainedModel:
+    """A random encoder-decoder of a kind, dropout off, told what its decoder reads first."""
+    config = seq2seq_config(kind, **changes)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).to(dtype).eval()
+    if kind.endswith("t5"):  # drawn so small that mistakes hide
+        for p in model.parameters():
+            p.data.normal_()
+    model.generation_config.forced_bos_token_id = {"bart": 1, "m2m100": 6}.get(kind)
+    set_decoder_prefix(model, tokenizer())
+    return model
+
+
+def seq2seq_reward(kind: str, seed: int = 1, dtype=torch.float32, bias: float = 0.0):
+    policy = seq2seq(kind, seed, dtype)
+    policy.config.reward_bias, policy.config.num_labels = bias, 1
+    torch.manual_seed(seed)
+    model = EncoderDecoderScorer(policy.config).to(dtype).eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.4)
+    return model

@@ -151,9 +151,9 @@ def packs(model: Model) -> bool:
 
 
 def pack_if_possible(model: Model) -> None:
-    """`enable_packing`, with one line for a kind of model that cannot."""
+    """`enable_packing`, with one line for a kind of causal model that cannot."""
     reason = enable_packing(model)
-    if reason is not None:
+    if reason is not None and not inner(model).config.is_encoder_decoder:
         _say_once(f"{type(inner(model)).__name__}: batches stay padded: {reason}")
 
 

@@ -34,7 +34,8 @@ class EncoderDecoderScorer(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any):  # type: ignore[override]
         if "config" not in kwargs:
-            kwargs["config"] = AutoConfig.from_pretrained(path, num_labels=1)
+            one = {"num_labels": kwargs.pop("num_labels", 1)}
+            kwargs["config"] = AutoConfig.from_pretrained(path, **one)
         return super().from_pretrained(path, *args, **kwargs)
 
     def get_encoder(self, *args: Any, **kwargs: Any):

@@ -117,7 +117,7 @@ class Seq2SeqTokenTrainer(Checked, Seq2SeqTrainer):
         self._sums["eval"].zero_()
         out = super().evaluation_loop(*args, **kwargs)
         nats, right, tokens = self._sums["eval"].tolist()
-        out.metrics |= {"eval_loss": nats / tokens, "eval_mean_token_accuracy": right / tokens}
+        out.metrics.update(eval_loss=nats / tokens, eval_mean_token_accuracy=right / tokens)
         return out
 
     def log(self, logs, *args, **kwargs):
