@@ -133,6 +133,9 @@ def scorers_on(
         nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1))
         return None, AdapterScorer(policy, "value", head, 0.0)
     config, weights, head_weight = _read_adapter(rm)
+    if not hasattr(policy.get_base_model(), "model"):
+        # T5's trunk has no name of its own in the policy, and one in a reward model of ours
+        weights = {key.replace(".model.model.", ".model.", 1): w for key, w in weights.items()}
     out = []
     for name in ("reward", "value"):
         _add(policy, name, config, weights)
