@@ -1,7 +1,7 @@
 """PPO timed against TRL's, and the other stages against TRL's trainers: `make bench`.
 
-Both sides do equal work in turns, A B A B, each in a process of its own. Writes OUT/bench-SIZE.json,
-.md and .png; without cases of PPO there is no picture.
+Both sides do equal work in turns, A B A B, each in a process of its own. Writes OUT/bench-SIZE.json
+and .md.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench import machine, startup
+from pipeline.bench import machine, startup, table
 from pipeline.bench.overlay import overlay
 from pipeline.bench.shapes import CASES, SIZES, Case, draw
 from pipeline.bench.turns import Answer, Worker, WorkerFailed
@@ -81,10 +81,9 @@ def result_of(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         return {"case": case.name, "not_run": "this CPU has no bf16 instructions"}
     say(f"bench: {case.name}: {case.title}")
     answers, failed = measure(case, args)
-    for side in MODULES if case.task == "ppo" else ():
-        refuse_unequal(case, args.size, side, answers, failed)
-    speeds = [answer["flops"] for answer in answers.pop("peak", [])]
-    flops = max(speeds, default=None)
+    if case.task == "ppo":
+        refuse_unequal(draw(SIZES[args.size], case.full).response_tokens, answers, failed)
+    flops = max((answer["flops"] for answer in answers.pop("peak", [])), default=None)
     return {"case": case.name, "answers": answers, "failed": failed, "flops": flops}
 
 
@@ -105,18 +104,12 @@ def measure(case: Case, args: argparse.Namespace) -> tuple[dict[str, list[Answer
     return answers, match.failed
 
 
-def refuse_unequal(
-    case: Case,
-    size: str,
-    side: str,
-    answers: dict[str, list[Answer]],
-    failed: dict[str, str],
-) -> None:
+def refuse_unequal(drawn: int, answers: dict[str, list[Answer]], failed: dict[str, str]) -> None:
     """A side that sampled other lengths than were drawn is no comparison."""
-    drawn = draw(SIZES[size], case.full).response_tokens
-    sampled = {answer["tokens"] for answer in answers[side]}
-    if sampled - {drawn}:
-        failed[side] = f"sampled {sorted(sampled)} tokens an iteration, not {drawn}"
+    for side in MODULES:
+        sampled = {answer["tokens"] for answer in answers[side]}
+        if sampled - {drawn}:
+            failed[side] = f"sampled {sorted(sampled)} tokens an iteration, not {drawn}"
 
 
 class Match:
@@ -160,13 +153,10 @@ def started(side: str, case: Case, args: argparse.Namespace) -> Worker:
 
 
 def write(whole: dict[str, Any], out: Path) -> None:
-    """OUT/bench-SIZE.json, .md and .png; after each case, so that a cut leaves what was measured."""
-    from pipeline.bench import table  # it imports matplotlib
-
+    """OUT/bench-SIZE.json and .md; after each case, so that a cut leaves what was measured."""
     path = out / f"bench-{whole['size']}.json"
     write_atomically(path, json.dumps(whole, indent=1) + "\n")
     write_atomically(path.with_suffix(".md"), table.markdown(whole))
-    table.picture(whole, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -4,24 +4,7 @@ Counted are the products that no implementation can leave out, two operations a 
 optimizer, sampling and memory traffic are not. Embeddings are look-ups and cost nothing here.
 """
 
-from dataclasses import dataclass
-
 from pipeline.bench.shapes import Size, Work
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of one iteration by phase."""
-
-    generation: int
-    reference: int
-    reward_and_value: int
-    optimisation: int
-
-    @property
-    def total(self) -> int:
-        """Of the whole iteration."""
-        return self.generation + self.reference + self.reward_and_value + self.optimisation
 
 
 def linear(size: Size) -> int:
@@ -44,20 +27,18 @@ def head(size: Size, positions: int) -> int:
     return 2 * positions * size.hidden * size.vocabulary
 
 
-def of_ppo(size: Size, work: Work, lora: bool = False) -> Flops:
-    """One iteration. What predicts tokens never reads the last one; the reward model does.
+def of_ppo(size: Size, work: Work, lora: bool = False) -> dict[str, int]:
+    """One iteration by phase. What predicts tokens never reads the last one; the reward model does.
 
     Old logprobs are the sampler's. A backward pass costs two forward passes, and one where the
     weights are frozen (LoRA, whose own products are small and left out).
     """
-    whole = [
-        len(prompt) + length for prompt, length in zip(work.prompts, work.lengths, strict=True)
-    ]
+    whole = [len(ids) + length for ids, length in zip(work.prompts, work.lengths, strict=True)]
     reading = trunk(size, [length - 1 for length in whole])
     policy = reading + head(size, work.response_tokens)
-    return Flops(
-        generation=policy,
-        reference=policy,
-        reward_and_value=trunk(size, whole) + reading,
-        optimisation=size.epochs * (2 if lora else 3) * (policy + reading),
-    )
+    return {
+        "generation": policy,
+        "reference": policy,
+        "reward and value": trunk(size, whole) + reading,
+        "optimisation": size.epochs * (2 if lora else 3) * (policy + reading),
+    }

@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 def describe(threads: int, device: str) -> dict[str, Any]:
     """Processor, threads, versions, and how busy the machine was before."""
     return {
-        "processor": processor(),
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
         "device": device,
@@ -22,11 +22,6 @@ def describe(threads: int, device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def multiplies_bf16() -> bool:

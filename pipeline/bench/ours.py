@@ -7,23 +7,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback
 from trl import RewardConfig
 from trl import SFTConfig as TRLConfig
 
-from pipeline.bench import shared
-from pipeline.bench.shapes import (
-    CASES,
-    LEARNING_RATE,
-    PAD,
-    SIZES,
-    STEPS,
-    Case,
-    Size,
-    demonstrations,
-    draw,
-    ranked,
-)
+from pipeline.bench import shapes, shared
+from pipeline.bench.shapes import LEARNING_RATE, PAD, STEPS, Case, Size
 from pipeline.bench.turns import Turns
 from pipeline.config.schema import Lora, PPOConfig, RMConfig, SFTConfig
 from pipeline.models.adapters import ADAPTER, add_lora, save_adapter, scorers_on
@@ -44,12 +32,12 @@ def main(size: str, case: str) -> None:
     quiet()
     prepare_cpu(None)  # OMP_NUM_THREADS says how many
     tasks: dict[str, Callable[[Size, Case, Turns], None]] = {"ppo": ppo, "rm": rm, "sft": sft}
-    tasks[CASES[case].task](SIZES[size], CASES[case], turns)
+    tasks[shapes.CASES[case].task](shapes.SIZES[size], shapes.CASES[case], turns)
 
 
 def ppo(size: Size, case: Case, turns: Turns) -> None:
     """Iterations of PPO, for ever."""
-    work = draw(size, case.full)
+    work = shapes.draw(size, case.full)
     trainer = ppo_of(size, case)
     assert isinstance(trainer.sampler, PolicySampler)
     trainer.sampler.forced_lengths = torch.tensor(work.lengths, device=trainer.device)
@@ -113,7 +101,7 @@ def rm(size: Size, case: Case, turns: Turns) -> None:
     """Optimizer steps of the reward model's stage: one forward pass a response."""
     rows = [
         {**vars(row), "ranks": list(range(1, case.k + 1))}
-        for row in ranked(size, case.batch, case.k)
+        for row in shapes.ranked(size, case.batch, case.k)
     ]
     config = RMConfig(batch_size=case.batch, max_steps=STEPS, learning_rate=LEARNING_RATE)
     model = disable_dropout(shared.reward(size))
@@ -125,12 +113,12 @@ def rm(size: Size, case: Case, turns: Turns) -> None:
         train_dataset=Dataset.from_list(rows),
         processing_class=shared.tokenizer(size),
     )
-    run(trainer, turns)
+    shared.train(trainer, turns)
 
 
 def sft(size: Size, case: Case, turns: Turns) -> None:
     """Optimizer steps of the first stage."""
-    rows = demonstrations(size, case.batch)
+    rows = shapes.demonstrations(size, case.batch)
     config = SFTConfig(
         model="", batch_size=case.batch, max_steps=STEPS, learning_rate=LEARNING_RATE
     )
@@ -142,18 +130,11 @@ def sft(size: Size, case: Case, turns: Turns) -> None:
         train_dataset=Dataset.from_list(rows),
         processing_class=shared.tokenizer(size),
     )
-    run(trainer, turns)
+    shared.train(trainer, turns)
 
 
 def _arguments(config: RMConfig | SFTConfig, rows: list) -> dict[str, Any]:
     return arguments(config, len(rows), Path(shared.scratch())) | {"save_strategy": "no"}
-
-
-def run(trainer: Any, turns: Turns) -> None:
-    """A transformers trainer, a turn an optimizer step."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(shared.TakesTurns(turns))
-    trainer.train()
 
 
 if __name__ == "__main__":

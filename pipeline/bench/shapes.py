@@ -1,10 +1,9 @@
 """What is timed: model sizes, prompts and response lengths that are drawn once, and the cases."""
 
+import itertools
 import random
 from dataclasses import dataclass
 from typing import Literal
-
-from pipeline.errors import UserError
 
 PAD, EOS, FIRST_WORD = 0, 1, 3  # token ids; 2 stands for unknown words
 LEARNING_RATE = 3e-6  # random networks stay close to what they were, on both sides
@@ -110,13 +109,6 @@ CASES = {
 }
 
 
-def size_named(name: str) -> Size:
-    """A size of `SIZES`; UserError for another name."""
-    if name not in SIZES:
-        raise UserError(f"{name}: no size; there are {', '.join(SIZES)}")
-    return SIZES[name]
-
-
 @dataclass(frozen=True)
 class Ranked:
     """A prompt with K responses, the best first."""
@@ -128,7 +120,7 @@ class Ranked:
     def pairs(self) -> list[tuple[list[int], list[int]]]:
         """All C(K, 2) (better, worse) sequences, as a trainer on pairs reads them."""
         sequences = [self.prompt + response for response in self.responses]
-        return [(a, b) for i, a in enumerate(sequences) for b in sequences[i + 1 :]]
+        return list(itertools.combinations(sequences, 2))
 
 
 def ranked(size: Size, prompts: int, k: int, seed: int = 0) -> list[Ranked]:

@@ -11,6 +11,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     TrainerCallback,
 )
 
@@ -88,3 +89,10 @@ class TakesTurns(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.turns()
+
+
+def train(trainer: Any, turns: Turns) -> None:
+    """A transformers trainer, a turn an optimizer step."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(TakesTurns(turns))
+    trainer.train()

@@ -1,17 +1,12 @@
-"""What was measured, as Markdown and as a picture."""
+"""What was measured, as Markdown."""
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
 
 from pipeline.bench import floor
 from pipeline.bench.overlay import VERSION
-from pipeline.bench.shapes import CASES, Case, draw, size_named
-from pipeline.evaluation.plots import COLOURS, INK, STYLE
+from pipeline.bench.shapes import CASES, SIZES, Case, draw
 
 PHASES = ("generation", "reference", "reward and value", "optimisation")
 SIDES = {"ours": "ours", "theirs": f"TRL {VERSION}"}
@@ -38,7 +33,7 @@ def _machine(machine: dict[str, Any]) -> str:
 
 
 def _about(whole: dict[str, Any]) -> str:
-    size = size_named(whole["size"])
+    size = SIZES[whole["size"]]
     work = draw(size)
     return (
         f"{size.episodes} rollouts an iteration, {size.epochs} epochs of {size.minibatches} "
@@ -53,30 +48,21 @@ def _about(whole: dict[str, Any]) -> str:
 
 def ppo_table(size: str, results: Sequence[Result]) -> str:
     """A row for each side of each case, and how many times faster ours was."""
-    head = [
-        "case",
-        "",
-        *PHASES,
-        "iteration",
-        "CPU",
-        "TRL / ours",
-        "tokens/s",
-        "peak MiB",
-        "x floor",
-    ]
+    said = "iteration,CPU,TRL / ours,tokens/s,peak MiB,x floor".split(",")
     rows = [row for result in results for row in _ppo_rows(size, result)]
-    return grid(head, rows)
+    return grid(["case", "", *PHASES, *said], rows)
 
 
 def _ppo_rows(size: str, result: Result) -> list[list[str]]:
-    case, width = CASES[result["case"]], len(PHASES) + 6
+    case = CASES[result["case"]]
     if "not_run" in result:
-        return [[case.title, f"not run: {result['not_run']}", *[""] * width]]
+        return [[case.title, f"not run: {result['not_run']}"]]
+    tokens = draw(SIZES[size], case.full).response_tokens
     rows = []
     for side, name in SIDES.items():
         title = case.title if side == "ours" else ""
         if side in result["failed"]:
-            rows.append([title, f"{name} failed: {result['failed'][side]}", *[""] * width])
+            rows.append([title, f"{name} failed: {result['failed'][side]}"])
             continue
         answers = result["answers"][side]
         seconds = median(answers)
@@ -84,11 +70,11 @@ def _ppo_rows(size: str, result: Result) -> list[list[str]]:
             [
                 title,
                 name,
-                *(f"{phase(answers, p):.2f}" for p in PHASES),
+                *(f"{median([a['phases'] for a in answers], name):.2f}" for name in PHASES),
                 f"{seconds:.2f}",
                 f"{median(answers, 'cpu_seconds'):.2f}",
                 ratio(result) if side == "ours" else "",
-                f"{_work(size, case).response_tokens / seconds:.0f}",
+                f"{tokens / seconds:.0f}",
                 f"{max(a['peak_mb'] for a in answers):.0f}",
                 _distance(size, case, result, seconds),
             ]
@@ -96,13 +82,10 @@ def _ppo_rows(size: str, result: Result) -> list[list[str]]:
     return rows
 
 
-def _work(size: str, case: Case) -> Any:
-    return draw(size_named(size), case.full)
-
-
 def floor_seconds(size: str, case: Case, flops: float) -> float:
     """The least an iteration can take at so many operations a second."""
-    return floor.of_ppo(size_named(size), _work(size, case), case.lora).total / flops
+    work = draw(SIZES[size], case.full)
+    return sum(floor.of_ppo(SIZES[size], work, case.lora).values()) / flops
 
 
 def _distance(size: str, case: Case, result: Result, seconds: float) -> str:
@@ -122,7 +105,7 @@ def _step_row(result: Result) -> list[str]:
     case = CASES[result["case"]]
     if result.get("not_run") or result["failed"]:
         reason = result.get("not_run") or "; ".join(result["failed"].values())
-        return [case.title, f"not run: {reason}", *[""] * 5]
+        return [case.title, f"not run: {reason}"]
     ours, theirs = (result["answers"][side] for side in SIDES)
     return [
         case.title,
@@ -151,12 +134,7 @@ def startup_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def median(answers: Sequence[dict[str, Any]], key: str = "seconds") -> float:
     """Seconds of a step, or its `cpu_seconds`, which other programs on the machine do not change."""
-    return statistics.median(answer[key] for answer in answers)
-
-
-def phase(answers: Sequence[dict[str, Any]], name: str) -> float:
-    """Seconds of a phase of a step."""
-    return statistics.median(answer["phases"].get(name, 0.0) for answer in answers)
+    return statistics.median(answer.get(key, 0.0) for answer in answers)
 
 
 def ratio(result: Result) -> str:
@@ -167,8 +145,9 @@ def ratio(result: Result) -> str:
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its columns aligned to be read as text too."""
-    cells = [[cell.replace("|", r"\|") for cell in row] for row in [head, *rows]]
+    """A Markdown table, its columns aligned to be read as text too; short rows are filled up."""
+    whole = [[*row, *[""] * (len(head) - len(row))] for row in [head, *rows]]
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in whole]
     # a sentence in a cell would stretch its column
     widths = [max(len(row[i]) for row in cells if len(row[i]) < 60) for i in range(len(head))]
     lines = [" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
@@ -176,34 +155,3 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
     return (
         "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]) + "\n"
     )
-
-
-# --- the picture ----------------------------------------------------------------------------------
-
-
-def picture(whole: dict[str, Any], path: Path) -> None:
-    """One bar a side and case, its phases side by side; nothing when no PPO was timed."""
-    bars = [
-        (f"{CASES[result['case']].title}\n{name}", result["answers"][side])
-        for result in whole["results"]
-        if CASES[result["case"]].task == "ppo" and "not_run" not in result
-        for side, name in SIDES.items()
-        if side not in result["failed"]
-    ]
-    if not bars:
-        return
-    with mpl.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        figure = Figure(figsize=(8.0, 0.9 + 0.55 * len(bars)), layout="constrained")
-        axes = figure.add_subplot()
-        labels = [label for label, _ in bars]
-        left = [0.0] * len(bars)
-        for colour, name in zip(COLOURS, PHASES, strict=False):
-            widths = [phase(answers, name) for _, answers in bars]
-            axes.barh(labels, widths, left=left, color=colour, label=name, height=0.62)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        rest = [max(median(answers) - a, 0.0) for (_, answers), a in zip(bars, left, strict=True)]
-        axes.barh(labels, rest, left=left, color=INK, label="other", height=0.62)
-        axes.invert_yaxis()
-        axes.set_xlabel(f"seconds an iteration, size {whole['size']}")
-        axes.legend(ncols=len(PHASES) + 1, loc="lower center", bbox_to_anchor=(0.4, 1.0))
-        figure.savefig(path, dpi=150)

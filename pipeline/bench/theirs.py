@@ -20,20 +20,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from pipeline.bench import shared
-from pipeline.bench.shapes import (
-    CASES,
-    EOS,
-    LEARNING_RATE,
-    PAD,
-    SIZES,
-    STEPS,
-    Case,
-    Size,
-    demonstrations,
-    draw,
-    ranked,
-)
+from pipeline.bench import shapes, shared
+from pipeline.bench.shapes import EOS, PAD, STEPS, Case, Size
 from pipeline.bench.turns import Turns
 from pipeline.config.schema import Lora
 
@@ -42,7 +30,7 @@ def main(size: str, case: str) -> None:
     """Prepare, then take a step whenever asked."""
     turns = Turns(shared.wait)
     tasks: dict[str, Callable[[Size, Case, Turns], None]] = {"ppo": ppo, "rm": rm, "sft": sft}
-    tasks[CASES[case].task](SIZES[size], CASES[case], turns)
+    tasks[shapes.CASES[case].task](shapes.SIZES[size], shapes.CASES[case], turns)
 
 
 def ppo(size: Size, case: Case, turns: Turns) -> None:
@@ -51,7 +39,7 @@ def ppo(size: Size, case: Case, turns: Turns) -> None:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    work = draw(size, case.full)
+    work = shapes.draw(size, case.full)
     dtype = torch.bfloat16 if case.theirs == "weights" else torch.float32
     policy = shared.policy(size).to(dtype)
     trainer = PPOTrainer(
@@ -88,7 +76,7 @@ def _plain() -> dict[str, Any]:
     """Arguments of every trainer: nothing saved, reported or recomputed."""
     return {
         "output_dir": shared.scratch(),
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": shapes.LEARNING_RATE,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
@@ -166,7 +154,7 @@ def rm(size: Size, case: Case, turns: Turns) -> None:
 
     rows = [
         {"chosen_ids": better, "rejected_ids": worse}
-        for row in ranked(size, case.batch, case.k)
+        for row in shapes.ranked(size, case.batch, case.k)
         for better, worse in row.pairs
     ]
     trainer = RewardTrainer(
@@ -181,7 +169,7 @@ def rm(size: Size, case: Case, turns: Turns) -> None:
         train_dataset=Dataset.from_list(rows),
         processing_class=shared.tokenizer(size),
     )
-    _run(trainer, turns)
+    shared.train(trainer, turns)
 
 
 def sft(size: Size, case: Case, turns: Turns) -> None:
@@ -197,15 +185,10 @@ def sft(size: Size, case: Case, turns: Turns) -> None:
             per_device_train_batch_size=case.batch,
             max_length=512,
         ),
-        train_dataset=Dataset.from_list(demonstrations(size, case.batch)),
+        train_dataset=Dataset.from_list(shapes.demonstrations(size, case.batch)),
         processing_class=shared.tokenizer(size),
     )
-    _run(trainer, turns)
-
-
-def _run(trainer: Any, turns: Turns) -> None:
-    trainer.add_callback(shared.TakesTurns(turns))
-    trainer.train()
+    shared.train(trainer, turns)
 
 
 if __name__ == "__main__":

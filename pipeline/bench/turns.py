@@ -34,7 +34,7 @@ class Worker:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
-            self.process = subprocess.Popen(
+            self.process: Any = subprocess.Popen(
                 [sys.executable, "-m", module, *words],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -48,7 +48,7 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
-            self._stdin().close()
+            self.process.stdin.close()
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -62,15 +62,11 @@ class Worker:
     def turn(self) -> Answer:
         """One step."""
         with contextlib.suppress(BrokenPipeError):  # its last words are read below
-            self._stdin().write("\n")
-            self._stdin().flush()
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         return self._answer()
 
-    def _stdin(self) -> Any:
-        return self.process.stdin
-
     def _answer(self) -> Answer:
-        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
