@@ -5,14 +5,32 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.config.load import checkpoints_root
+from pipeline.config.load import AddSettings, checkpoints_root
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import is_published
 from pipeline.process.progress import say
+from pipeline.steps import split_settings
 
 
-class StepFailed(Exception):
+class StepFailed(UserError):
     """A command of a study ended with an error, which it has printed."""
+
+
+def parser(study: str, about: str | None) -> argparse.ArgumentParser:
+    """Arguments that all studies have."""
+    out = argparse.ArgumentParser(prog=f"python -m pipeline.evaluation.{study}", description=about)
+    out.add_argument("--recipe", default="tiny", help="a folder of configs/ (or its path)")
+    out.add_argument("--run", type=Path, help="run to start from; default: checkpoints/RECIPE")
+    out.add_argument("--set", action=AddSettings, default="", help="the words of SET")
+    out.add_argument("settings", nargs="*", help="key=value")
+    return out
+
+
+def asked(args: argparse.Namespace) -> tuple[Path, Path, list[str]]:
+    """Recipe, run and settings that a study's command line names."""
+    recipe = recipe_folder(args.recipe)
+    run = args.run or checkpoints_root() / recipe.name  # where make puts a recipe's run
+    return recipe, run, [*split_settings(args.set), *args.settings]
 
 
 def count(text: str) -> int:
@@ -30,11 +48,6 @@ def recipe_folder(name: str) -> Path:
     raise UserError(f"{name}: no recipe: neither {name} nor configs/{name} has a sft.yaml")
 
 
-def default_run(recipe: Path) -> Path:
-    """Where make puts a recipe's run."""
-    return checkpoints_root() / recipe.name
-
-
 def sibling(run: Path, suffix: str) -> Path:
     """A run beside another: checkpoints/tiny and "seed3" give checkpoints/tiny-seed3."""
     return run.with_name(f"{run.name}-{suffix}")
@@ -42,10 +55,10 @@ def sibling(run: Path, suffix: str) -> Path:
 
 def call(module: str, *words: str) -> None:
     """Run `python -m module words...` and show what it prints; StepFailed if it fails."""
-    command = [sys.executable, "-m", module, *words]
-    say("$ " + " ".join(["python", *command[1:]]))
-    if subprocess.run(command).returncode:
-        raise StepFailed(" ".join(["python", *command[1:]]))
+    command = ["-m", module, *words]
+    say(f"$ python {' '.join(command)}")
+    if subprocess.run([sys.executable, *command]).returncode:
+        raise StepFailed(f"python {' '.join(command)} failed; its message is above")
 
 
 def ensure_base(recipe: Path) -> None:

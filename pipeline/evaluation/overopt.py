@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.cli import reporting_errors
 from pipeline.config.evaluation import EvalConfig
-from pipeline.config.load import AddSettings, load_config
+from pipeline.config.load import load_config
 from pipeline.config.schema import PPOConfig, RMConfig
 from pipeline.data.forms import load_prompts
 from pipeline.errors import UserError
@@ -26,7 +26,7 @@ from pipeline.handoff.found import find_stages, fresh_stages, read_jsonl
 from pipeline.handoff.remembered import command
 from pipeline.process.files import jsonl, write_atomically
 from pipeline.process.progress import say
-from pipeline.steps import load, overrides, split_settings
+from pipeline.steps import load, overrides
 
 Point = dict[str, float]
 """kl in nats per response, judge = mean gold, rm_score = mean proxy; and step or n."""
@@ -35,40 +35,25 @@ Point = dict[str, float]
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make overopt`."""
     args = parser().parse_args(argv)
-    recipe = steps.recipe_folder(args.recipe)
-    settings = [*split_settings(args.set), *args.settings]
-    run = args.run or steps.default_run(recipe)
+    recipe, run, settings = steps.asked(args)
     study = Study(recipe, run, args.prompts, args.n, args.ensemble, settings)
-    try:
-        curves = study.curves(args.iterations, args.points)
-    except steps.StepFailed as error:
-        raise UserError(f"overopt: stopped: {error} failed; its message is above") from None
+    curves = study.curves(args.iterations, args.points)
     say(f"overopt: {write(study.run, study.judge.name, curves)}; make report shows it")
 
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of `make overopt`."""
-    out = argparse.ArgumentParser(prog="python -m pipeline.evaluation.overopt", description=__doc__)
-    out.add_argument("--recipe", default="tiny", help="a folder of configs/ (or its path)")
-    out.add_argument(
-        "--run", type=Path, help="run whose sft and rm are used; default: checkpoints/RECIPE"
-    )
-    out.add_argument("--iterations", type=steps.count, help="of PPO; default: twice the recipe's")
-    out.add_argument("--points", type=steps.count, default=12, help="of each curve")
-    out.add_argument(
-        "--prompts", type=steps.count, default=200, help="validation prompts judged at each point"
-    )
-    out.add_argument("--n", type=steps.count, default=16, help="largest n of best-of-n")
+    out = steps.parser("overopt", __doc__)
+    for name, default, what in (
+        ("iterations", None, "of PPO; default: twice the recipe's"),
+        ("points", 12, "of each curve"),
+        ("prompts", 200, "validation prompts judged at each point"),
+        ("n", 16, "largest n of best-of-n"),
+    ):
+        out.add_argument(f"--{name}", type=steps.count, default=default, help=what)
     out.add_argument(
         "--ensemble", type=int, default=0, help="reward models in an ensemble; 0 = no ensemble"
     )
-    out.add_argument(
-        "--set",
-        action=AddSettings,
-        default="",
-        help='the words of SET, e.g. "ppo.learning_rate=1e-4"',
-    )
-    out.add_argument("settings", nargs="*", help="key=value")
     return out
 
 

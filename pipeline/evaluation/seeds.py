@@ -17,14 +17,13 @@ from typing import Any
 
 from pipeline.cli import reporting_errors
 from pipeline.config.evaluation import EvalConfig, Split
-from pipeline.config.load import AddSettings
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
 from pipeline.evaluation.judges import load_judge
 from pipeline.handoff.found import read_json
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
-from pipeline.steps import load, overrides, split_settings
+from pipeline.steps import load, overrides
 
 Values = dict[str, dict[int, float]]
 """Name of a quantity -> seed -> value."""
@@ -33,9 +32,7 @@ Values = dict[str, dict[int, float]]
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make seeds`; ends with code 1 when a seed failed."""
     args = parser().parse_args(argv)
-    recipe = steps.recipe_folder(args.recipe)
-    run = args.run or steps.default_run(recipe)
-    settings = [*split_settings(args.set), *args.settings]
+    recipe, run, settings = steps.asked(args)
     _refuse_seed(settings)
     study = Study(recipe, run, args.split, settings, args.ppo, args.borrow)
     study.check()
@@ -49,9 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of `make seeds`."""
-    out = argparse.ArgumentParser(prog="python -m pipeline.evaluation.seeds", description=__doc__)
-    out.add_argument("--recipe", default="tiny", help="a folder of configs/ (or its path)")
-    out.add_argument("--run", type=Path, help="default: checkpoints/RECIPE")
+    out = steps.parser("seeds", __doc__)
     out.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     out.add_argument("--split", choices=["test", "validation"], default="test")
     out.add_argument("--ppo", type=Path, help="another config file for PPO")
@@ -62,10 +57,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="OTHER",
         help="RUN-seedN borrows the sft and rm of OTHER-seedN",
     )
-    out.add_argument(
-        "--set", action=AddSettings, default="", help='the words of SET, e.g. "ppo.kl_coef=0.02"'
-    )
-    out.add_argument("settings", nargs="*", help="key=value")
     return out
 
 
