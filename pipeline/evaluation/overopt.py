@@ -206,7 +206,7 @@ def write(run: Path, judge: str, curves: dict[str, list[Point]]) -> Path:
     out = run / "overopt" / "overopt.png"
     whole = {"judge": judge, "studies": curves}
     write_atomically(out.with_suffix(".json"), json.dumps(whole, indent=1) + "\n")
-    plots.root_kl_file(*plots.gold_and_proxy(curves), out)
+    plots.root_kl_file(curves, out)
     return out
 
 

@@ -74,50 +74,36 @@ def render(record: Record) -> str:
 def context(record: Record) -> dict[str, Any]:
     """What the template shows."""
     found = verdicts(record)
-    models = _models(record)
+    studies = {n: points for n, points in (record.overopt.get("studies") or {}).items() if points}
     return {
         "run": record.run.name,
         "made_from": Markup(identity("report", None, record.run).mark()),
         "verdicts": found,
         "conclusion": conclusion(found),
-        "problems": record.problems,
-        "evaluated": _evaluated(record),
+        "record": record,
         "evaluate": record.command("eval") if record.evaluable else "",
-        "models": models,
+        "models": _models(record),
         "summary": summary_rows(record),
         "comparisons": comparison_rows(record),
         "families": family_tables(record),
         "charts": {verdict.stage: charts(record, verdict.stage) for verdict in found},
         "titles": {verdict.stage: verdict.title for verdict in found},
-        "recorded": {verdict.stage: recorded(record, verdict.stage) for verdict in found},
-        "rankings": record.rankings,
         "better_rule": better_rule,
         "ranking_charts": _ranking_charts(record.rankings),
         "against": record.result.get("rm"),
         "samples": samples(record),
-        "overopt": _overopt(record),
-        "lineage": lineage(record),
+        "studies": studies,
+        "overopt_image": plots.root_kl(studies) if studies else "",
         "configs": {
             name: yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True)
             for name, stage in record.stages.items()
             if stage.config
         },
-        "packages": _packages(record),
         "reproduce": reproduce(record),
     }
 
 
 # --- evaluation -----------------------------------------------------------------------------------
-
-
-def _evaluated(record: Record) -> dict[str, Any] | None:
-    if not record.result:
-        return None
-    config = record.result["config"]
-    keys = ("judge", "temperature", "seed", "max_new_tokens")
-    facts = {key: config.get(key) for key in keys}
-    about = record.result.get("judge_about")
-    return facts | {key: record.result[key] for key in ("split", "prompts")} | {"about": about}
 
 
 def summary_rows(record: Record) -> list[tuple[str, list[str]]]:
@@ -142,16 +128,6 @@ def summary_rows(record: Record) -> list[tuple[str, list[str]]]:
 def _models(record: Record) -> list[str]:
     """Policies that were evaluated, in the order they were made."""
     return [name for name in steps.policies() if record.model(name)]
-
-
-def recorded(record: Record, stage: str) -> dict[str, str]:
-    """Headline metrics of a stage, what it kept and dropped of its data among them."""
-    metrics = record.stages[stage].metrics
-    return {name: _plain(value) for name, value in metrics.items()}
-
-
-def _plain(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _formatted(value: float | None, form: str) -> str:
@@ -246,48 +222,6 @@ def _ranking_charts(measured: Measured | None) -> list[dict[str, str]]:
             "image": plots.scatter(measured.points, "length, tokens", "score"),
         },
     ]
-
-
-def _overopt(record: Record) -> dict[str, Any] | None:
-    """The study of over-optimisation, if `make overopt` was run."""
-    studies = {n: points for n, points in (record.overopt.get("studies") or {}).items() if points}
-    if not studies:
-        return None
-    rows = []
-    for name, points in studies.items():
-        ordered = sorted(points, key=lambda p: p["kl"])
-        best = max(ordered, key=lambda p: p["judge"])
-        rows.append({"name": name, "first": ordered[0], "best": best, "last": ordered[-1]})
-    return {
-        "rows": rows,
-        "image": plots.root_kl(*plots.gold_and_proxy(studies)),
-        "judge": record.overopt.get("judge"),
-    }
-
-
-# --- where it came from ---------------------------------------------------------------------------
-
-
-def lineage(record: Record) -> list[dict[str, Any]]:
-    """Every stage in the order they are made, with its path, hash and data files."""
-    return [
-        {
-            "name": name,
-            "path": str(stage.path),
-            "hash": stage.manifest_sha256,
-            "created": stage.manifest.get("created", ""),
-            "seed": stage.manifest.get("seed"),
-            "inputs": stage.manifest.get("inputs") or {},
-            "parents": list((stage.manifest.get("parents") or {}).keys()),
-        }
-        for name, stage in record.stages.items()
-    ]
-
-
-def _packages(record: Record) -> dict[str, str]:
-    """Versions of the packages that the last stage ran with."""
-    last = list(record.stages.values())[-1]
-    return last.manifest.get("packages") or {}
 
 
 def reproduce(record: Record) -> list[str]:
