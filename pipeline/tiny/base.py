@@ -4,13 +4,8 @@ plain text.
 The base has read plain text only: facts and questions, news and headlines, word lists, orders. It
 has never seen the chat format or an instruction; that is what the SFT stage is for. The number of
 steps is fixed, never the seconds, so the same seed and thread count give the same bytes.
-
-    python -m pipeline.tiny.base --out checkpoints/base --data data/tiny
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import math
 import time
@@ -20,15 +15,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.process.progress import say
 from pipeline.tiny import world
 
-PAD, UNKNOWN, USER, ASSISTANT, END = (
-    "<|pad|>",
-    "<|unknown|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|end|>",
-)
+SPECIALS = ["<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>"]
+PAD, UNKNOWN, USER, ASSISTANT, END = SPECIALS
 
 # `generation` marks the assistant's own tokens for trainers that mask the rest.
 CHAT_TEMPLATE = (
@@ -55,7 +46,7 @@ def vocabulary() -> list[str]:
         [*world.REFUSALS.values(), *world.STOPS.values(), *world.INSTRUCTIONS.values()]
     ).split()
     words += world.WORDS_OF_FORM
-    return [PAD, UNKNOWN, USER, ASSISTANT, END, *dict.fromkeys(words)]
+    return [*SPECIALS, *dict.fromkeys(words)]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -63,9 +54,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     table = {word: index for index, word in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    specials = [PAD, UNKNOWN, USER, ASSISTANT, END]
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in specials]
+        [AddedToken(token, special=True, normalized=False) for token in SPECIALS]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -113,17 +103,15 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> t
     return torch.tensor(stream[: rows * length]).view(rows, length)
 
 
-def learning_rate(step: int, steps: int, peak: float = LEARNING_RATE) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then cosine to a tenth."""
     if step < WARMUP:
-        return peak * (step + 1) / WARMUP
+        return LEARNING_RATE * (step + 1) / WARMUP
     progress = (step - WARMUP) / max(1, steps - WARMUP)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    return LEARNING_RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def train_base(
-    out: Path, data: Path, seed: int = 0, steps: int = STEPS, log_every: int = 50
-) -> Path:
+def train_base(out: Path, data: Path, seed: int, steps: int) -> Path:
     """Train the base on `data/corpus.jsonl`.
 
     Model and tokenizer go into `out` as a plain transformers directory, which is returned.
@@ -134,12 +122,8 @@ def train_base(
     with (data / "corpus.jsonl").open(encoding="utf-8") as file:
         rows = pack([json.loads(line)["text"] for line in file], tokenizer, LENGTH)
     shuffle = torch.Generator().manual_seed(seed)
-    order = torch.cat(
-        [
-            torch.randperm(len(rows), generator=shuffle)
-            for _ in range(1 + steps * BATCH // len(rows))
-        ]
-    )
+    passes = 1 + steps * BATCH // len(rows)
+    order = torch.cat([torch.randperm(len(rows), generator=shuffle) for _ in range(passes)])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
     )
@@ -157,34 +141,11 @@ def train_base(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % log_every == 0 or step + 1 == steps:
+        if (step + 1) % 50 == 0 or step + 1 == steps:
             seconds = time.perf_counter() - started
-            print(
-                f"base step {step + 1}/{steps} loss {loss.item():.3f} seconds {seconds:.1f}",
-                flush=True,
-            )
-    return save(model, tokenizer, out)
-
-
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> Path:
-    """Write a directory that AutoModelForCausalLM and AutoTokenizer load."""
-    out.mkdir(parents=True, exist_ok=True)
+            say(f"base step {step + 1}/{steps} loss {loss.item():.3f} seconds {seconds:.1f}")
     model.generation_config.do_sample = True  # T = 1, no truncation, unless told otherwise
     model.generation_config.top_k = 0
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    args = parser.parse_args()
-    train_base(args.out, args.data, args.seed, args.steps)
-
-
-if __name__ == "__main__":
-    main()

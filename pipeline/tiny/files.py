@@ -1,16 +1,15 @@
-"""The tiny world as files: `python -m pipeline.tiny.files --out DIR`.
+"""The tiny world as files.
 
 Held-out contents are drawn first, from seeds of their own; training rows and the base model's text
 skip them.
 """
 
-import argparse
 import random
 from pathlib import Path
 
 from pipeline.process.files import jsonl
 from pipeline.tiny.corpus import corpus
-from pipeline.tiny.world import demonstration_row, draw_cases, prompt_row
+from pipeline.tiny.world import demonstrate, draw_cases, row_of
 
 SIZES = {
     "demonstrations": 5000,
@@ -39,8 +38,10 @@ def build(
         cases = draw_cases(rng, sizes[name], forbidden)
         if name in HELD_OUT:
             forbidden |= {case.key for case in cases}
-        with_output = name.startswith("demonstrations")
-        files[name] = [demonstration_row(c, rng) if with_output else prompt_row(c) for c in cases]
+        if name.startswith("demonstrations"):
+            files[name] = [row_of(case, output=demonstrate(case, rng)) for case in cases]
+        else:
+            files[name] = [row_of(case) for case in cases]
     rng = random.Random(1000 * seed + _SEED_OFFSETS["corpus"])
     files["corpus"] = [{"text": text} for text in corpus(rng, corpus_size, forbidden)]
     read = {row["text"] for row in files["corpus"]}
@@ -58,16 +59,3 @@ def write(out: Path, seed: int = 0) -> dict[str, Path]:
         paths[name] = out / f"{name}.jsonl"
         paths[name].write_text(jsonl(rows), encoding="utf-8")
     return paths
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    for name, path in write(args.out, args.seed).items():
-        print(f"{name}: {path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -72,12 +72,13 @@ def _solve_dialogue(words: list[str], language: str) -> tuple[str, ...]:
     return world.served([kinds["number"], kinds["adjective"], kinds["thing"]], language)
 
 
-_SOLVERS = {
-    "question": _solve_question,
-    "summary": _solve_summary,
-    "translation": _solve_translation,
-    "dialogue": _solve_dialogue,
-}
+_SOLVERS = dict(
+    zip(
+        world.FAMILIES,
+        (_solve_question, _solve_summary, _solve_translation, _solve_dialogue),
+        strict=True,
+    )
+)
 
 
 def read(prompt: str, response: str) -> Reading:
@@ -132,14 +133,10 @@ def score(
     `rows` is the common signature of reward functions in this project; nothing in it is read.
     """
     finished = [True] * len(prompts) if ended is None else ended
-    return [
-        value(read(prompt, response), end)
-        for prompt, response, end in zip(prompts, responses, finished, strict=True)
-    ]
+    replies = zip(prompts, responses, finished, strict=True)
+    return [value(read(prompt, response), end) for prompt, response, end in replies]
 
 
 def exact(prompts: list[str], responses: list[str], rows: list[dict] | None = None) -> list[bool]:
     """Whether each reply's content is exactly right (courtesy and hedges aside)."""
-    return [
-        read(prompt, response).exact for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    return [read(*pair).exact for pair in zip(prompts, responses, strict=True)]

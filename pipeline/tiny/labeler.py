@@ -7,15 +7,12 @@ tie.
     python -m pipeline.tiny.labeler --samples samples.jsonl --out rankings.jsonl --seed 7
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 import math
 import random
 from pathlib import Path
 
-from pipeline.process.files import jsonl
+from pipeline.process.files import jsonl, read_jsonl
 from pipeline.tiny import gold
 
 TEMPERATURE = 0.5
@@ -31,28 +28,19 @@ def rank(worths: list[float], rng: random.Random, temperature: float = TEMPERATU
     return [1 + sum(other > mine for other in seen) for mine in seen]
 
 
-def last_user_text(prompt: list[dict]) -> str:
-    return next(m["content"] for m in reversed(prompt) if m["role"] == "user")
-
-
 def label(row: dict, rng: random.Random, temperature: float = TEMPERATURE) -> dict:
     """One samples row with `ranks`; other keys are kept. `ended` (list of bool) is heeded if there."""
-    text = last_user_text(row["prompt"])
+    text = next(m["content"] for m in reversed(row["prompt"]) if m["role"] == "user")
     responses = row["responses"]
-    worths = gold.score(
-        [text] * len(responses), responses, [row] * len(responses), ended=row.get("ended")
-    )
+    worths = gold.score([text] * len(responses), responses, ended=row.get("ended"))
     return {**row, "ranks": rank(worths, rng, temperature)}
 
 
-def label_file(samples: Path, out: Path, seed: int, temperature: float = TEMPERATURE) -> int:
+def label_file(samples: Path, out: Path, seed: int) -> int:
     """Rank every row of a samples file; returns how many there were."""
     rng = random.Random(seed)
-    with samples.open(encoding="utf-8") as source:
-        rows = [json.loads(line) for line in source if line.strip()]
-    text = jsonl(label(row, rng, temperature) for row in rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    rows = [label(row, rng) for row in read_jsonl(samples)]
+    out.write_text(jsonl(rows), encoding="utf-8")
     return len(rows)
 
 
@@ -61,12 +49,9 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE)
     args = parser.parse_args()
-    count = label_file(args.samples, args.out, args.seed, args.temperature)
-    print(
-        f"{args.out}: {count} rankings by the simulated labeler at temperature {args.temperature}"
-    )
+    count = label_file(args.samples, args.out, args.seed)
+    print(f"{args.out}: {count} rankings by the simulated labeler at temperature {TEMPERATURE}")
 
 
 if __name__ == "__main__":

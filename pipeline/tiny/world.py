@@ -137,50 +137,41 @@ ASKED = {
 }
 
 
+PHRASES: dict[str, dict[str, str]] = {
+    "question": {"en": "what is the {} ?", "zh": "{} 是 什么 ？"},
+    "reply": {"en": "the {} is {}", "zh": "{} 是 {}"},
+    "fact": {"en": "{0} {2} {3} {4} {5} in {1} .", "zh": "{0} 在 {1} {2} {3} 个 {4} {5} 。"},
+    "story": {
+        "en": "this morning {} went with {} to {} and {} {} {} .",
+        "zh": "今天 早上 {} 和 {} 去 {} {} {} {} 。",
+    },
+    "order 0": {"en": "i would like {} {} {} .", "zh": "我 想要 {} 个 {} {} 。"},
+    "order 1": {"en": "can i have {} {} {} ?", "zh": "能 给 我 {} 个 {} {} 吗 ？"},
+    "order 2": {"en": "do you have {} {} {} ?", "zh": "你们 有 {} 个 {} {} 吗 ？"},
+    "served": {"en": "here are {} {} {}", "zh": "这是 {} 个 {} {}"},
+}
+"""A fact (words of FACT_CLASSES) with its question and reply; news (name, friend, place, verb, adjective,
+thing); an order in three wordings and how it is served (number, adjective, thing)."""
+
+
+def phrase(kind: str, language: str, *words: str) -> str:
+    """A phrase of PHRASES with its words, which are of that language."""
+    return PHRASES[kind][language].format(*words)
+
+
 def question(asked: str, language: str) -> str:
-    """`what is the place ?` / `地点 是 什么 ？`"""
-    name = ASKED[asked][language]
-    return f"what is the {name} ?" if language == "en" else f"{name} 是 什么 ？"
-
-
-def fact(words: Sequence[str], language: str) -> str:
-    """One sentence that says who did what, where, and with how many."""
-    name, place, verb, number, adjective, thing = words
-    if language == "en":
-        return f"{name} {verb} {number} {adjective} {thing} in {place} ."
-    return f"{name} 在 {place} {verb} {number} 个 {adjective} {thing} 。"
+    """`what is the item ?` / `物品 是 什么 ？`"""
+    return phrase("question", language, ASKED[asked][language])
 
 
 def reply_to_question(asked: str, word: str, language: str) -> tuple[str, ...]:
     """The words that answer a question about a fact."""
-    name = ASKED[asked][language]
-    return ("the", name, "is", word) if language == "en" else (name, "是", word)
-
-
-def story(words: Sequence[str], language: str) -> str:
-    """A piece of news: who went where with whom, and what came of it."""
-    name, friend, place, verb, adjective, thing = words
-    if language == "en":
-        return f"this morning {name} went with {friend} to {place} and {verb} {adjective} {thing} ."
-    return f"今天 早上 {name} 和 {friend} 去 {place} {verb} {adjective} {thing} 。"
-
-
-def order(words: Sequence[str], language: str, wording: int) -> str:
-    """A customer's order in one of three wordings."""
-    number, adjective, thing = words
-    if language == "en":
-        opening = ("i would like", "can i have", "do you have")[wording]
-        return f"{opening} {number} {adjective} {thing} {'.' if wording == 0 else '?'}"
-    opening = ("我 想要", "能 给 我", "你们 有")[wording]
-    return f"{opening} {number} 个 {adjective} {thing} {'。' if wording == 0 else '吗 ？'}"
+    return tuple(phrase("reply", language, ASKED[asked][language], word).split())
 
 
 def served(words: Sequence[str], language: str) -> tuple[str, ...]:
     """The words that answer an order."""
-    number, adjective, thing = words
-    if language == "en":
-        return ("here", "are", number, adjective, thing)
-    return ("这是", number, "个", adjective, thing)
+    return tuple(phrase("served", language, *words).split())
 
 
 # --- prompts ------------------------------------------------------------------------------------
@@ -190,21 +181,17 @@ def draw_question(rng: random.Random, language: str) -> Case:
     words = {kind: rng.choice(list(CLASSES[kind])) for kind in FACT_CLASSES}
     asked = rng.choice(list(ASKED))
     local = dict(zip(words, say(list(words.values()), language), strict=True))
-    text = f"{fact(list(local.values()), language)} {question(asked, language)}"
+    text = f"{phrase('fact', language, *local.values())} {question(asked, language)}"
     key = ("question", language, asked, *words.values())
     return Case("question", language, text, reply_to_question(asked, local[asked], language), key)
 
 
 def draw_summary(rng: random.Random, language: str) -> Case:
     name, friend = rng.sample(list(NAMES), 2)
-    words = [
-        name,
-        friend,
-        *(rng.choice(list(kind)) for kind in (PLACES, VERBS, ADJECTIVES, THINGS)),
-    ]
-    local = say(words, language)
-    answer = (local[0], local[3], local[5])
-    return Case("summary", language, story(local, language), answer, ("summary", language, *words))
+    rest = [rng.choice(list(kind)) for kind in (PLACES, VERBS, ADJECTIVES, THINGS)]
+    local = say([name, friend, *rest], language)
+    text, answer = phrase("story", language, *local), (local[0], local[3], local[5])
+    return Case("summary", language, text, answer, ("summary", language, name, friend, *rest))
 
 
 def draw_translation(rng: random.Random, language: str) -> Case:
@@ -218,16 +205,13 @@ def draw_dialogue(rng: random.Random, language: str) -> Case:
     words = [rng.choice(list(kind)) for kind in (NUMBERS, ADJECTIVES, THINGS)]
     wording = rng.randrange(3)
     local = say(words, language)
-    text = order(local, language, wording)
+    text = phrase(f"order {wording}", language, *local)
     return Case("dialogue", language, text, served(local, language), ("dialogue", language, *words))
 
 
-DRAW: dict[str, Callable[[random.Random, str], Case]] = {
-    "question": draw_question,
-    "summary": draw_summary,
-    "translation": draw_translation,
-    "dialogue": draw_dialogue,
-}
+DRAW: dict[str, Callable[[random.Random, str], Case]] = dict(
+    zip(FAMILIES, (draw_question, draw_summary, draw_translation, draw_dialogue), strict=True)
+)
 
 
 def draw_cases(rng: random.Random, count: int, forbidden: set) -> list[Case]:
@@ -292,20 +276,7 @@ def demonstrate(case: Case, rng: random.Random) -> str:
     return " ".join([*body, case.stop, *(rng.choice(COURTESIES[language]) for _ in range(count))])
 
 
-def prompt_row(case: Case) -> dict:
-    return {
-        "instruction": case.instruction,
-        "input": case.input,
-        "family": case.family,
-        "language": case.language,
-    }
-
-
-def demonstration_row(case: Case, rng: random.Random) -> dict:
-    row = prompt_row(case)
-    return {
-        "instruction": row.pop("instruction"),
-        "input": row.pop("input"),
-        "output": demonstrate(case, rng),
-        **row,
-    }
+def row_of(case: Case, **output: str) -> dict[str, str]:
+    """A prompt as a line of a file, of a demonstration with its `output`."""
+    kind = {"family": case.family, "language": case.language}
+    return {"instruction": case.instruction, "input": case.input, **output, **kind}
