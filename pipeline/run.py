@@ -111,15 +111,7 @@ class StageRun:
             faults.clear()
             self._unlock()
             raise
-        self.tracker = Tracker(
-            self.work,
-            self.stage,
-            self.config.run,
-            self.config.model_dump(mode="json"),
-            self.config.wandb,
-            self._directories,
-            main=self.main,
-        )
+        self.tracker = Tracker(self.work, self.config, self._directories, main=self.main)
         self._started = time.monotonic()
         return self
 

@@ -32,7 +32,7 @@ def tracker(root: Path, mode: str = "disabled", upload: bool = False, **options)
     work = run / ".work" / "ppo"
     work.mkdir(parents=True, exist_ok=True)
     settings = schema.Wandb(mode=mode, upload=upload)  # type: ignore[arg-type]
-    return Tracker(work, "ppo", run, {"seed": 1}, settings, **options)
+    return Tracker(work, schema.PPOConfig(run=run, wandb=settings), **options)
 
 
 def rows(made: Tracker) -> list[dict]:
@@ -283,7 +283,7 @@ from pipeline.tracking.tracker import Tracker
 mirror.INIT_SECONDS = 3
 run = Path(sys.argv[1])
 (run / ".work/ppo/output").mkdir(parents=True)
-tracker = Tracker(run / ".work/ppo", "ppo", run, {"seed": 1}, schema.Wandb())
+tracker = Tracker(run / ".work/ppo", schema.PPOConfig(run=run))
 for step in range(1, 4):
     begin = time.monotonic()
     tracker.log(step, {"objective/kl": 0.5 * step, "bad": float("nan")})

@@ -3,12 +3,9 @@
 import argparse
 import difflib
 import hashlib
-import inspect
 import json
 import math
 import os
-import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import strict_yaml
+from pipeline.config.section import parts
 from pipeline.errors import UserError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -156,14 +154,8 @@ def _section(cls: type[BaseModel], field: str) -> type[BaseModel] | None:
     """The model inside a field's annotation (`Lora | None`, `list[Reward]`, ...), if it has one."""
     if field not in cls.model_fields:
         return None
-    pending: list[Any] = [cls.model_fields[field].annotation]
-    while pending:
-        kind = pending.pop()
-        if inspect.isclass(kind) and not isinstance(kind, types.GenericAlias):
-            if issubclass(kind, BaseModel):
-                return kind
-        pending += typing.get_args(kind)
-    return None
+    kinds = [kind for kind in parts(cls.model_fields[field]) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
 def _not_finite(value: Any, key: str = "") -> Iterator[str]:
@@ -183,27 +175,22 @@ def checkpoints_root() -> Path:
     return Path(os.environ.get("RLHF_CHECKPOINTS") or CHECKPOINTS)
 
 
-def _relocated(value: Any) -> Any:
-    """The raw config with `checkpoints/...` moved below `checkpoints_root()`."""
+def _relocated(value: Any, there: Any = CHECKPOINTS, root: Any = None) -> Any:
+    """The raw config with what lies below the folder `there` moved below `root`: `checkpoints_root()`."""
     if isinstance(value, dict):
-        return {key: _relocated(inner) for key, inner in value.items()}
+        return {key: _relocated(inner, there, root) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_relocated(inner) for inner in value]
-    if isinstance(value, str) and value.startswith(CHECKPOINTS + "/"):
-        return str(checkpoints_root() / value.removeprefix(CHECKPOINTS + "/"))
+        return [_relocated(inner, there, root) for inner in value]
+    if isinstance(value, str) and value.startswith(f"{there}/"):
+        return str(Path(root or checkpoints_root(), value.removeprefix(f"{there}/")))
     return value
 
 
 def portable(value: Any) -> Any:
     """`_relocated` undone: what lies below `checkpoints_root()`, by whatever name of that folder, as
     `checkpoints/...`."""
-    if isinstance(value, dict):
-        return {key: portable(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [portable(inner) for inner in value]
     for root in (checkpoints_root(), checkpoints_root().resolve()):
-        if isinstance(value, str) and value.startswith(f"{root}/"):
-            return f"{CHECKPOINTS}/{value.removeprefix(f'{root}/')}"
+        value = _relocated(value, root, CHECKPOINTS)
     return value
 
 

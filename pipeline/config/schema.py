@@ -518,32 +518,27 @@ class PPOConfig(StageConfig):
 
     @model_validator(mode="after")
     def _consistent(self):
-        problems = []
-        if self.batch_size % self.minibatches:
-            problems.append(
-                f"batch_size {self.batch_size} does not divide by minibatches {self.minibatches}"
-            )
-        if (self.ptx_coef > 0) != (self.ptx_data is not None):
-            problems.append("ptx_coef > 0 and ptx_data go together")
-        if self.sampler_correction is not None and not self.recompute():
-            problems.append("sampler_correction needs old_logprobs: recompute")
-        if self.vllm is not None and not self.recompute():
-            problems.append("vllm needs old_logprobs: recompute")
-        if self.vllm is not None and self.rollout_batch_size is not None:
-            problems.append("rollout_batch_size has no effect with vllm")
-        if self.value == "shared" and self.value_lora is not None:
-            problems.append("value_lora needs value: separate")
-        if self.shared_base:
-            wrong = {
-                "lora": self.lora is None,
-                "value: separate": self.value != "separate",
-                "no value_lora": self.value_lora is not None,
-                "no gradient_checkpointing": self.gradient_checkpointing,
-            }
-            problems += [f"shared_base needs {need}" for need, lacking in wrong.items() if lacking]
-        if any(lora is not None and lora.dropout for lora in (self.lora, self.value_lora)):
-            problems.append("lora.dropout must be 0: PPO's logprobs need dropout off")
-        if problems:
+        sampled = not self.recompute()
+        wrong = {
+            f"batch_size {self.batch_size} does not divide by minibatches {self.minibatches}": (
+                self.batch_size % self.minibatches
+            ),
+            "ptx_coef > 0 and ptx_data go together": (self.ptx_coef > 0) != bool(self.ptx_data),
+            "sampler_correction needs old_logprobs: recompute": sampled and self.sampler_correction,
+            "vllm needs old_logprobs: recompute": sampled and self.vllm,
+            "rollout_batch_size has no effect with vllm": self.vllm and self.rollout_batch_size,
+            "value_lora needs value: separate": self.value == "shared" and self.value_lora,
+            "shared_base needs lora": self.shared_base and not self.lora,
+            "shared_base needs value: separate": self.shared_base and self.value == "shared",
+            "shared_base needs no value_lora": self.shared_base and self.value_lora,
+            "shared_base needs no gradient_checkpointing": (
+                self.shared_base and self.gradient_checkpointing
+            ),
+            "lora.dropout must be 0: PPO's logprobs need dropout off": any(
+                lora and lora.dropout for lora in (self.lora, self.value_lora)
+            ),
+        }
+        if problems := [told for told, is_so in wrong.items() if is_so]:
             raise ValueError("; ".join(problems))
         return self
 

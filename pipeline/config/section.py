@@ -41,7 +41,7 @@ class Section(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         for name, field in cls.model_fields.items():
-            if reads(field) is None and {str, Path} & set(_parts(field)):
+            if reads(field) is None and {str, Path} & set(parts(field)):
                 raise TypeError(f"{cls.__name__}.{name}: say what this text names: see `Reads`")
 
     def references(self) -> Iterator[tuple["Section", Reads, str]]:
@@ -60,10 +60,10 @@ class Section(BaseModel):
 
 def reads(field: FieldInfo) -> Reads | None:
     """What a key's text names; None when nobody said so."""
-    return next((part for part in _parts(field) if isinstance(part, Reads)), None)
+    return next((part for part in parts(field) if isinstance(part, Reads)), None)
 
 
-def _parts(field: FieldInfo) -> list[Any]:
+def parts(field: FieldInfo) -> list[Any]:
     """All that a key's annotation is made of, metadata included."""
     found: list[Any] = [*field.metadata, field.annotation]
     for part in found:

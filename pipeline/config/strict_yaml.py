@@ -4,6 +4,7 @@ Unlike `yaml.safe_load`: `1e-5` is a number, a duplicate key is an error, `no`, 
 are text, and tags, anchors and merges are refused.
 """
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from pipeline.errors import UserError
 _BIGGEST_INTEGER = 2**53
 _LONGEST, _DEEPEST = 1_000_000, 50
 """Characters of a text and levels of nesting; more is a mistake or an attack."""
+
+
+_refused = functools.partial(yaml.MarkedYAMLError, None, None)
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,9 +34,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         self.depth += 1
         if self.depth > _DEEPEST:
-            raise yaml.composer.ComposerError(
-                None, None, f"nested more than {_DEEPEST} levels deep", self.peek_event().start_mark
-            )
+            raise _refused(f"nested more than {_DEEPEST} levels deep", self.peek_event().start_mark)
         node = self.checked_node(parent, index)
         self.depth -= 1
         return node
@@ -40,22 +42,16 @@ class _Loader(yaml.SafeLoader):
     def checked_node(self, parent, index):
         event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.composer.ComposerError(
-                None, None, "anchors are not supported", event.start_mark
-            )
+            raise _refused("anchors are not supported", event.start_mark)
         if event.tag is not None:  # `!!int` too: on a list it would be a lie
-            raise yaml.composer.ComposerError(
-                None, None, f"tag {event.tag} refused", event.start_mark
-            )
+            raise _refused(f"tag {event.tag} refused", event.start_mark)
         return super().compose_node(parent, index)
 
     def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be one word", key_node.start_mark
-                )
+                raise _refused("a key must be one word", key_node.start_mark)
             if key_node.value in result:
                 said = f"duplicate key `{key_node.value}`"
                 self.duplicates.append((key_node.start_mark.line + 1, said))

@@ -31,15 +31,10 @@ def message(folder: Path | None, needed: int = 0) -> str:
     told = "no space left to write to, or files may not grow further"
     if folder is None:
         return told
-    free = shutil.disk_usage(_existing(folder)).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     return (
         f"{folder}: {told}: saved states and the published model take up to {needed} bytes "
         f"({needed / 1e9:.1f} GB), {free} are free. What was saved before is whole: make room and "
         "run the same command again"
     )
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path

@@ -85,6 +85,8 @@ def watch_gradient(parameter: Any, step: Callable[[], int]) -> None:
 def _parse(word: str, known: Mapping[str, Collection[str]]) -> tuple[str, str, int, str]:
     parts = word.split(":")
     stage, phase, step, action = parts if len(parts) == 4 else ("", "", "", "")
+    lacks = stage in known and phase in PHASES and phase not in known[stage]
+    lacking = f"; {stage} has no phase {phase}" if lacks else ""
     if (
         phase not in known.get(stage, ())
         or action not in ACTIONS
@@ -92,16 +94,11 @@ def _parse(word: str, known: Mapping[str, Collection[str]]) -> tuple[str, str, i
         or (action == "nan" and phase not in _CAN_BE_NAN)
     ):
         raise UserError(
-            f"{VARIABLE}={word}: not stage:phase:step:action{_lacking(stage, phase, known)}\n"
+            f"{VARIABLE}={word}: not stage:phase:step:action{lacking}\n"
             f"  stages:  {', '.join(known)}\n  phases:\n{_listed(PHASES)}\n"
             f"  actions:\n{_listed(ACTIONS)}"
         )
     return stage, phase, int(step), action
-
-
-def _lacking(stage: str, phase: str, known: Mapping[str, Collection[str]]) -> str:
-    lacks = stage in known and phase in PHASES and phase not in known[stage]
-    return f"; {stage} has no phase {phase}" if lacks else ""
 
 
 def _listed(meanings: dict[str, str]) -> str:

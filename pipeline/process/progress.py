@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
@@ -30,11 +29,6 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def track(total: int, description: str) -> "Track":
-    """`with track(50, "ppo") as bar: bar.advance(1, kl=1.2)` shows progress to `total`."""
-    return Track(total, description)
-
-
 def tracked(items: Sequence[T], description: str | None) -> Iterator[T]:
     """The items; with progress if they take longer than two seconds and have a description."""
     began, bar = time.monotonic(), None
@@ -48,8 +42,11 @@ def tracked(items: Sequence[T], description: str | None) -> Iterator[T]:
                 bar.advance(done + 1)
 
 
-class Track:
-    """A rich bar on a terminal; else lines like `ppo  12/50  kl 1.20` every 5 s or 10 %."""
+class track:
+    """`with track(50, "ppo") as bar: bar.advance(1, kl=1.2)` shows progress to `total`.
+
+    A rich bar on a terminal; else lines like `ppo  12/50  kl 1.20` every 5 s or 10 %.
+    """
 
     def __init__(self, total: int, description: str):
         self.total, self.description = total, description
@@ -68,12 +65,7 @@ class Track:
             _bars.append(self._bar.console)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             _bars.pop()
             self._bar.stop()
@@ -109,18 +101,12 @@ def _short(value: Any) -> str:
 
 
 def _rich_bar() -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[fields]}", markup=False),
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[fields]}", markup=False),
     )

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from pipeline.config import schema
+from pipeline.config.schema import StageConfig
 from pipeline.handoff.artifacts import MANIFEST, Manifest, is_published, manifest_hash
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
@@ -30,18 +31,10 @@ Job = Callable[[Any], None]  # takes the wandb run
 class Mirror:
     """A run in W&B: name `RUN-STAGE`, group RUN, a job type a stage. Never raises, never prompts."""
 
-    def __init__(
-        self,
-        work: Path,
-        stage: str,
-        run: Path,
-        config: dict[str, Any],
-        wandb: schema.Wandb,
-        parents: dict[str, Path],
-    ):
-        self.work, self.stage, self.run = work, stage, run
-        self.config, self.wandb, self.parents = config, wandb, parents
-        self.mode = mode_of(wandb)
+    def __init__(self, work: Path, config: StageConfig, parents: dict[str, Path]):
+        self.work, self.config, self.parents = work, config, parents
+        self.stage, self.run, self.wandb = config.stage, config.run, config.wandb
+        self.mode = mode_of(self.wandb)
         self.started = False
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="wandb-mirror", daemon=True)
@@ -126,15 +119,17 @@ class Mirror:
         known = wandb.Settings.model_fields  # older versions lack some
         settings = wandb.Settings(**{k: v for k, v in wanted.items() if k in known})
         self.run.mkdir(parents=True, exist_ok=True)
+        name = f"{self.run.name}-{self.stage}"
+        parents = {"parents": {n: _alias(path) for n, path in self.parents.items()}}
         return wandb.init(
             project=self.wandb.project,
             entity=self.wandb.entity,
-            id=stable_id(self.work, f"{self.run.name}-{self.stage}"),
-            name=f"{self.run.name}-{self.stage}",
+            id=stable_id(self.work, name),
+            name=name,
             group=self.run.name,
             job_type=self.stage,
             dir=str(self.run),
-            config=self.config | {"parents": {n: _alias(p) for n, p in self.parents.items()}},
+            config=self.config.model_dump(mode="json") | parents,
             resume="allow",
             mode=mode,
             settings=settings,
@@ -152,8 +147,8 @@ class Mirror:
                 with contextlib.suppress(Exception):  # a parent that was never uploaded
                     run.use_artifact(f"{_artifact_name(parent)}:{_alias(parent)}")
             if manifest.inputs:
-                data = wandb.Artifact(_data_name(directory), "dataset", metadata=manifest.inputs)
-                run.use_artifact(data)
+                name = f"{_artifact_name(directory)}-data"
+                run.use_artifact(wandb.Artifact(name, "dataset", metadata=manifest.inputs))
         artifact = wandb.Artifact(
             _artifact_name(directory),
             type="model",
@@ -168,7 +163,7 @@ class Mirror:
     # --- helpers ----------------------------------------------------------------------------------
 
     def _put(self, job: Job) -> None:
-        if self.mode != "disabled" and self._thread.is_alive():
+        if self._thread.is_alive():
             self._jobs.put(job)
 
     def _warn(self, reason: str) -> None:
@@ -262,10 +257,6 @@ def _next_step(run: Any) -> int:
 
 def _artifact_name(directory: Path) -> str:
     return f"{directory.parent.name}-{directory.name}"
-
-
-def _data_name(directory: Path) -> str:
-    return f"{_artifact_name(directory)}-data"
 
 
 def _alias(directory: Path) -> str:

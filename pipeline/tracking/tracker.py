@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import schema
+from pipeline.config.schema import StageConfig
 from pipeline.handoff.artifacts import Manifest
 from pipeline.process.files import jsonl, read_jsonl, sync, write_atomically
 from pipeline.process.progress import say
@@ -22,18 +22,15 @@ class Tracker:
     def __init__(
         self,
         work: Path,
-        stage: str,
-        run: Path,
-        config: dict[str, Any],
-        wandb: schema.Wandb,
+        config: StageConfig,
         parents: dict[str, Path] | None = None,
         main: bool = True,
     ):
-        self.stage, self.main = stage, main
+        self.stage, self.main = config.stage, main
         self.metrics_path = work / "metrics.jsonl"
         self.samples_path = work / "samples.jsonl"
         self._warned: set[str] = set()
-        self._mirror = Mirror(work, stage, run, config, wandb, parents or {}) if main else None
+        self._mirror = Mirror(work, config, parents or {}) if main else None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line `{"step": …, "time": …, …}`, on disk before this returns; NaN becomes null."""
@@ -41,10 +38,7 @@ class Tracker:
             return
         self._start_mirror()
         self._warn_not_finite(step, metrics)
-        row = {"step": step, "time": round(time.time(), 3)} | {
-            k: plain(v) for k, v in metrics.items()
-        }
-        _append(self.metrics_path, [row])
+        _append(self.metrics_path, [{"step": step, "time": round(time.time(), 3)} | metrics])
         if self._mirror:
             self._mirror.log(step, dict(metrics))
 
@@ -53,9 +47,7 @@ class Tracker:
         if not self.main or not rows:
             return
         self._start_mirror()
-        _append(
-            self.samples_path, [{"step": step} | {k: plain(v) for k, v in r.items()} for r in rows]
-        )
+        _append(self.samples_path, [{"step": step} | row for row in rows])
         if self._mirror:
             self._mirror.samples(step, rows)
 
@@ -119,4 +111,4 @@ def plain(value: Any) -> Any:
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(jsonl(rows))
+        file.write(jsonl({name: plain(value) for name, value in row.items()} for row in rows))
