@@ -4,17 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data import (
+from pipeline.data.forms import (
+    PROMPTS,
+    REPLIES,
     Demonstration,
     Prompt,
     load_demonstrations,
     load_prompts,
-    load_rankings,
     load_texts,
-    split_by_prompt,
 )
-from pipeline.data.forms import PROMPTS, REPLIES
+from pipeline.data.rankings import load_rankings
 from pipeline.data.sources import STANDARD_COLUMNS
+from pipeline.data.splits import split_by_prompt
 from pipeline.errors import UserError
 
 

@@ -10,15 +10,10 @@ import pandas
 import pytest
 
 from pipeline.config.schema import Data, SFTConfig
-from pipeline.data import (
-    load_demonstrations,
-    load_prompts,
-    load_rankings,
-    read_rows,
-    rows_from_memory,
-)
+from pipeline.data.forms import load_demonstrations, load_prompts
 from pipeline.data.problems import Report
-from pipeline.data.sources import hub_rows
+from pipeline.data.rankings import load_rankings
+from pipeline.data.sources import hub_rows, read_rows, rows_from_memory
 from pipeline.errors import UserError
 from pipeline.handoff.lineage import data_fingerprint, inputs_of, missing_data
 

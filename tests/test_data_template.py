@@ -7,16 +7,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import tiny_models
-from pipeline.data import (
+from pipeline.data.literals import tell_spelled, text_ids
+from pipeline.data.template import (
     encode_demonstration,
     encode_prompt,
     encode_responses,
     prepare_tokenizer,
+    response_text,
+    role_markers,
     template_hash,
     tokenizer_hash,
+    well_formed,
 )
-from pipeline.data.literals import tell_spelled, text_ids
-from pipeline.data.template import response_text, role_markers, well_formed
 from pipeline.errors import UserError
 
 

@@ -1,8 +1,5 @@
 """The configs of a run as its steps will see them, every key with what it means (make show-config)."""
 
-import ast
-import inspect
-import itertools
 import signal
 import textwrap
 from collections.abc import Iterator
@@ -14,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.cli import reporting_errors
 from pipeline.commands.status import parse, plan_of
+from pipeline.config.section import parts
 
 
 def documented(config: BaseModel) -> str:
@@ -23,10 +21,10 @@ def documented(config: BaseModel) -> str:
 
 def _lines(group: BaseModel) -> Iterator[str]:
     """A group of keys and those inside it, indented."""
-    docs, plain = _docs(type(group)), group.model_dump(mode="json")
+    plain = group.model_dump(mode="json")
     for key, field in type(group).model_fields.items():
         value = getattr(group, key)
-        yield from (f"# {line}" for line in docs.get(key, "").splitlines())
+        yield from (f"# {line}" for line in (field.description or "").splitlines())
         if choices := _choices(field):
             yield f"# One of: {', '.join(choices)}."
         if isinstance(value, BaseModel):
@@ -48,27 +46,8 @@ def _indented(group: BaseModel) -> Iterator[str]:
 
 def _choices(field: FieldInfo) -> list[str]:
     """The words that a key takes, if it takes certain words alone."""
-    pending = [field.annotation]
-    for kind in pending:
-        if get_origin(kind) is Literal:
-            return [str(word) for word in get_args(kind)]
-        pending += get_args(kind)
-    return []
-
-
-def _docs(cls: type) -> dict[str, str]:
-    """Field name -> the string that stands under its declaration, base classes included."""
-    found: dict[str, str] = {}
-    for kind in reversed(cls.__mro__):
-        if not (issubclass(kind, BaseModel) and kind.__module__.startswith("pipeline.")):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-        statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, text in itertools.pairwise(statements):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                    found[field.target.id] = inspect.cleandoc(str(text.value.value))
-    return found
+    literal = next((kind for kind in parts(field) if get_origin(kind) is Literal), None)
+    return [str(word) for word in get_args(literal)]
 
 
 def main() -> None:

@@ -110,10 +110,10 @@ def _override(raw: dict[str, Any], word: str) -> str | None:
 # --- what is wrong, in words ----------------------------------------------------------------------
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean `x`?)`, or nothing when no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean `{near[0]}`?)" if near else ""
+def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
+    """` (did you mean `x`?)` with up to so many near names, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)
+    return f" (did you mean {' or '.join(f'`{one}`' for one in near)}?)" if near else ""
 
 
 def _problems(

@@ -36,7 +36,10 @@ class Section(BaseModel):
     one would have a stale result called up to date.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
+    # a field's docstring is its description, which `make show-config` prints
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, strict=True, use_attribute_docstrings=True
+    )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

@@ -1,12 +1,12 @@
 """Rows from files, folders, hub ids and memory, each with the place it came from."""
 
-import difflib
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from os import PathLike
 from typing import Any
 
+from pipeline.config.load import did_you_mean
 from pipeline.config.schema import Data
 from pipeline.data.problems import Report, kind
 from pipeline.data.readers import READERS, Row
@@ -153,7 +153,7 @@ def _rename(rows: Iterable[Row], columns: dict[str, str], name: str) -> Iterator
     """Give mapped columns their standard names; UserError for a column that no row has."""
     if unknown := sorted(columns.keys() - STANDARD_COLUMNS):
         near = (
-            _nearest(unknown[0], STANDARD_COLUMNS)
+            did_you_mean(unknown[0], STANDARD_COLUMNS, 3)
             or f"; those are {', '.join(sorted(STANDARD_COLUMNS))}"
         )
         raise UserError(f"{name}: columns: `{unknown[0]}` is not a standard name{near}")
@@ -166,7 +166,7 @@ def _rename(rows: Iterable[Row], columns: dict[str, str], name: str) -> Iterator
         yield Row(rest | mapped, row.where)
     for standard, column in columns.items():
         if seen and column not in seen:
-            near = _nearest(column, seen) or f"; there are {', '.join(seen)}"
+            near = did_you_mean(column, seen, 3) or f"; there are {', '.join(seen)}"
             raise UserError(f"{name}: columns: {standard}: no row has `{column}`{near}")
 
 
@@ -183,7 +183,7 @@ def _watch_keys(rows: Iterable[Row], known: frozenset[str], report: Report) -> I
         return
     for key, (times, first) in _by_key(seen).items():
         if key not in known and times <= max(1, total // 1000):
-            near = _nearest(key, known)
+            near = did_you_mean(key, known, 3)
             report.problem(first, f"extra key `{key}`, in {times} of {total} rows{near}")
 
 
@@ -195,9 +195,3 @@ def _by_key(seen: dict[tuple[str, ...], tuple[int, str]]) -> dict[str, tuple[int
             before, place = found.get(key, (0, first))
             found[key] = (before + times, place)
     return found
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    """` (did you mean x?)` with up to three near names, or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
-    return f" (did you mean {' or '.join(f'`{one}`' for one in near)}?)" if near else ""
