@@ -1,5 +1,6 @@
 """The table of steps is all there is to a step, and every input of every step is noticed."""
 
+import multiprocessing
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ from pipeline.config.schema import Data, StageConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import record, report
 from pipeline.handoff import artifacts, lineage
-from pipeline.handoff.remembered import Asked, Made, note
+from pipeline.handoff.remembered import Asked, Made, note, recall
 from pipeline.process.files import jsonl, write_atomically
 from pipeline.steps import Step
 
@@ -321,6 +322,24 @@ def test_a_lost_memory_is_found_again_where_it_fits():
     (RUN / "run.json").unlink()
     status.main(["--run", str(RUN), "--recipe", str(RECIPE), "--plan", "ppo"])
     assert Asked(RUN).memory.steps["ppo"].config == "configs/tiny/ppo.yaml"
+
+
+def note_many(name: str, begin) -> None:
+    begin.wait(30)
+    for number in range(40):
+        note(RUN, f"{name}-{number}", Made(config=f"{name}.yaml"), RECIPE, None)
+
+
+def test_two_that_note_at_one_moment_lose_nothing():
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(2)
+    both = [context.Process(target=note_many, args=(name, begin)) for name in ("sft", "rm")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert len(recall(RUN).steps) == 80
+    assert not (RUN / ".work").exists()
 
 
 def test_what_failed_is_not_what_the_run_is():

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import steps
 from pipeline.errors import UserError
-from pipeline.process.files import write_atomically
+from pipeline.process.files import Lock, write_atomically
 
 FILE = "run.json"
 DEFAULT_RECIPE = Path("configs/tiny")
@@ -53,13 +53,14 @@ def recall(run: Path) -> Memory:
 
 
 def note(run: Path, name: str, made: Made, recipe: Path | None, borrow: Path | None) -> None:
-    """Remember how a step is made."""
-    memory = recall(run)
-    made.of_recipe = made.of_recipe if recipe is None else recipe.as_posix()
-    memory.steps[name] = made
-    memory.recipe = memory.recipe if recipe is None else recipe.as_posix()
-    memory.borrow = memory.borrow if borrow is None else borrow.as_posix()
-    write_atomically(run / FILE, json.dumps(memory.model_dump(), indent=1) + "\n")
+    """Remember how a step is made; others that do so at the same moment lose nothing by it."""
+    with Lock(run / ".work" / f"{FILE}.lock", wait=True):
+        memory = recall(run)
+        made.of_recipe = made.of_recipe if recipe is None else recipe.as_posix()
+        memory.steps[name] = made
+        memory.recipe = memory.recipe if recipe is None else recipe.as_posix()
+        memory.borrow = memory.borrow if borrow is None else borrow.as_posix()
+        write_atomically(run / FILE, json.dumps(memory.model_dump(), indent=1) + "\n")
 
 
 def command(run: Path, *goals: str) -> str:

@@ -111,11 +111,12 @@ def is_inside(name: str) -> bool:
 class Lock:
     """An exclusive lock that dies with its process: `with Lock(path): ...`.
 
-    UserError names the holder's pid when another process has it.
+    UserError names the holder's pid when another process has it, unless one is to `wait` for it.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, wait: bool = False):
         self.path = path
+        self._how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
         self._file = -1
 
     def __enter__(self) -> Self:
@@ -126,7 +127,7 @@ class Lock:
             except FileNotFoundError:
                 continue  # another holder removed the empty folder meanwhile
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, self._how)
             except OSError:
                 holder = os.read(file, 32).decode(errors="replace").strip() or "unknown"
                 os.close(file)
