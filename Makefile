@@ -257,9 +257,15 @@ check: $(STAMP)  ## lint, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# Runs that remember borrowing from this one, or that have a stage made from one of it.
+BORROWERS = grep -lE '"(borrow|path)": "([^"]*/)?$(subst .,\.,$(RUN))(/[a-z]+)?"' $(CKPT)/*/run.json \
+	$(CKPT)/*/*/manifest.json 2>/dev/null | sed 's|^$(CKPT)/||; s|/.*||' | grep -vxF -e $(RUN) | sort -u
+
 clean:  ## remove the run CKPT/RUN, after asking (FORCE=1: without)
 	@test -d $(RUN_DIR) || { echo "clean: there is no $(RUN_DIR)"; exit 0; }; \
 	echo "clean: removes `du -sh $(RUN_DIR) | cut -f1` in $(RUN_DIR):" `ls $(RUN_DIR)`; \
+	borrowers=`$(BORROWERS)`; test -z "$$borrowers" || \
+	  echo "clean: borrowing from it, and not to be made again without it:" $$borrowers; \
 	if test -z "$(FORCE)"; then printf 'Remove it? [y/N] '; read answer || echo; \
 	  test "$$answer" = y || { echo "clean: nothing removed (FORCE=1 asks nothing)"; exit 1; }; fi; \
 	rm -rf -- $(RUN_DIR) && echo "clean: removed $(RUN_DIR)"

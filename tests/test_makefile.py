@@ -15,6 +15,7 @@ import pytest
 from fake_stages import config_of, make_all, make_base, train, write_recipe
 from pipeline.evaluation import overopt, seeds
 from pipeline.evaluation.report import write_report
+from pipeline.handoff.remembered import Made, note
 
 ROOT = Path(__file__).parent.parent
 
@@ -258,6 +259,18 @@ def test_clean_removes_the_run_and_nothing_else(tmp_path):
     assert Path("checkpoints/a/sft/manifest.json").is_file()
     assert make("clean", "RUN=a", "FORCE=1").returncode == 0
     assert sorted(p.name for p in Path("checkpoints").iterdir()) == ["b", "base"]
+
+
+def test_clean_names_the_runs_that_borrow_before_it_asks(tmp_path):
+    make_all(tmp_path, "a.1")
+    for run in ("a-1", "b"):  # one only looks like it
+        train(config_of(tmp_path, "sft", run))
+    train(config_of(tmp_path, "rm", "c").model_copy(update={"borrow": Path("checkpoints/a.1")}))
+    note(Path("checkpoints/b"), "sft", Made(config="x.yaml"), None, Path("checkpoints/a.1"))
+    asked = make("clean", "RUN=a.1").stdout
+    assert "without it: b c\n" in asked
+    assert asked.index("b c") < asked.index("Remove it?")
+    assert "without it" not in make("clean", "RUN=b").stdout
 
 
 # --- around them ----------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 
 from fake_stages import train, write_recipe
 from pipeline import cli, run, steps
+from pipeline.commands import chat, status
 from pipeline.commands import plan as planning
-from pipeline.commands import status
 from pipeline.config.schema import Data, StageConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import record, report
@@ -373,6 +373,33 @@ def test_status_shows_what_is_borrowed(capsys):
     shown = capsys.readouterr().out
     assert "borrowed from checkpoints/tiny" in shown
     assert "not made yet" not in shown.partition("eval")[0]
+
+
+def test_a_run_whose_lender_is_gone_says_so_and_is_not_made_anew_unasked(capsys):
+    everything()
+    b = Path("checkpoints/b")
+    train(loaded("ppo").model_copy(update={"run": b, "borrow": RUN}))
+    note(b, "ppo", Asked(b, RECIPE).of("ppo"), RECIPE, RUN)
+    shutil.rmtree(RUN)
+    gone = "ppo was made from checkpoints/tiny/sft, which is not there any more"
+    remedy = "make ppo RUN=b FORCE=sft"
+    for goals in ("ppo", "sft rm ppo"):
+        status.main(["--run", str(b), "--plan", goals])
+        told = capsys.readouterr()
+        assert (told.out, gone in told.err, remedy in told.err) == ("error\n", True, True)
+    status.main(["--run", str(b)])
+    assert gone in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"{gone}.*{remedy}"):
+        chat.main(["--run", str(b)])
+    status.main(["--run", str(b), "--plan", "ppo", "--force", "sft"])
+    assert capsys.readouterr().out.split() == ["sft", "rm", "ppo", "eval", "report"]
+
+
+def test_what_a_run_lost_of_its_own_is_made_again():
+    everything()
+    shutil.rmtree(RUN / "sft")
+    assert refused() == ""
+    assert plan("ppo")[0] == "sft"
 
 
 def test_a_run_that_was_made_with_borrowed_stages_stays_so_by_its_name_alone():

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
-from pipeline.handoff.found import Stage, find_stages
+from pipeline.handoff.found import Stage, find_stages, lost, remedy
 from pipeline.handoff.remembered import command
 from pipeline.process.progress import say
 from pipeline.steps import policies
@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--max-new-tokens is at least 1")
     stages = find_stages(args.run)
     if "sft" not in stages:
+        if told := lost(args.run).get("sft"):
+            raise UserError(f"{args.run}: {told}; {remedy(args.run, 'sft')}")
         raise UserError(f"{args.run}: nobody to talk with yet; {command(args.run, 'sft')}")
     limit = args.max_new_tokens or _length_limit(stages)
     room = Room(stages, limit, args.temperature, args.greedy, args.system, args.seed)

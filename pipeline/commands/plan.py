@@ -9,7 +9,7 @@ from pipeline.config.load import checkpoints_root, did_you_mean
 from pipeline.config.schema import StageConfig
 from pipeline.config.section import Reads, Section
 from pipeline.errors import UserError
-from pipeline.handoff import artifacts, lineage
+from pipeline.handoff import artifacts, found, lineage
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.lineage import why_stale
 from pipeline.handoff.remembered import Asked, note
@@ -28,6 +28,9 @@ class Plan:
     goals: set[str]
     forced: set[str] = field(default_factory=set)
     reasons: dict[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lost = found.lost(self.run)
 
     @property
     def run(self) -> Path:
@@ -119,11 +122,14 @@ def to_run(plan: Plan) -> list[str]:
 
 
 def check_replaced(plan: Plan) -> None:
-    """UserError for a published stage that would be replaced by one of another file or setting, unless
-    that was asked for: an edited file redoes it, another file is another run."""
+    """UserError for a published stage that would be replaced by one of another file or setting, or by one
+    of other parents since its own are gone, unless that was asked for: an edited file redoes it, another
+    file is another run."""
     problems = []
     for step in set(to_run(plan)) & steps.stages().keys() - plan.forced:
         reason, told = plan.reasons[step] or "", plan.asked.replaces(step)
+        if reason == plan.lost.get(step):
+            problems.append(f"{plan.run}: {reason}.\n  {found.remedy(plan.run, step)}")
         if told is None and step not in plan.asked.memory.steps and not reason.startswith(_AFTER):
             told = (
                 f"made from what the run does not remember, would be one from {plan.asked.of(step)}"
@@ -159,7 +165,7 @@ def _reason(plan: Plan, step: str) -> str | None:
         if plan.reasons.get(earlier):
             made = step not in steps.stages() or is_published(plan.run / step)
             return f"{_AFTER}{earlier}" if made else "not made yet"
-    return why_stale(step, plan.configs.get(step), plan.place(step))
+    return plan.lost.get(step) or why_stale(step, plan.configs.get(step), plan.place(step))
 
 
 def _closure(plan: Plan, goals: Iterable[str]) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline import steps
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import MANIFEST, content_hash, make_command
+from pipeline.handoff.remembered import command
 from pipeline.process.files import read_jsonl
 
 
@@ -56,6 +57,24 @@ def find_stages(run: Path) -> dict[str, Stage]:
         base = _parent_path("base", found) or Path(str(found[first].config.get("model", "")))
         found["base"] = Stage("base", base, read_json(base / MANIFEST))
     return {name: found[name] for name in steps.TABLE if name in found}
+
+
+def lost(run: Path) -> dict[str, str]:
+    """Stages that this run took from another one, which is gone -> that, in words."""
+    told = {}
+    for child in steps.stages():
+        for name, link in (read_json(run / child / MANIFEST).get("parents") or {}).items():
+            own, path = run / name, Path(link["path"])
+            there = any((place / MANIFEST).is_file() for place in (own, path))
+            if name in steps.stages() and path.resolve() != own.resolve() and not there:
+                told[name] = f"{child} was made from {path}, which is not there any more"
+    return told
+
+
+def remedy(run: Path, name: str) -> str:
+    """What to do about a stage that is `lost`."""
+    last = [stage for stage in steps.stages() if (run / stage / MANIFEST).is_file()][-1]
+    return f"bring it back, or make all of it anew: {command(run, last)} FORCE={name}"
 
 
 def _parent_path(name: str, found: dict[str, Stage]) -> Path | None:
