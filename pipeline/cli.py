@@ -15,7 +15,7 @@ from pipeline.config.schema import StageConfig
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, sealed
 from pipeline.handoff.artifacts import is_published
-from pipeline.handoff.lineage import inputs_of, why_stale
+from pipeline.handoff.lineage import missing, why_stale
 from pipeline.handoff.remembered import Asked
 from pipeline.process import disk, faults, launch, memory, stopping
 from pipeline.process.progress import is_main_process, say
@@ -49,7 +49,8 @@ def main(stage: str, argv: list[str] | None = None) -> None:
             sys.exit(0)
         elif reason != "not made yet":
             say(f"{stage}: made again, {reason}")
-        inputs_of(config)  # data that is not there is told before the slow imports
+        if problems := missing(config):  # told before the slow imports
+            raise UserError("\n".join(f"{asked.of(stage).config}: {told}" for told in problems))
     with reporting_errors(config):
         try:
             final = _imported(stage).run(config)

@@ -15,7 +15,7 @@ from pipeline.data.problems import Report
 from pipeline.data.rankings import load_rankings
 from pipeline.data.sources import hub_rows, read_rows, rows_from_memory
 from pipeline.errors import UserError
-from pipeline.handoff.lineage import data_fingerprint, inputs_of, missing_data
+from pipeline.handoff.lineage import data_fingerprint, inputs_of, missing
 
 GOOD = {"instruction": "Add 1 and 2.", "output": "3"}
 
@@ -223,6 +223,15 @@ def test_a_missing_file_names_the_nearest_and_is_not_sought_on_the_hub(tmp_path,
     assert "no such file" in failure(read_rows, Data(path="no/such/file.jsonl"))
 
 
+def test_only_a_near_name_is_suggested(tmp_path):
+    (tmp_path / "container_info.json").write_text("{}")
+    for name in ("conv.json", "info/train.jsonl"):
+        told = failure(read_rows, Data(path=str(tmp_path / name)))
+        assert told.endswith(f"{tmp_path} has no `{name.partition('/')[0]}`")
+    told = failure(read_rows, Data(path=str(tmp_path / "containerinfo.jsonl")))
+    assert told.endswith(f"did you mean {tmp_path}/container_info.json?")
+
+
 def test_files_of_another_kind_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("a,b")
     assert "unknown kind of file" in failure(read_rows, Data(path=str(tmp_path / "a.csv")))
@@ -417,7 +426,7 @@ def test_a_file_that_holds_no_rows_is_told_by_its_name_and_first_bytes(
     data = Data(path=str(tmp_path / name))
     assert reason in failure(read_rows, data)
     assert reason in failure(data_fingerprint, data)  # before anything slow starts
-    (told,) = missing_data(data, [])  # and before an earlier stage is trained
+    (told,) = missing(data)  # and before an earlier stage is trained
     assert reason in told
 
 

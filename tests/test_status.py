@@ -96,7 +96,9 @@ def test_another_base_redoes_everything(tmp_path):
 def test_a_recipe_without_base_or_reward_model_needs_neither(tmp_path):
     (CONFIGS / "base.yaml").unlink()
     (CONFIGS / "sft.yaml").write_text("model: org/name\ndata: {path: org/data}\n")
-    (CONFIGS / "ppo.yaml").write_text("prompts: {path: org/p}\nrewards: [{function: 'a.b:c'}]\n")
+    (CONFIGS / "ppo.yaml").write_text(
+        "prompts: {path: org/p}\nrewards: [{function: 'json:loads'}]\n"
+    )
     assert plan("ppo") == ["sft", "ppo"]
 
 
@@ -134,9 +136,60 @@ def test_all_mistakes_of_all_configs_at_once():
 
 def test_missing_data_is_told_hours_before_it_is_read():
     Path("rankings.jsonl").unlink()
-    with pytest.raises(UserError, match=r"rm: rankings\.jsonl: no such file"):
+    with pytest.raises(
+        UserError, match=r"configs/tiny/rm\.yaml: data\.path: rankings\.jsonl: no such file"
+    ):
         plan("ppo")
     assert plan("sft") == ["base", "sft"]
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("own_rewards:polit", "own_rewards.py has no `polit` (did you mean `polite`?)"),
+        ("own_rewards:hidden", "own_rewards.py has no `hidden`"),
+        ("own_reward:polite", "no module own_reward in"),
+        ("own_rewards.more:polite", "no module own_rewards.more in"),
+        ("own_rewards", "write it as package.module:function"),
+        ("own_broken:f", "own_broken.py is broken: "),
+        ("own_rewards:polite", ""),
+        ("own_rewards:kind", ""),
+        ("own_rewards:sqrt", ""),
+        ("own_lazy:anything", ""),
+        ("urllib.request:urlopen", ""),
+    ],
+)
+def test_a_reward_that_nobody_could_import_is_told_before_anything_runs(
+    tmp_path, monkeypatch, function, told
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    body = "from math import sqrt\nif sqrt(4):\n  async def polite(p, r, rows):\n    hidden = 1\n"
+    Path("own_rewards.py").write_text(f"{body}kind = polite\nraise RuntimeError('never run')\n")
+    Path("own_lazy.py").write_text("def __getattr__(name): ...\nraise RuntimeError('never run')\n")
+    Path("own_broken.py").write_text("def f(:\n")
+    with (CONFIGS / "ppo.yaml").open("a") as file:
+        file.write(f"rewards: [{{model: rm}}, {{function: '{function}'}}]\n")
+    if not told:
+        assert plan("ppo") == ["base", "sft", "rm", "ppo"]
+        return
+    with pytest.raises(UserError) as error:
+        plan("sft rm ppo")
+    assert f"configs/tiny/ppo.yaml: rewards.1.function: {function}: " in str(error.value)
+    assert told in str(error.value)
+    assert plan("sft") == ["base", "sft"]
+
+
+def test_a_labeler_and_a_judge_are_looked_for_like_a_reward():
+    (CONFIGS / "eval.yaml").write_text(
+        "prompts: {path: rankings.jsonl}\njudge: pipeline.tiny.gld\n"
+    )
+    (CONFIGS / "rm.yaml").write_text("sampling: {prompts: {path: rankings.jsonl}, labeler: a:b}\n")
+    with pytest.raises(UserError) as error:
+        plan("rm eval")
+    eval_told = "eval.yaml: judge: pipeline.tiny.gld: no module pipeline.tiny.gld in"
+    assert "rm.yaml: sampling.labeler: a:b: write it as package.module" in str(error.value)
+    assert eval_told in str(error.value)
+    assert "(did you mean `gold`?)" in str(error.value)
 
 
 def test_an_unknown_recipe_names_the_nearest():
@@ -175,7 +228,7 @@ def test_evaluation_alone_takes_what_there_is(tmp_path):
 def test_evaluation_does_not_ask_for_a_reward_model_that_ppo_does_not_use():
     (CONFIGS / "eval.yaml").write_text("prompts: {path: rankings.jsonl}\n")
     with (CONFIGS / "ppo.yaml").open("a") as file:
-        file.write("rewards: [{function: 'a.b:c'}]\n")
+        file.write("rewards: [{function: 'json:loads'}]\n")
     assert plan("ppo eval report") == ["base", "sft", "ppo", "eval", "report"]
 
 

@@ -428,7 +428,7 @@ def test_a_model_that_is_not_there_is_told_before_anything_runs():
     """Of a step that comes last, when nothing has been made yet."""
     with (RECIPE / "ppo.yaml").open("a") as file:
         file.write("rewards: [{model: /nowhere/judge}]\n")
-    with pytest.raises(UserError, match="ppo: /nowhere/judge: no such model directory"):
+    with pytest.raises(UserError, match=r"ppo.yaml: rewards\.0\.model: /nowhere/judge: no such"):
         plan("ppo")
     assert plan("sft") == ["base", "sft"]
 

@@ -62,7 +62,7 @@ class Plan:
         names = set(steps.TABLE[step].after)
         if steps.TABLE[step].of_what_is_there:
             names = {name for name in names if self._looked_at(name)}
-        for _, kind, name in self.configs[step].references() if step in self.configs else ():
+        for _, _, kind, name in self.configs[step].references() if step in self.configs else ():
             if kind is Reads.MODEL and name in steps.stages():
                 names.add(name)
             if (
@@ -221,14 +221,14 @@ def _check_recipe(asked: Asked) -> None:
 
 
 def _check_inputs(plan: Plan) -> None:
-    """A data file that no earlier step will make must be there now, hours before it is read."""
+    """Data, models and code that no earlier step will make must be there now, hours before they are read."""
     coming = [plan.base] if plan.reasons.get("base") else []
     coming += [plan.run / stage for stage in steps.stages() if plan.reasons.get(stage)]
     problems = [
-        f"{step}: {problem}"
+        f"{plan.asked.of(step).config}: {problem}"
         for step in to_run(plan)
         if step in plan.configs
-        for problem in lineage.missing_data(plan.configs[step], coming)
+        for problem in lineage.missing(plan.configs[step], coming)
     ]
     if problems:
         raise UserError("\n".join(problems))

@@ -14,6 +14,7 @@ from pipeline.config.section import (
     CodeName,
     DataName,
     File,
+    FunctionName,
     ModelName,
     Reads,
     Section,
@@ -262,7 +263,7 @@ class Reward(Section):
     """How an ensemble becomes one score (arXiv 2310.02743); uncertainty = mean - coefficient * variance."""
     uncertainty_coef: Annotated[float, Field(ge=0)] = 0.5
     """Times the variance of the members' scores, in aggregate uncertainty."""
-    function: CodeName | None = None
+    function: FunctionName | None = None
     """`package.module:function` taking (prompts, responses, rows), returning one float per response."""
     per_token: bool = False
     """The function takes (prompts, responses, rows, tokens) and returns a list of floats per response."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -17,7 +17,8 @@ class Reads(Enum):
 
     DATA = "a file of rows, a folder of them, or a hub id"
     MODEL = "a folder of weights, a hub id, or a stage of this run"
-    CODE = "a module, or a function in one as module:function"
+    CODE = "a module"
+    FUNCTION = "a function, as module:function"
     FILE = "a file"
     NOTHING = "nothing on a disk"
 
@@ -25,8 +26,18 @@ class Reads(Enum):
 DataName = Annotated[str, Reads.DATA]
 ModelName = Annotated[str, Reads.MODEL]
 CodeName = Annotated[str, Reads.CODE]
+FunctionName = Annotated[str, Reads.FUNCTION]
 File = Annotated[AnyPath, Reads.FILE]
 Text = Annotated[str, Reads.NOTHING]
+
+
+class Reference(NamedTuple):
+    """A text in a config that names something: the group it stands in and its dotted key."""
+
+    group: "Section"
+    key: str
+    reads: Reads
+    name: str
 
 
 class Section(BaseModel):
@@ -47,18 +58,19 @@ class Section(BaseModel):
             if reads(field) is None and {str, Path} & set(parts(field)):
                 raise TypeError(f"{cls.__name__}.{name}: say what this text names: see `Reads`")
 
-    def references(self) -> Iterator[tuple["Section", Reads, str]]:
-        """Every text of these keys and of those in them: the group it stands in, what it names, itself."""
+    def references(self, above: str = "") -> Iterator[Reference]:
+        """Every text of these keys and of those in them; `above` stands before their names."""
         for name, field in type(self).model_fields.items():
-            pending = [getattr(self, name)]
+            pending = [(f"{above}{name}", getattr(self, name))]
             while pending:
-                value = pending.pop(0)
+                key, value = pending.pop(0)
                 if isinstance(value, Section):
-                    yield from value.references()
+                    yield from value.references(f"{key}.")
                 elif isinstance(value, list | dict):
-                    pending += value.values() if isinstance(value, dict) else value
+                    inside = value.items() if isinstance(value, dict) else enumerate(value)
+                    pending += [(f"{key}.{part}", inner) for part, inner in inside]
                 elif isinstance(value, str | Path) and (kind := reads(field)) is not None:
-                    yield self, kind, str(value)
+                    yield Reference(self, key, kind, str(value))
 
 
 def reads(field: FieldInfo) -> Reads | None:

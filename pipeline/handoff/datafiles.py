@@ -53,7 +53,9 @@ def files(name: str) -> tuple[list[Path], list[str]]:
         remedy = f"give the hub id: {hub[1]}" if hub else "fetch the file and give its path"
         raise UserError(f"{name}: addresses are not read; {remedy}")
     if not path.exists():
-        raise UserError(_missing(path))
+        raise UserError(
+            f"{path}: no such file or folder, and not a hub id (owner/name){nearest(path)}"
+        )
     if not path.is_dir():
         if path.suffix not in KINDS:
             remedy = _REMEDY.get(path.suffix.lower(), "write it as one of those")
@@ -93,12 +95,16 @@ def _shown(names: list[str]) -> str:
     return f"; there are {', '.join(names[:8])}{', ...' * (len(names) > 8)}" if names else ""
 
 
-def _missing(path: Path) -> str:
-    """`path: no such file`, with what lies nearest to it."""
+def nearest(path: Path) -> str:
+    """What lies beside a path that is not there and is named almost so, else what is missing of it.
+
+    Endings do not count: all data files are near to each other by them.
+    """
     parent = path
     while not parent.is_dir():
         missing, parent = parent, parent.parent
-    names = [entry.name for entry in parent.iterdir()]
-    near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {parent / near[0]}?" if near else f"{parent} has no `{missing.name}`"
-    return f"{path}: no such file or folder, and not a hub id (owner/name): {hint}"
+    names = {entry.stem: entry.name for entry in sorted(parent.iterdir())}
+    near = difflib.get_close_matches(missing.stem, names, n=1, cutoff=0.7)
+    if near:
+        return f": did you mean {parent / names[near[0]]}?"
+    return f": {parent} has no `{missing.name}`"

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from pipeline.config.load import checkpoints_root, differences, portable
 from pipeline.config.schema import Data, StageConfig
 from pipeline.config.section import Reads, Section
 from pipeline.errors import UserError
-from pipeline.handoff import artifacts, datafiles
+from pipeline.handoff import artifacts, datafiles, sources
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.found import find_stages, fresh_stages, read_json
-from pipeline.handoff.sources import files_of
 from pipeline.process.files import sha256, write_atomically
 
 _WORTH_CACHING = 1_000_000  # bytes; a smaller file is hashed as fast as it is looked up
@@ -141,7 +140,7 @@ def parents_of(config: StageConfig) -> dict[str, Path]:
     """Name -> directory of every artifact the stage reads."""
     own = steps.TABLE[config.stage].after
     parents = {name: own_or_borrowed(config, name) for name in own}
-    models = [(group, name) for group, kind, name in config.references() if kind is Reads.MODEL]
+    models = [(group, name) for group, _, kind, name in config.references() if kind is Reads.MODEL]
     for index, (group, name) in enumerate(models):
         if name in steps.stages():
             parents[name] = own_or_borrowed(config, name)
@@ -173,12 +172,12 @@ def inputs_of(config: Section, in_memory: str | None = None) -> dict[str, str]:
     """
     inputs: dict[str, str] = {} if in_memory is None else {"dataset": in_memory}
     replaced = [getattr(config, key, None) for key in ("data", "prompts")] if in_memory else []
-    for group, kind, name in config.references():
+    for group, _, kind, name in config.references():
         if kind is Reads.DATA and not any(group is one for one in replaced):
             inputs |= _data(name)
         elif kind is Reads.MODEL and name not in steps.stages():
             inputs |= _model(name)
-        elif kind is Reads.CODE:
+        elif kind in (Reads.CODE, Reads.FUNCTION):
             inputs |= _code(name)
         elif kind is Reads.FILE:
             inputs |= _hashed([_there(name)])
@@ -193,17 +192,27 @@ def data_fingerprint(data: Data) -> dict[str, str]:
     return inputs_of(data)
 
 
-def missing_data(config: Section, coming: list[Path]) -> list[str]:
-    """What is wrong with a config's paths of data and models, those below `coming` directories excepted."""
+def missing(config: Section, coming: Iterable[Path] = ()) -> list[str]:
+    """What a config names and is not there, as `key: reason`, without what lies below `coming` directories."""
     problems = []
-    for _, kind, name in config.references():
+    for _, key, kind, name in config.references():
         path = Path(name)
-        awaited = any(folder == path or folder in path.parents for folder in coming)
-        if kind is Reads.DATA and not awaited and (problem := datafiles.problem(name)):
-            problems.append(problem)
-        if kind is Reads.MODEL and not awaited and name not in steps.stages():
-            problems += [] if path.is_dir() or not _meant_as_path(name) else [_no_model(name)]
+        if not any(folder == path or folder in path.parents for folder in coming):
+            if told := _problem(kind, name):
+                problems.append(f"{key}: {told}")
     return problems
+
+
+def _problem(kind: Reads, name: str) -> str | None:
+    if kind is Reads.DATA:
+        return datafiles.problem(name)
+    if kind is Reads.MODEL and name not in steps.stages():
+        return _no_model(name)
+    if kind in (Reads.CODE, Reads.FUNCTION):
+        return sources.problem(name, function=kind is Reads.FUNCTION)
+    return (
+        f"{name[:200]}: no such file" if kind is Reads.FILE and not os.path.isfile(name) else None
+    )
 
 
 def _data(name: str) -> dict[str, str]:
@@ -223,18 +232,24 @@ def _model(name: str) -> dict[str, str]:
         return {}  # a parent
     if path.is_dir():
         return _hashed(list(_visible(path)))
-    if _meant_as_path(name):
-        raise UserError(_no_model(name))
+    if told := _no_model(name):
+        raise UserError(told)
     return {name: name}
 
 
-def _meant_as_path(name: str) -> bool:
-    """Whether a model that is not there was meant as a folder and not as a hub id."""
-    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-
-
-def _no_model(name: str) -> str:
-    return f"{name}: no such model directory"
+def _no_model(name: str) -> str | None:
+    """Why a name is no model: neither a folder, nor a hub id because of what it looks like."""
+    path = Path(name)
+    if path.is_dir():
+        return None
+    if _is_artifact(name):
+        return f"{name}: not made yet; make it: {artifacts.make_command(path, force=False)}"
+    if path.exists():
+        return f"{name}: a file; give the folder that holds the model"
+    named = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if named or ("/" in name and path.parent.exists()):
+        return f"{name}: no such model directory{datafiles.nearest(path)}"
+    return None
 
 
 def _visible(folder: Path) -> Iterator[Path]:
@@ -251,7 +266,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 def _code(name: str) -> dict[str, str]:
     """The files of a module and of what it imports, by their names below the import path."""
     module = name.partition(":")[0]
-    found = files_of(module)
+    found = sources.files_of(module)
     return {place: sha256(path) for place, path in sorted(found.items())} or {module: module}
 
 
