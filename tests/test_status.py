@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from fake_stages import config_of, make_all, make_base, train, write_recipe
+from pipeline.commands import chat
 from pipeline.commands import plan as status
 from pipeline.commands import status as show_status
 from pipeline.errors import UserError
+from pipeline.evaluation.__main__ import main as evaluate
 from pipeline.handoff.artifacts import manifest_hash
 from pipeline.handoff.remembered import Asked
 
@@ -305,7 +307,19 @@ def test_the_table_shows_state_and_reason(tmp_path, capsys):
     assert "loss 1" in shown
 
 
+def test_a_run_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    make_all(tmp_path, "b")
+    make_all(tmp_path, "a")
+    Path("checkpoints/c/notes").mkdir(parents=True)  # none
+    told = r"^checkpoints/nosuch: no such run; there are: a, b \(a new one: make sft RUN=nosuch\)$"
+    (CONFIGS / "eval.yaml").write_text("prompts: {path: rankings.jsonl}\n")
+    for main in (show_status.main, chat.main, evaluate):
+        with pytest.raises(UserError, match=told):
+            main(["--run", "checkpoints/nosuch"])
+
+
 def test_looking_changes_nothing(tmp_path, capsys):
+    Path("checkpoints/tiny").mkdir(parents=True)
     before = sorted(Path(".").rglob("*"))
     command(capsys)
     assert sorted(Path(".").rglob("*")) == before

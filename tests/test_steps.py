@@ -433,6 +433,24 @@ def test_a_model_that_is_not_there_is_told_before_anything_runs():
     assert plan("sft") == ["base", "sft"]
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("models/juge", "no such model directory: did you mean models/judge?"),
+        ("./x", "no such model directory"),
+        ("models/judge/model.gguf", "a file; give the folder"),
+        ("checkpoints/base/tiny", "not made yet; make it: make base RECIPE=tiny"),
+        ("owner/name", ""),
+        ("gpt2", ""),
+    ],
+)
+def test_what_looks_like_a_path_is_not_sought_on_the_hub(name, told):
+    write("models/judge/model.gguf", "x")
+    problems = lineage.missing(loaded("sft", f"model={name}"))
+    assert [p for p in problems if p.startswith("model: ")] == problems[: bool(told)]
+    assert told in " ".join(problems)
+
+
 def test_a_stage_s_own_command_replaces_nothing_by_a_setting_alone(capsys):
     everything()
     with pytest.raises(SystemExit) as end:

@@ -18,8 +18,7 @@ from rich.text import Text
 
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
-from pipeline.handoff.found import Stage, find_stages, lost, remedy
-from pipeline.handoff.remembered import command
+from pipeline.handoff.found import Stage, find_stages, need_first
 from pipeline.process.progress import say
 from pipeline.steps import policies
 
@@ -32,10 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UserError("--max-new-tokens is at least 1")
     stages = find_stages(args.run)
-    if "sft" not in stages:
-        if told := lost(args.run).get("sft"):
-            raise UserError(f"{args.run}: {told}; {remedy(args.run, 'sft')}")
-        raise UserError(f"{args.run}: nobody to talk with yet; {command(args.run, 'sft')}")
+    need_first(args.run, stages, "nobody to talk with yet")
     limit = args.max_new_tokens or _length_limit(stages)
     room = Room(stages, limit, args.temperature, args.greedy, args.system, args.seed)
     console = Console()

@@ -15,6 +15,7 @@ from pipeline.commands.plan import Plan, check_replaced, remember_what_fits, sta
 from pipeline.config.load import AddSettings
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import is_published, lock_path, read_manifest
+from pipeline.handoff.found import check_there
 from pipeline.handoff.remembered import Asked, recall
 from pipeline.process.files import Lock
 
@@ -120,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = parse(argv)
     if args.plan is None:
+        check_there(args.run)
         # an evaluation that the recipe does not have is no mistake here
         borrow = args.borrow or recall(args.run).borrow
         mine = [n for n in steps.TABLE if n != "eval" and not _elsewhere(args.run, borrow, n)]

@@ -11,12 +11,11 @@ from typing import Any
 from pipeline import steps
 from pipeline.cli import add_arguments, reporting_errors, request
 from pipeline.config.evaluation import EvalConfig, Split
-from pipeline.errors import UserError
 from pipeline.evaluation.judges import load_judge
 from pipeline.handoff.artifacts import installed_packages, read
-from pipeline.handoff.found import find_stages, fresh_stages, read_json
+from pipeline.handoff.found import find_stages, fresh_stages, need_first, read_json
 from pipeline.handoff.lineage import identity, recorded
-from pipeline.handoff.remembered import command, note
+from pipeline.handoff.remembered import note
 from pipeline.process.files import jsonl, write_atomically
 from pipeline.process.progress import say
 
@@ -44,8 +43,7 @@ def run_evaluation(
     """Evaluate what a run has, unless that was done before, and return the result."""
     out = run / "eval" / f"{split}.json"
     stages, problems = fresh_stages(find_stages(run))
-    if "sft" not in stages:
-        raise UserError(f"{run}: nothing to evaluate; make its first stage: {command(run, 'sft')}")
+    need_first(run, stages, "nothing to evaluate")
     for problem in problems:
         say(f"eval: left out: {problem}")
     load_judge(config.judge)  # one that cannot be imported ends it here, at once

@@ -59,6 +59,26 @@ def find_stages(run: Path) -> dict[str, Stage]:
     return {name: found[name] for name in steps.TABLE if name in found}
 
 
+def need_first(run: Path, stages: dict[str, Stage], why: str) -> None:
+    """UserError with `why` and what to do when the run's first stage is not among those found."""
+    first = next(iter(steps.stages()))
+    if first not in stages:
+        check_there(run)
+        if told := lost(run).get(first):
+            raise UserError(f"{run}: {told}; {remedy(run, first)}")
+        raise UserError(f"{run}: {why}; make its first stage: {command(run, first)}")
+
+
+def check_there(run: Path) -> None:
+    """UserError that names the runs there are when this is none of them."""
+    if not run.is_dir():
+        begun = ("run.json", *steps.stages())
+        folders = {path.parent for name in begun for path in run.parent.glob(f"*/{name}")}
+        there = ", ".join(sorted(folder.name for folder in folders)) or "none yet"
+        make = command(run, next(iter(steps.stages())))
+        raise UserError(f"{run}: no such run; there are: {there} (a new one: {make})")
+
+
 def lost(run: Path) -> dict[str, str]:
     """Stages that this run took from another one, which is gone -> that, in words."""
     told = {}
