@@ -102,6 +102,37 @@ def test_killed_between_any_two_renames_the_artifact_is_whole(tmp_path, monkeypa
     assert sorted(p.name for p in directory.parent.iterdir() if p.name != ".work") == ["sft"]
 
 
+@pytest.mark.parametrize("place", ["sft", "sft/notes.txt", "sft/more/model.safetensors"])
+@pytest.mark.parametrize("made", [False, True])
+def test_what_a_person_put_in_the_place_of_an_artifact_stays(tmp_path, place, made):
+    final = tmp_path / "checkpoints" / "tiny" / "sft"
+    if made and place != "sft":
+        published(tmp_path, b"old")
+    mine = final.parent / place
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="sft: something else is there, and it stays; move it away"):
+        published(tmp_path, b"new")
+    with contextlib.suppress(UserError):
+        read(final)
+    assert mine.read_text() == "mine"
+
+
+def test_what_comes_between_two_renames_stays_until_it_is_moved_away(tmp_path, monkeypatch):
+    """Files put there after the new artifact was certain: it waits for its place."""
+    final = tmp_path / "checkpoints" / "tiny" / "sft"
+    ready = published(tmp_path, b"new").rename(final.with_name(".sft.ready"))
+    final.mkdir()
+    (final / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not made yet"):
+        read(final)
+    with pytest.raises(UserError, match=r"move it away: notes\.txt"):
+        recover(final)
+    assert (ready / "model.safetensors").exists()
+    final.rename(tmp_path / "aside")
+    assert read(final).metrics == {"loss": 0.5}
+
+
 def test_half_a_staging_directory_is_not_taken_for_an_artifact(tmp_path):
     directory = published(tmp_path, b"old")
     (directory.parent / ".sft.ready").mkdir()

@@ -402,6 +402,14 @@ def test_what_a_run_lost_of_its_own_is_made_again():
     assert plan("ppo")[0] == "sft"
 
 
+def test_what_a_person_put_where_a_stage_goes_is_told_before_anything_runs():
+    write("checkpoints/tiny/ppo/notes.txt", "mine")
+    assert "checkpoints/tiny/ppo: something else is there" in refused()
+    assert "something else is there" in refused(force=["ppo"])
+    everything_but = planning.stale(Asked(RUN, RECIPE), ["rm"])
+    planning.check_replaced(everything_but)
+
+
 def test_a_run_that_was_made_with_borrowed_stages_stays_so_by_its_name_alone():
     everything()
     b = Path("checkpoints/b")

@@ -15,7 +15,7 @@ from pipeline.cli import reporting_errors
 from pipeline.config.load import load_config
 from pipeline.config.schema import BaseConfig
 from pipeline.errors import UserError
-from pipeline.handoff.artifacts import Lock, is_published, lock_path, publish_directory
+from pipeline.handoff.artifacts import Lock, check_free, lock_path, publish_directory
 from pipeline.process.progress import say
 
 
@@ -26,9 +26,7 @@ def build(config: BaseConfig, out: Path) -> Path:
     """
     from pipeline.models.loading import prepare_cpu, quiet  # imports torch
 
-    taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    if taken and not is_published(out):
-        raise UserError(f"{out}: something else is there, and it stays; give another --out")
+    check_free(out)
     with Lock(lock_path(out)):
         quiet()
         prepare_cpu(config.threads)

@@ -126,6 +126,11 @@ def check_replaced(plan: Plan) -> None:
     of other parents since its own are gone, unless that was asked for: an edited file redoes it, another
     file is another run."""
     problems = []
+    for step in [step for step in to_run(plan) if step in steps.stages()]:
+        try:
+            artifacts.check_free(plan.run / step)
+        except UserError as error:
+            problems.append(str(error))
     for step in set(to_run(plan)) & steps.stages().keys() - plan.forced:
         reason, told = plan.reasons[step] or "", plan.asked.replaces(step)
         if reason == plan.lost.get(step):

@@ -129,8 +129,10 @@ def publish(staging: Path, final: Path, manifest: Manifest) -> Path:
 def recover(final: Path) -> None:
     """Complete an interrupted swap: `.NAME.ready` is whole and takes the place of `NAME`.
 
-    What the stage kept in case it was killed goes first: nobody would come back for it.
+    What the stage kept in case it was killed goes first: nobody would come back for it. UserError for
+    what no stage made in its place; moved away, the next call completes the swap.
     """
+    check_free(final)
     fresh, old = _fresh(final), _old(final)
     if (fresh / MANIFEST).is_file():
         remove(work_path(final))
@@ -144,6 +146,23 @@ def recover(final: Path) -> None:
     elif old.exists() and not final.exists():
         os.rename(old, final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free(final: Path) -> None:
+    """UserError when there is in the place of an artifact what a person put there: it stays."""
+    listed: set[str] = set()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            text = (final / MANIFEST).read_bytes()
+            listed = {MANIFEST, *Manifest.model_validate_json(text).files}
+        except ValidationError:
+            return  # a damaged one
+    places = [final] if final.is_file() else final.rglob("*")
+    there = {path.relative_to(final).as_posix() for path in places if not path.is_dir()}
+    others = [name for name in sorted(there - listed) if not _is_hidden(name)]
+    if others:
+        told = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        raise UserError(f"{final}: something else is there, and it stays; move it away: {told}")
 
 
 def settle(final: Path) -> None:
@@ -219,7 +238,7 @@ def read_listing(directory: Path, stage: str | None = None) -> Manifest:
         if (size := (directory / name).stat().st_size) != entry.size:
             raise _damaged(directory, name, f"has {size} bytes, not {entry.size}")
     for name in sorted(present - manifest.files.keys()):
-        if not PurePosixPath(name).name.startswith("."):
+        if not _is_hidden(name):
             raise _damaged(directory, name, "is not part of the artifact; remove it")
     return manifest
 
@@ -323,6 +342,10 @@ def _entry(path: Path) -> FileEntry:
 def _files(directory: Path) -> set[str]:
     """Relative paths of all files below; UserError for a link or anything else that is no file."""
     return set(walk(directory))
+
+
+def _is_hidden(name: str) -> bool:
+    return PurePosixPath(name).name.startswith(".")
 
 
 def _state(directory: Path) -> tuple[int, int] | None:
