@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.config.load import config_hash
 from pipeline.errors import UserError
-from pipeline.handoff.remembered import ckpt, command
+from pipeline.handoff.remembered import make_command
 from pipeline.process import faults
 from pipeline.process.files import (
     Lock,
@@ -94,7 +94,7 @@ class Manifest(BaseModel):
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
     """Hash the files of `directory` and write its manifest as the last of them, all on disk."""
-    paths = sorted(_files(directory) - {MANIFEST})
+    paths = sorted(set(walk(directory)) - {MANIFEST})
     if unsafe := [path for path in paths if PurePosixPath(path).suffix in UNSAFE]:
         raise ValueError(f"{directory}: {', '.join(unsafe)}: may carry code, not published")
     entries = {path: _entry(directory / path) for path in paths}
@@ -150,17 +150,15 @@ def recover(final: Path) -> None:
 
 def check_free(final: Path) -> None:
     """UserError when there is in the place of an artifact what a person put there: it stays."""
-    listed: set[str] = set()
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        try:
-            text = (final / MANIFEST).read_bytes()
-            listed = {MANIFEST, *Manifest.model_validate_json(text).files}
-        except ValidationError:
-            return  # a damaged one
+    try:
+        listed = {MANIFEST, *Manifest.model_validate_json((final / MANIFEST).read_bytes()).files}
+    except ValidationError:
+        return  # a damaged one
+    except OSError:
+        listed = set()
     places = [final] if final.is_file() else final.rglob("*")
     there = {path.relative_to(final).as_posix() for path in places if not path.is_dir()}
-    others = [name for name in sorted(there - listed) if not _is_hidden(name)]
-    if others:
+    if others := [name for name in sorted(there - listed) if not _is_hidden(name)]:
         told = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
         raise UserError(f"{final}: something else is there, and it stays; move it away: {told}")
 
@@ -227,7 +225,7 @@ def read(directory: Path | str, stage: str | None = None) -> Manifest:
 def read_listing(directory: Path, stage: str | None = None) -> Manifest:
     """`read` without the hashes: files are there, of the right size and kind, and no others are."""
     manifest = read_manifest(directory, stage)
-    present = _files(directory) - {MANIFEST}
+    present = set(walk(directory)) - {MANIFEST}
     for name, entry in manifest.files.items():
         if not is_inside(name):
             raise _damaged(directory, MANIFEST, f"is refused: it lists {name!r}, outside of it")
@@ -309,15 +307,6 @@ def check_trained_from(child: Path, name: str, parent: Path) -> None:
         )
 
 
-def make_command(directory: Path, force: bool = True) -> str:
-    """The make command that builds an artifact."""
-    stage, run = directory.name, directory.parent
-    words = command(run, stage)
-    if run.name == "base":
-        stage, words = "base", f"make base RECIPE={directory.name}{ckpt(run.parent)}"
-    return f"{words} FORCE={stage}" if force else words
-
-
 def _damaged(directory: Path, name: str, reason: str) -> UserError:
     return UserError(f"{directory / name}: {reason}; rebuild: {make_command(directory)}")
 
@@ -337,11 +326,6 @@ def work_path(final: Path) -> Path:
 
 def _entry(path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=sha256(path))
-
-
-def _files(directory: Path) -> set[str]:
-    """Relative paths of all files below; UserError for a link or anything else that is no file."""
-    return set(walk(directory))
 
 
 def _is_hidden(name: str) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline import steps
 from pipeline.errors import UserError
-from pipeline.handoff.artifacts import MANIFEST, content_hash, make_command
-from pipeline.handoff.remembered import command
+from pipeline.handoff.artifacts import MANIFEST, content_hash
+from pipeline.handoff.remembered import command, make_command
 from pipeline.process.files import read_jsonl
 
 

@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.handoff import artifacts, datafiles, sources
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.found import find_stages, fresh_stages, read_json
+from pipeline.handoff.remembered import make_command
 from pipeline.process.files import sha256, write_atomically
 
 _WORTH_CACHING = 1_000_000  # bytes; a smaller file is hashed as fast as it is looked up
@@ -243,7 +244,7 @@ def _no_model(name: str) -> str | None:
     if path.is_dir():
         return None
     if _is_artifact(name):
-        return f"{name}: not made yet; make it: {artifacts.make_command(path, force=False)}"
+        return f"{name}: not made yet; make it: {make_command(path, force=False)}"
     if path.exists():
         return f"{name}: a file; give the folder that holds the model"
     named = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1

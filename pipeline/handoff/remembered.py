@@ -69,6 +69,15 @@ def command(run: Path, *goals: str) -> str:
     return f"make {' '.join(goals)} RUN={place.name}{ckpt(place.parent)}"
 
 
+def make_command(directory: Path, force: bool = True) -> str:
+    """The make command that builds an artifact."""
+    stage, run = directory.name, directory.parent
+    words = command(run, stage)
+    if run.name == "base":
+        stage, words = "base", f"make base RECIPE={directory.name}{ckpt(run.parent)}"
+    return f"{words} FORCE={stage}" if force else words
+
+
 def ckpt(root: Path) -> str:
     """What a command says of the folder of runs where it is not the usual one."""
     return "" if root == Path("checkpoints") else f" CKPT={shlex.quote(str(root))}"
