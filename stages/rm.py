@@ -28,7 +28,7 @@ from pipeline.data.template import (
     template_hash,
     tokenizer_hash,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, at
 from pipeline.evaluation.rankings import Scored, measure, write_scored
 from pipeline.feedback.comparisons import sampled_rankings
 from pipeline.handoff import checkpoint
@@ -172,7 +172,8 @@ def _encode(
     name = "held-out" if too_long is None else "training"
     rows, lengths, same, empty = [], list[int](), 0, 0
     for ranking in tracked(rankings, f"rm: encoding {name}"):
-        prompt, encoded = encode_responses(tokenizer, ranking.messages, ranking.responses)
+        with at(ranking.where):
+            prompt, encoded = encode_responses(tokenizer, ranking.messages, ranking.responses)
         kept: dict[tuple[int, ...], tuple[int, str]] = {}
         for response, own, rank in zip(ranking.responses, encoded, ranking.ranks, strict=True):
             ids, length = tuple(own), len(prompt) + len(own)

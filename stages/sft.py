@@ -28,6 +28,7 @@ from pipeline.data.template import (
     tokenizer_hash,
     well_formed,
 )
+from pipeline.errors import at
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import merged
 from pipeline.models.generation import generate
@@ -151,7 +152,8 @@ def _encode(
         for turn, message in enumerate(item.messages):
             if message["role"] != "assistant" or turn in item.context:
                 continue
-            prompt, response = encode_demonstration(tokenizer, item.messages[: turn + 1])
+            with at(item.where):
+                prompt, response = encode_demonstration(tokenizer, item.messages[: turn + 1])
             lengths.append(len(prompt) + len(response))
             rows.append({"prompt": prompt, "response": response})
     limit, what = config.max_length, f"sft: {name} examples"

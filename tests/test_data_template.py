@@ -484,13 +484,6 @@ def test_a_missing_template_and_a_missing_eos_are_errors(tmp_path):
         prepare_tokenizer(gpt2_like(eos_token=None))
 
 
-def test_a_system_message_that_a_template_refuses_is_an_error():
-    tokenizer = llama_like(chat_template=LLAMA)
-    prepare_tokenizer(tokenizer)
-    with pytest.raises(UserError, match=r"\[system, user, assistant, user\]: no system here"):
-        encode_prompt(tokenizer, CHAT)
-
-
 def test_hashes_tell_tokenizers_and_templates_apart():
     made = {name: make() for name, make in MAKERS.items()}
     for tokenizer in made.values():

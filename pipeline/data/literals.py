@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipeline.data.messages import Message, message
+from pipeline.data.messages import THINKING_BLOCK, Message, message
 from pipeline.errors import UserError
 from pipeline.process.progress import say
 
@@ -19,8 +19,20 @@ _MARK = "\U0010ffff"  # no character: Unicode keeps it out of texts, and `_spell
 
 
 def marked(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
-    """The messages, with a mark in the place of every special token that their words spell."""
-    return [message(item["role"], _spelled(tokenizer, item["content"])) for item in messages]
+    """The messages, with a mark in the place of every special token that their words spell.
+
+    The tags of the assistant's thinking, a block at a reply's start, are no words: templates look for
+    them, and with some tokenizers they are special tokens.
+    """
+    return [message(item["role"], _words_spelled(tokenizer, item)) for item in messages]
+
+
+def _words_spelled(tokenizer: Any, item: Message) -> str:
+    words, block = item["content"], THINKING_BLOCK.match(item["content"])
+    if item["role"] != "assistant" or not block:
+        return _spelled(tokenizer, words)
+    thought, said = _spelled(tokenizer, block[1]), _spelled(tokenizer, words[block.end() :])
+    return f"{words[: block.start(1)]}{thought}</think>{said}"
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
@@ -43,6 +55,17 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     renamed = pattern.sub(lambda m: _other_name(m[0]), text)
     spelled = re.sub(f"{_MARK}(\\d+){_MARK}", lambda m: names[int(m[1])], renamed)
     return list(_twin(tokenizer, len(tokenizer)).encode(spelled, add_special_tokens=False).ids)
+
+
+def has_special(tokenizer: Any, text: str) -> bool:
+    """Whether a rendering of marked messages has a special token, of the template's then."""
+    return _specials(tokenizer, len(tokenizer))[0].search(text) is not None
+
+
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """The special tokens, by name; transformers' own list may lack some that decoding leaves out."""
+    names = list(_specials(tokenizer, len(tokenizer))[1])
+    return dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
 
 
 def tell_spelled(what: str, tokenizer: Any, texts: Iterable[str]) -> None:

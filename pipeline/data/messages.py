@@ -30,6 +30,7 @@ TOOL_ROLES = {"tool", "function", "function_call", "function_response", "observa
 THINKING = ("reasoning_content", "thinking")
 """Keys of a message that hold the thinking before its content; templates that know of thinking read it
 from a block at the content's start, where it is put."""
+THINKING_BLOCK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
 def message(role: str, content: str) -> Message:

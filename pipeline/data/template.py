@@ -6,6 +6,7 @@ they are: a tokenizer that merges across the boundary would show SFT tokens the 
 """
 
 import datetime
+import functools
 import hashlib
 import json
 import re
@@ -13,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.literals import marked, token_ids
-from pipeline.data.messages import Message, message
+from pipeline.data.literals import has_special, marked, special_ids, token_ids
+from pipeline.data.messages import THINKING_BLOCK, Message, message
 from pipeline.errors import UserError
 from pipeline.process.progress import say
 
@@ -86,7 +87,7 @@ def encode_responses(
     exactly one EOS.
 
     What the template adds after EOS is cut. Where it ends the assistant's turn with another token
-    than the tokenizer's EOS, EOS stands in that token's place. The letters of an EOS inside a reply are
+    than the tokenizer's EOS, or with that and then EOS, EOS stands in that token's place. The letters of an EOS inside a reply are
     text, as those of any special token in any message are.
     """
     before = _render(tokenizer, messages, True)
@@ -113,13 +114,16 @@ def _prompt_ids(tokenizer: Any, before: str) -> list[int]:
 def _response_ids(
     tokenizer: Any, before: str, messages: Sequence[Message], response: str
 ) -> list[int]:
-    text = _reply(tokenizer, before, messages, response)
-    if tokenizer.eos_token not in text:
+    eos, name = tokenizer.eos_token_id, tokenizer.eos_token
+    text, ended, _ = _reply(tokenizer, before, messages, response).partition(name)
+    if not ended or has_special(tokenizer, text):
         # the way the template closes a turn, learnt from a reply that is easy to find
-        closing = _reply(tokenizer, before, messages, _PROBE).rpartition(_PROBE)[2]
-        text = text.removesuffix(closing) if closing else text
-    ids = token_ids(tokenizer, text.partition(tokenizer.eos_token)[0])
-    eos = tokenizer.eos_token_id
+        closing = (
+            _reply(tokenizer, before, messages, _PROBE).rpartition(_PROBE)[2].partition(name)[0]
+        )
+        if not ended or has_special(tokenizer, closing):
+            text = text.removesuffix(closing)
+    ids = token_ids(tokenizer, text)
     return [*(ids[: ids.index(eos)] if eos in ids else ids), eos]
 
 
@@ -130,15 +134,33 @@ def response_text(tokenizer: Any, response: Sequence[int]) -> str:
     stay among the tokens, which is what models are trained on and score. Where the template itself opens
     the block in the prompt, every response begins inside it. A block that is not closed says nothing.
     """
-    marks = {"<think>", "</think>"} & set(tokenizer.all_special_tokens)
-    if marks:  # they would be gone with the other special tokens
-        gone = set(tokenizer.all_special_ids) - set(tokenizer.convert_tokens_to_ids(sorted(marks)))
-        response = [token for token in response if token not in gone]
-    text = tokenizer.decode(response, skip_special_tokens=not marks)
+    gone = _controls(tokenizer)  # not the tags of thinking, which may be special tokens
+    kept = [token for token in response if token not in gone]
+    text = _decoded(tokenizer, kept, ended=response[-1:] == [tokenizer.eos_token_id])
     opens = "<think>" in str(tokenizer.chat_template) and _render(
         tokenizer, [message("user", _PROBE)], True
     ).rstrip().endswith("<think>")
     return without_thinking(text, inside=opens)
+
+
+def _decoded(tokenizer: Any, ids: list[int], ended: bool) -> str:
+    """Text as it is written (no blank before a comma is taken out), without the first bytes of a
+    character that a response was cut off in: a character has at most four."""
+
+    def decoded(count: int) -> str:
+        return tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+
+    text = decoded(len(ids))
+    if ended or not text.endswith("\ufffd"):
+        return text
+    shorter = (decoded(len(ids) - cut) for cut in range(1, min(4, len(ids) + 1)))
+    return next((found for found in shorter if not found.endswith("\ufffd")), text)
+
+
+def _controls(tokenizer: Any) -> set[int]:
+    """Ids of the special tokens, the tags of thinking aside."""
+    tags = ("<think>", "</think>")
+    return {number for name, number in special_ids(tokenizer).items() if name not in tags}
 
 
 def without_thinking(text: str, inside: bool = False) -> str:
@@ -158,7 +180,7 @@ def well_formed(tokenizer: Any, response: Sequence[int], markers: Sequence[str])
     return (
         last == tokenizer.eos_token_id
         and bool(response_text(tokenizer, response).strip())
-        and not set(inner) & set(tokenizer.all_special_ids)
+        and not set(inner) & _controls(tokenizer)
         and not any(marker in text for marker in markers)
     )
 
@@ -246,6 +268,7 @@ def _bos(tokenizer: Any) -> str:
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+    messages = _folded(tokenizer, messages)
     try:
         return tokenizer.apply_chat_template(
             marked(tokenizer, messages), tokenize=False, add_generation_prompt=generation_prompt
@@ -254,9 +277,45 @@ def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool
         raise UserError(f"chat template: cannot render {_outline(messages)}: {error}") from error
 
 
+def _folded(tokenizer: Any, messages: Sequence[Message]) -> Sequence[Message]:
+    """Messages whose system message, if the template has no place for it, begins the user's first.
+
+    As Llama 2's and Gemma 3's own templates write it: the system's words, a blank line, the user's.
+    """
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    if _has_system(tokenizer, str(tokenizer.chat_template)):
+        return messages
+    system, first, *rest = messages
+    return [message(first["role"], f"{system['content']}\n\n{first['content']}"), *rest]
+
+
+@functools.lru_cache(maxsize=8)
+def _has_system(tokenizer: Any, template: str) -> bool:
+    """Whether a template writes a system message, rather than refuse it or leave it out."""
+    asked = [message("system", _PROBE), message("user", "a")]
+    try:
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except Exception:  # as in `_render`
+        text = ""
+    if _PROBE not in text:
+        say("chat template: no system role; system messages begin the user's first message")
+    return _PROBE in text
+
+
 def _reply(tokenizer: Any, before: str, messages: Sequence[Message], response: str) -> str:
-    """What the template writes after the prompt's rendering when the reply follows."""
+    """What the template writes after the prompt's rendering when the reply follows.
+
+    Some open a block of thinking in the prompt and leave thinking out of replies (DeepSeek-R1): there
+    the reply is its thinking or none, the end of the block and what the template writes.
+    """
     whole = _render(tokenizer, [*messages, message("assistant", response)], False)
+    if not whole.startswith(before) and before.rstrip().endswith("<think>"):
+        block = THINKING_BLOCK.match(response)
+        said = response[block.end() :].lstrip("\n") if block else response
+        [thought] = marked(tokenizer, [message("assistant", block[1] if block else "")])
+        reply = _reply(tokenizer, before[: before.rindex("<think>")], messages, said)
+        return f"{thought['content'].strip()}\n</think>\n\n{reply}"
     if not whole.startswith(before):
         raise UserError(
             f"chat template: {_outline(messages)} rendered with a reply does not begin as it does "

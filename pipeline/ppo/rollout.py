@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.forms import Prompt
 from pipeline.data.messages import message, prompt_text
 from pipeline.data.template import encode_prompt
-from pipeline.errors import UserError
+from pipeline.errors import UserError, at
 from pipeline.models.sequences import Sequences
 from pipeline.process.progress import tracked
 
@@ -39,7 +39,8 @@ def queries_of(
         prompt = Prompt([message("user", p)], {}, "") if isinstance(p, str) else p
         if not isinstance(prompt, Prompt):
             raise UserError(f"queries: {p!r}: neither a text nor a `Prompt` (see load_prompts)")
-        ids = encode_prompt(tokenizer, prompt.messages)
+        with at(prompt.where):
+            ids = encode_prompt(tokenizer, prompt.messages)
         found.append(Query(ids, prompt_text(prompt.messages), prompt.row, prompt.messages))
     return found
 
