@@ -5,6 +5,7 @@ is the best and equal ranks are a tie. Everything is a plain float or a small na
 """
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -18,30 +19,25 @@ Z95 = 1.959964
 # --- text against a reference -------------------------------------------------------------------
 
 
+_CJK = "\u2e80-\u2fff\u3001-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_CJK_CHARACTER = re.compile(f"[{_CJK}]")
+_PIECE = re.compile(f"[{_CJK}]|[^\\W{_CJK}]+(?:[.,'’-][^\\W{_CJK}]+)*|\\S")
+_WIDE = re.compile("[\uff00-\uffef]+")
+
+
 def tokens(text: str) -> list[str]:
-    """Words of spaced text; every Chinese or Japanese character is a token of its own."""
-    out: list[str] = []
-    for word in text.split():
-        run = ""
-        for char in word:
-            if _is_cjk(char):
-                out += [run, char] if run else [char]
-                run = ""
-            else:
-                run += char
-        out += [run] if run else []
-    return out
+    """Words between blanks; in a text with Chinese or Japanese characters, each of these, the words of
+    other scripts and every sign (CMRC 2018's segmentation, whose F1 is over longest common parts).
 
-
-def _is_cjk(char: str) -> bool:
-    if ord(char) < 0x2E80:
-        return False
-    name = unicodedata.name(char, "")
-    return name.startswith(("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "FULLWIDTH"))
+    Letters composed or not, and signs of full or half width, are the same; case and signs count.
+    """
+    text = _WIDE.sub(lambda wide: unicodedata.normalize("NFKC", wide[0]), text)
+    text = unicodedata.normalize("NFC", text)
+    return _PIECE.findall(text) if _CJK_CHARACTER.search(text) else text.split()
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Same tokens in the same order; spacing does not count."""
+    """Same tokens in the same order: blanks count between words alone, and not between Chinese ones."""
     return tokens(prediction) == tokens(reference)
 
 

@@ -47,16 +47,28 @@ class Stop:
     def hits(self, responses: Tensor) -> Tensor:
         """Which of B responses (B, t) their newest token ends; (B,) bool.
 
-        A string may be spelled by other tokens than its own, so the text of the last tokens is looked
-        at: as many as the string has bytes, since a token has at least one.
+        A string may be spelled by other tokens than its own, so the text of the last tokens is looked at.
         """
         newest = responses[:, -1]
         hit = torch.isin(newest, torch.tensor(self.ids, device=newest.device))
         for string in self.strings:
-            tails = responses[:, -len(string.encode()) - 1 :].tolist()
-            found = [string in self.tokenizer.decode(tail) for tail in tails]
+            tails = responses[:, -len(string.encode()) - 4 :].tolist()
+            found = [self._says(tail, string) for tail in tails]
             hit = hit | torch.tensor(found, device=newest.device)
         return hit
+
+    def _says(self, tail: list[int], string: str) -> bool:
+        """Whether a string is in the text of some last tokens: as many as it has bytes and one more.
+
+        Where those begin within a character, one to three more may be needed: tokenizers that spell
+        rare characters in bytes give up on all bytes in a row that do not begin one.
+        """
+        size = len(string.encode()) + 1
+        for count in range(size, size + 4):
+            text = self.tokenizer.decode(tail[-count:], clean_up_tokenization_spaces=False)
+            if string in text or not text.startswith("\ufffd"):
+                return string in text
+        return False
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str] = ()) -> Stop:

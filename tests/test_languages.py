@@ -1,0 +1,144 @@
+"""Texts in all scripts: stops, cut-off characters, metrics, splits, and the pages and lines they stand on."""
+
+import itertools
+import unicodedata
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.data.template import encode_responses, prepare_tokenizer, response_text
+from pipeline.evaluation import metrics
+from pipeline.models.generation import stops
+from test_template_families import ASK, CORPUS, FAMILIES, KINDS, dressed
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request):
+    return dressed(KINDS[request.param](), FAMILIES["chinese"])
+
+
+def spellings(tokenizer, text: str) -> list[list[int]]:
+    """A text's own tokens, and one token for each byte."""
+    names = tokenizer.get_vocab()
+    if "<0x00>" in names:
+        spelled = [names[f"<0x{byte:02X}>"] for byte in text.encode()]
+    else:
+        encoder = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        spelled = [names[sign] for piece, _ in encoder.pre_tokenize_str(text) for sign in piece]
+    return [tokenizer.encode(text, add_special_tokens=False), spelled]
+
+
+# --- stop strings, and responses that are cut off ---------------------------------------------------
+
+
+@pytest.mark.parametrize("string", ["。", "用户：", "🛑", "Конец", "سؤال:", "\n\n"])
+def test_a_stop_string_is_found_whatever_tokens_spell_it(tokenizer, string):
+    """Byte for byte too, and after other bytes that a look at the last tokens alone would halve."""
+    stop = stops(tokenizer, [string])
+    before = [[], *spellings(tokenizer, "好😀é"), *spellings(tokenizer, "a")]
+    for text, spelled in itertools.product(before, spellings(tokenizer, string)):
+        ids = [*text, *spelled]
+        hits = [bool(stop.hits(torch.tensor([ids[:n]]))) for n in range(1, len(ids) + 1)]
+        assert hits[-1]
+        assert not any(hits[:-1])
+
+
+@pytest.mark.parametrize("character", ["好", "😀", "é", "ש"])
+def test_a_response_cut_in_the_middle_of_a_character_ends_before_it(tokenizer, character):
+    for text in ("", "今天", "ok "):
+        for start in spellings(tokenizer, text):
+            whole = [*start, *spellings(tokenizer, character)[1]]
+            for cut in range(1, len(character.encode())):
+                assert response_text(tokenizer, whole[:-cut]) == text.lstrip()
+            assert response_text(tokenizer, whole) == text + character
+            # what is no cut is shown as it is: the model said a part of a character and ended
+            ended = [*whole[:-1], tokenizer.eos_token_id]
+            assert response_text(tokenizer, ended).endswith("\ufffd")
+
+
+def unigram(**options):
+    """As T5's: compatibility forms become ordinary ones, and line breaks blanks."""
+    inner = Tokenizer(models.Unigram())
+    inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    settings = {"special_tokens": ["<unk>", "</s>"], "unk_token": "<unk>", "show_progress": False}
+    inner.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=150, **settings))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", **options
+    )
+
+
+def word_piece():
+    """As BERT's, which Chinese GPT-2s were trained with."""
+    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece(cleanup=False)
+    settings = {"special_tokens": ["[UNK]", "[SEP]"], "show_progress": False}
+    inner.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=150, **settings))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[SEP]", unk_token="[UNK]")
+
+
+@pytest.mark.parametrize(
+    ("make", "reply", "said"),
+    [
+        (unigram, "this is a word , and that", "this is a word , and that"),
+        (unigram, "今天天气怎么样？", "今天天气怎么样?"),
+        (word_piece, "This is a word , 今天。", "this is a word , 今 天 。"),
+    ],
+)
+def test_what_a_tokenizer_itself_changes_is_all_that_changes(make, reply, said):
+    """Nothing is mended in its text; metrics heed neither blanks in Chinese nor the width of signs."""
+    tokenizer = make(clean_up_tokenization_spaces=True) if make is unigram else make()
+    prepare_tokenizer(tokenizer)
+    _, [ids] = encode_responses(tokenizer, ASK, [reply])
+    assert response_text(tokenizer, ids) == said
+    assert metrics.exact_match(said, reply.replace("This", "this"))
+
+
+# --- metrics ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("安娜在2001年，去了New York。", "安 娜 在 2001 年 , 去 了 New York 。"),
+        ("《论语》3.5元", "《 论 语 》 3.5 元"),
+        ("他说“你好！”", "他 说 “ 你 好 ! ”"),
+        ("用户：hi", "用 户 : hi"),
+        ("ＡＢＣ１２３", "ABC123"),
+        ("コーヒーﾊﾞｰ", "コ ー ヒ ー バ ー"),
+        ("한국어 문장.", "한국어 문장."),
+        ("it's a dog's. don't", "it's a dog's. don't"),
+        ("x² ½ ①", "x² ½ ①"),
+        ("\u3000全角 空格", "全 角 空 格"),
+        ("𠮷野家", "𠮷 野 家"),
+        ("مرحبا بكم", "مرحبا بكم"),
+    ],
+)
+def test_tokens_of_texts_with_and_without_blanks(text, tokens):
+    """CJK characters and the signs beside them one by one, all else by blanks; full width is ordinary."""
+    assert metrics.tokens(text) == tokens.split()
+
+
+def test_overlap_of_chinese_is_of_characters():
+    # common: 今 天 是 of 4 predicted, of 5 wanted
+    overlap = metrics.token_overlap("今天是雨", "今天是晴天")
+    assert overlap == pytest.approx((3 / 4, 3 / 5, 2 * 3 / 9))
+    assert metrics.exact_match("答案：3，对吗？", "答案:3, 对吗?")
+    assert metrics.exact_match("约 3.5 km,对吗", "约3.5 km, 对吗")
+    assert not metrics.exact_match("x²", "x2")
+
+
+def test_exact_match_is_of_text_however_accents_are_encoded():
+    """Case and all else count; composed and decomposed letters are one text by Unicode's own rule."""
+    composed, apart = (unicodedata.normalize(form, "Caffè über ắ 가") for form in ("NFC", "NFD"))
+    assert composed != apart and metrics.exact_match(composed, apart)
+    assert metrics.token_overlap(composed, apart).f1 == 1
+    assert not metrics.exact_match("Caffe", "Caffè")
+    assert not metrics.exact_match("caffè", "Caffè")
+    family = "👩\u200d👩\u200d👧"
+    assert metrics.exact_match(family, family) and not metrics.exact_match(family, "👩👩👧")
