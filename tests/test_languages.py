@@ -1,16 +1,22 @@
 """Texts in all scripts: stops, cut-off characters, metrics, splits, and the pages and lines they stand on."""
 
+import io
 import itertools
 import unicodedata
 
 import pytest
 import torch
+from rich.cells import cell_len
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import small_run
+from pipeline.commands import chat
 from pipeline.data.template import encode_responses, prepare_tokenizer, response_text
-from pipeline.evaluation import metrics
+from pipeline.evaluation import metrics, report
 from pipeline.models.generation import stops
+from test_summary import judged
 from test_template_families import ASK, CORPUS, FAMILIES, KINDS, dressed
 
 
@@ -142,3 +148,47 @@ def test_exact_match_is_of_text_however_accents_are_encoded():
     assert not metrics.exact_match("caffè", "Caffè")
     family = "👩\u200d👩\u200d👧"
     assert metrics.exact_match(family, family) and not metrics.exact_match(family, "👩👩👧")
+
+
+# --- pages and lines --------------------------------------------------------------------------------
+
+HOSTILE = "\u202eabc\u2067 \u2069\u2069\x1b[2J\r x"
+
+
+def test_the_page_gives_each_text_its_own_direction(tmp_path):
+    """By its first letter, line by line; what a text opens ends with its own block."""
+    run = small_run.make_run(tmp_path)
+    answer = {"response": f"مرحبا\nhello {HOSTILE}", "judge": 1.0, "ended": True}
+    row = {"prompt": "שלום 你好", "groups": {"family": "שלום"}, "answers": {"sft": answer}}
+    judged(run, models={"sft": {}}, comparisons={}, config={"samples": 1, "split": "test"})
+    small_run.write_jsonl(run / "eval" / "test_samples.jsonl", [row])
+    page = report.write_report(run).read_text(encoding="utf-8")
+    assert page.count('<div class="text" dir="auto">') == page.count('class="text"') == 2
+    assert "unicode-bidi: plaintext" in page and "<bdi>שלום</bdi>" in page
+    assert "שלום 你好</div>" in page and "مرحبا\nhello" in page
+
+
+def chatted(prompt: str, *texts: str) -> list[str]:
+    console = Console(file=io.StringIO(), width=40)
+    console.print(chat.table(prompt, [("sft", text, True, 1.5) for text in texts]))
+    return console.file.getvalue().splitlines()
+
+
+def test_chat_isolates_lines_that_run_from_right_to_left():
+    """The cells beside them, and the digits of the reward, stay where they are."""
+    lines = chatted("q", "שלום עולם " * 5)
+    spoken = [line for line in lines if "שלום" in line]
+    assert len(spoken) > 1, "the text should be folded"
+    for line in spoken:
+        assert line.index("\u2068") < line.index("ש") < line.index("\u2069")
+        assert line.count("\u2068") == line.count("\u2069") == 1
+        assert cell_len(line) == cell_len(lines[-1])
+    assert "1.50" in spoken[0].partition("\u2069")[2]
+    assert "\u2068" not in "".join(chatted("q", "hello 你好"))
+
+
+def test_no_control_of_a_response_or_prompt_reaches_the_terminal():
+    said = "".join(chatted(f"p {HOSTILE}", HOSTILE, f"שלום {HOSTILE}"))
+    assert not set("\u202e\u2067\x1b\r") & set(said)
+    assert said.count("\u2069") == said.count("\u2068") >= 1
+    assert "\ufffd[2J" in said

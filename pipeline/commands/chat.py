@@ -7,12 +7,13 @@ prompts until Ctrl-D; otherwise every line of standard input is one.
 import argparse
 import io
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
@@ -81,16 +82,38 @@ def prompts(console: Console) -> Iterator[str]:
 
 def table(prompt: str, answers: list[tuple[str, str, bool, float | None]]) -> Table:
     """Answers as (model, text, ended, score), one row each."""
-    out = Table(title=Text(prompt, style="bold"), title_justify="left", show_lines=True)
+    title = Text(_CONTROLS.sub("\ufffd", prompt), style="bold")
+    out = Table(title=title, title_justify="left", show_lines=True)
     out.add_column("model")
     out.add_column("response", ratio=1, overflow="fold")
     out.add_column("reward", justify="right")
     for name, text, ended, score in answers:
-        response = Text(text or "(nothing)")
+        response = Text(_CONTROLS.sub("\ufffd", text) or "(nothing)")
         if not ended:
             response.append(" … (cut off)", style="dim")
-        out.add_row(name, response, "-" if score is None else f"{score:.2f}")
+        cell = _Isolated(response) if _RIGHT_TO_LEFT.search(text) else response
+        out.add_row(name, cell, "-" if score is None else f"{score:.2f}")
     return out
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What could move the cursor, colour the screen or turn the rest of a line around."""
+_RIGHT_TO_LEFT = re.compile(
+    "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefe\U00010800-\U00010fff\U0001e800-\U0001efff]"
+)
+
+
+class _Isolated:
+    """A text in a table whose lines of Arabic or Hebrew leave the cells beside them where they are:
+    each is isolated (Unicode's annex 9: FSI, PDI), since a terminal takes the row for one line of text."""
+
+    def __init__(self, text: Text):
+        self.text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        for line in self.text.wrap(console, options.max_width, overflow="fold"):
+            line.rstrip()
+            yield Text.assemble("\u2068", line, "\u2069")
 
 
 def _length_limit(stages: dict[str, Stage]) -> int:
