@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 import small_run
 from pipeline.commands import chat
+from pipeline.data.forms import Demonstration
+from pipeline.data.messages import message
+from pipeline.data.splits import normal_form, split_by_prompt
 from pipeline.data.template import encode_responses, prepare_tokenizer, response_text
 from pipeline.evaluation import metrics, report
 from pipeline.models.generation import stops
@@ -148,6 +151,24 @@ def test_exact_match_is_of_text_however_accents_are_encoded():
     assert not metrics.exact_match("caffè", "Caffè")
     family = "👩\u200d👩\u200d👧"
     assert metrics.exact_match(family, family) and not metrics.exact_match(family, "👩👩👧")
+
+
+def test_prompts_that_differ_in_the_encoding_of_accents_are_on_one_side():
+    """As they would be for a reader; compatibility forms and joined emoji are other texts."""
+    same = [unicodedata.normalize(form, "Où est le café ? 가") for form in ("NFC", "NFD")]
+    assert same[0] != same[1] and normal_form(same[0]) == normal_form(same[1])
+    assert normal_form("x²") != normal_form("x2")
+    assert normal_form("👩\u200d👧") != normal_form("👩👧")
+    items = [Demonstration([*_ask(text), message("assistant", "a")], "") for text in same * 5]
+    others = [Demonstration([*_ask(f"q{n}"), message("assistant", "a")], "") for n in range(10)]
+    for seed in range(5):
+        training, held_out = split_by_prompt(items + others, 0.3, seed)
+        assert sum(item in training for item in items) in (0, 10)
+        assert len(training) + len(held_out) == 20
+
+
+def _ask(text: str) -> list[dict[str, str]]:
+    return [message("user", text)]
 
 
 # --- pages and lines --------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ class SFTConfig(StageConfig, Optimisation):
     """Directory or hub id of the pretrained model, causal or encoder-decoder."""
     chat_template: File | None = None
     """A jinja file; none = the tokenizer's own, or if it has none a plain User/Assistant template (for an
-    encoder-decoder, the words as they are)."""
+    encoder-decoder, the words as they are). A system message it has no place for begins the user's first."""
     source_language: Text | None = None
     """What a model of several languages reads, by its tokenizer's code (mBART: en_XX; M2M100: en)."""
     target_language: Text | None = None

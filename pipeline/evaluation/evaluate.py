@@ -194,7 +194,10 @@ def references(rows: Sequence[dict], key: str) -> list[str]:
     """The right answers that rows hold under `key`."""
     for i, row in enumerate(rows):
         if not isinstance(row.get(key), str):
-            raise UserError(f"eval: reference: prompt {i + 1} has no text under the key {key!r}")
+            raise UserError(
+                f"eval: reference: prompt {i + 1} has no text under the key {key!r}; "
+                f"it has {', '.join(map(str, row))}"
+            )
     return [without_thinking(row[key]) for row in rows]
 
 
