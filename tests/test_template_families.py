@@ -35,6 +35,7 @@ from pipeline.data.template import (
 )
 from pipeline.errors import UserError
 from pipeline.ppo.rollout import queries_of
+from pipeline.training.supervised import _joined
 from stages import rm, sft
 
 
@@ -306,7 +307,7 @@ def test_every_turn_is_learnt_and_all_stages_see_the_same_ids(family, tokenizer,
     for row, turn in zip(rows, turns, strict=True):
         asked, reply = messages[:turn], messages[turn]["content"]
         [query] = queries_of(tokenizer, [Prompt(asked, {}, "here:1")])
-        ids, labels = row["input_ids"], row["labels"]
+        ids, labels = _joined(row).values()
         n = len(query.ids)
         assert (ids[:n], labels[:n]) == (query.ids, [-100] * n)
         assert labels[n:] == ids[n:]
@@ -315,7 +316,7 @@ def test_every_turn_is_learnt_and_all_stages_see_the_same_ids(family, tokenizer,
 
         ranking = Ranking(asked, [reply, "no"], [1, 2], "here:1", {})
         [ranked], _ = rm._encode(tokenizer, [ranking], RMConfig(max_length=500))
-        assert ranked["sequences"][0] == ids and ranked["prompt_length"] == n
+        assert ranked["prompt_ids"] + ranked["ids"][0] == ids and ranked["prompt_ids"] == query.ids
 
 
 def test_words_never_become_control_tokens(family, tokenizer):

@@ -86,9 +86,9 @@ def encode_responses(
     """Ids of a prompt's messages and of each reply to them as the template writes it, ending in
     exactly one EOS.
 
-    What the template adds after EOS is cut. Where it ends the assistant's turn with another token
-    than the tokenizer's EOS, or with that and then EOS, EOS stands in that token's place. The letters of an EOS inside a reply are
-    text, as those of any special token in any message are.
+    What the template adds after EOS is cut. Where it ends the assistant's turn with another token than
+    the tokenizer's EOS, or with another and then EOS, EOS stands in that token's place. The letters of an
+    EOS inside a reply are text, as those of any special token in any message are.
     """
     before = _render(tokenizer, messages, True)
     prompt = _prompt_ids(tokenizer, before)
