@@ -137,8 +137,8 @@ class Checked:
 class Recorder(TrainerCallback):
     """Writes means of the trainer's numbers to the tracker, shows progress, publishes its states.
 
-    A row of the record is the mean over the steps since the row before. What has been summed up for
-    the next row is part of a training state, so that a resumed run writes the same rows.
+    A row of the record is the mean over the steps since the row before; the last step has one. What has
+    been summed up for the next row is part of a training state, so that a resumed run writes the same rows.
     """
 
     def __init__(self, tracker: Tracker, names: dict[str, str], every: int):
@@ -181,7 +181,8 @@ class Recorder(TrainerCallback):
         for name, value in named.items():
             total, count = self.sums.get(name, (0.0, 0)) if name not in latest else (0.0, 0)
             self.sums[name] = [total + value, count + 1]
-        if state.global_step == 1 or state.global_step % self.every == 0:
+        edge = state.global_step in (1, state.max_steps)
+        if edge or state.global_step % self.every == 0:
             self.tracker.log(state.global_step, {n: t / c for n, (t, c) in self.sums.items()})
             self.sums = {}
 
