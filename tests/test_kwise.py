@@ -91,5 +91,6 @@ def test_a_model_that_scores_everything_alike_has_half_of_the_pairs_right(tmp_pa
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    trainer.compute_loss(model.train(), KwiseCollator(0)(rows))
+    (batch,), _ = trainer.get_batch_samples(iter([KwiseCollator(0)(rows)]), 1, model.device)
+    trainer.compute_loss(model.train(), batch)
     assert trainer._metrics["train"]["accuracy"] == [0.5]

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.handoff import artifacts
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy
+from pipeline.tracking.tracker import Tracker
 from pipeline.training import kwise, trainers
 from pipeline.training.supervised import check_packing, packed
 from pipeline.training.trainers import steps_of
@@ -228,7 +229,8 @@ def test_micro_batches_of_demonstrations_give_the_whole_batch_s_gradient(
         part = train_sft(base, tmp_path / str(micro), micro_batch_size=micro, **keys)
         assert furthest(part, whole) < 2e-5
         for one, other in zip(rows_of(part), rows_of(whole), strict=True):
-            assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4)
+            for key in ("train/loss", "train/token_accuracy"):
+                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
 
 
 @pytest.mark.parametrize(
@@ -249,8 +251,29 @@ def test_micro_batches_of_rankings_give_the_whole_batch_s_gradient(base, tmp_pat
         for name, weight in part.items():
             assert torch.allclose(weight, whole[name], atol=2e-5), name
         for one, other in zip(told, lines, strict=True):
-            if "train/loss" in other:
-                assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4)
+            for key in ("train/loss", "train/accuracy", "train/margin", "train/score_mean"):
+                if key in other:
+                    assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+
+
+def test_the_steps_after_the_last_whole_row_are_recorded_too(base, tmp_path, monkeypatch):
+    """Of a run that goes on as well: the state after step 6 has the sums of the steps 5 and 6."""
+    keys = {"max_steps": 7, "save_every": 3}
+    every = [row["train/loss"] for row in rows_of(train_sft(base, tmp_path / "every", **keys))]
+    keys["log_every"] = 4
+    log = Tracker.log
+
+    def dying(self, step, metrics):
+        if step == 7:
+            raise KeyboardInterrupt
+        log(self, step, metrics)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tracker, "log", dying)
+        train_sft(base, tmp_path / "run", **keys)
+    found = {r["step"]: r["train/loss"] for r in rows_of(train_sft(base, tmp_path / "run", **keys))}
+    means = {1: every[0], 4: sum(every[1:4]) / 3, 7: sum(every[4:]) / 3}
+    assert found == pytest.approx(means, rel=1e-6)
 
 
 def test_prompts_without_a_pair_weigh_nothing_wherever_they_stand():

@@ -77,6 +77,7 @@ class KwiseTrainer(Checked, RewardTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step: list[tuple[Tensor, Tensor]] = []  # margins and scores of each micro-batch
         return batches, sum(prompts_with_pairs(b["ranks"], b["groups"]) for b in batches)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -85,11 +86,10 @@ class KwiseTrainer(Checked, RewardTrainer):
         with self.accelerator.autocast():
             scores = final_scores(model, s)
         loss, better = kwise_loss(scores, inputs["ranks"], inputs["groups"], num_items_in_batch)
-        margins = (scores[:, None] - scores[None, :])[better].detach()
-        if len(margins):
-            mode = "train" if model.training else "eval"
-            right = (margins > 0).float() + 0.5 * (margins == 0)  # a tie is half right
-            self._metrics[mode]["accuracy"].append(right.mean().item())
-            self._metrics[mode]["margin"].append(margins.mean().item())
-            self._metrics[mode]["mean_reward"].append(scores.mean().item())
+        self._step.append(((scores[:, None] - scores[None, :])[better].detach(), scores.detach()))
+        margins, seen = map(torch.cat, zip(*self._step, strict=True))
+        right = (margins > 0).float() + 0.5 * (margins == 0)  # a tie is half right
+        means = {"accuracy": right, "margin": margins, "mean_reward": seen}
+        # of the step so far, in place of what its micro-batches before this one left
+        self._metrics["train"].update({n: [v.mean().item()] for n, v in means.items()})
         return (loss, {"scores": scores}) if return_outputs else loss

@@ -139,9 +139,17 @@ class TokenTrainer(Checked, SFTTrainer):
         # TRL's loss counts so itself; transformers would ask the model's forward and its class's name
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:  # of a step's micro-batches the plain mean is logged
+            share = _tokens(inputs) / float(num_items_in_batch)
+            accuracies = self._metrics["train"]["mean_token_accuracy"]
+            accuracies[-1] *= share * self.current_gradient_accumulation_steps
+        return out
+
     def prediction_step(self, model, inputs, *args, **kwargs):
         out = super().prediction_step(model, inputs, *args, **kwargs)
-        self._seen.append((float(out[0]), int((inputs["labels"][:, 1:] != -100).sum())))
+        self._seen.append((float(out[0]), _tokens(inputs)))
         return out
 
     def evaluation_loop(self, *args, **kwargs):
@@ -153,6 +161,11 @@ class TokenTrainer(Checked, SFTTrainer):
         self._metrics["eval"]["mean_token_accuracy"] = [right]
         out.metrics["eval_loss"] = sum(loss * count for loss, count in self._seen) / tokens
         return out
+
+
+def _tokens(inputs: dict[str, Tensor]) -> int:
+    """How many tokens of a batch are learnt."""
+    return int((inputs["labels"][:, 1:] != -100).sum())
 
 
 def packed(rows: Dataset, max_length: int) -> Dataset:
