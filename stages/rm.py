@@ -20,6 +20,7 @@ from pipeline.config.schema import Data, RMConfig
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.lengths import over_limit
 from pipeline.data.literals import tell_spelled
+from pipeline.data.messages import message
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
@@ -27,6 +28,7 @@ from pipeline.data.template import (
     encode_responses,
     template_hash,
     tokenizer_hash,
+    without_thinking,
 )
 from pipeline.errors import UserError, at
 from pipeline.evaluation.rankings import Scored, measure, write_scored
@@ -172,8 +174,9 @@ def _encode(
     name = "held-out" if too_long is None else "training"
     rows, lengths, same, empty = [], list[int](), 0, 0
     for ranking in tracked(rankings, f"rm: encoding {name}"):
+        said = [without_thinking(text) for text in ranking.responses]
         with at(ranking.where):
-            prompt, encoded = encode_responses(tokenizer, ranking.messages, ranking.responses)
+            prompt, encoded = encode_responses(tokenizer, ranking.messages, said)
         kept: dict[tuple[int, ...], tuple[int, str]] = {}
         for response, own, rank in zip(ranking.responses, encoded, ranking.ranks, strict=True):
             ids, length = tuple(own), len(prompt) + len(own)
@@ -196,8 +199,8 @@ def _encode(
             }
         )
     what = f"rm: {name} responses"
-    said = ([m["content"] for m in r.messages] + r.responses for r in rankings)
-    tell_spelled(f"rm: {name}", tokenizer, (text for texts in said for text in texts))
+    all_texts = ([m["content"] for m in r.messages] + r.responses for r in rankings)
+    tell_spelled(f"rm: {name}", tokenizer, (text for texts in all_texts for text in texts))
     long = over_limit(what, lengths, "max_length", config.max_length, too_long)
     if long or same or empty:
         say(
@@ -239,7 +242,10 @@ def _demonstration_mean(
     """Mean score of demonstrations, less the model's bias: before there is one, the bias itself."""
     source = config.demonstrations or Data(path=str(sft / "demonstrations.jsonl"))
     items = load_demonstrations(source)[: config.demonstrations_limit]
-    encoded = [encode_demonstration(tokenizer, item.messages) for item in items]
+    encoded = []
+    for *context, reply in (item.messages for item in items):
+        said = message("assistant", without_thinking(reply["content"]))
+        encoded.append(encode_demonstration(tokenizer, [*context, said]))
     limit = min(config.max_length, places(model))
     longest = min(limit - 1, layout(model).room(model, 1))  # a prompt has a token left at least
     responses = [response[-longest:] for _, response in encoded]

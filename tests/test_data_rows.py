@@ -8,7 +8,9 @@ from transformers import PreTrainedTokenizerFast
 import tiny_models
 from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
 from pipeline.data.forms import load_demonstrations
+from pipeline.data.messages import message
 from pipeline.data.rankings import load_rankings
+from pipeline.data.template import encode_prompt
 from pipeline.errors import UserError
 from pipeline.models.generation import generate
 from pipeline.ppo.rollout import Query
@@ -106,9 +108,15 @@ def test_rewards_and_judges_see_no_thinking():
     config = PPOConfig(prompts={"path": "none"})
     model = tiny_models.policy()
     trainer = PPO(config, tokenizer, model, tiny_models.policy(), tiny_models.reward(), None)
-    episodes = trainer.episodes([Query([2, 7, 3])] * 2, [thought, tokenizer.encode("w3 w4 <end>")])
+    asked = [message("user", "w4")]
+    query = Query(encode_prompt(tokenizer, asked), "w4", messages=asked)
+    episodes = trainer.episodes([query] * 2, [thought, tokenizer.encode("w3 w4 <end>")])
     assert episodes.responses == ["w3", "w3 w4"]
-    assert episodes.response_ids[0] == thought  # reward models read every token
+    # a reward model scores what it is trained on: the words that are ranked, in a file with thinking too
+    for responses in (episodes.responses, ["<think> w7 </think> w3", "w3 w4"]):
+        ranked = load_rankings([{"prompt": "w4", "responses": responses, "ranks": [1, 2]}])
+        (row,), _ = rm._encode(tokenizer, ranked, RMConfig())
+        assert [query.ids + ids for ids in episodes.response_ids] == row["sequences"]
     torch.nn.init.zeros_(model.lm_head.weight)  # any token is as likely as another
     torch.manual_seed(0)
     answers = generate(model, tokenizer, [[2, 7, 3]] * 400, max_new_tokens=8)

@@ -15,6 +15,7 @@ from pipeline.data.template import (
     prepare_tokenizer,
     response_text,
     role_markers,
+    scored_ids,
     template_hash,
     tokenizer_hash,
     well_formed,
@@ -398,6 +399,12 @@ QWEN3 = (
 OPENED = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 
 
+OPENED_LEARNT = OPENED.replace(
+    "message['role'] + '\n'",
+    "message['role'] + '\n' + ('<think>\n' if message.role == 'assistant' else '')",
+)
+
+
 def thinker(template):
     return gpt2_like(eos_token="<|im_end|>", chat_template=template)
 
@@ -438,6 +445,30 @@ def test_what_a_response_says(template, said, text):
     response = [*ids(tokenizer, said), tokenizer.eos_token_id]
     assert response_text(tokenizer, response) == text
     assert well_formed(tokenizer, response, []) == bool(text.strip())
+
+
+@pytest.mark.parametrize(
+    ("template", "sampled"),
+    [
+        (CHATML, "<think>hm</think>\n\na b"),
+        (QWEN3, "<think>hm</think>\n\na b"),
+        (QWEN3, "a b"),  # trained on with the empty block that this template writes
+        (OPENED_LEARNT, "hm</think>\n\na b"),
+    ],
+)
+def test_a_reward_model_reads_of_a_sampled_thought_what_it_is_trained_on(template, sampled):
+    tokenizer = thinker(template)
+    trained_on = encode_response(tokenizer, CHAT, "a b")
+    for end in ([], [tokenizer.eos_token_id]):
+        assert scored_ids(tokenizer, CHAT, [*ids(tokenizer, sampled), *end]) == trained_on
+
+
+def test_a_reward_model_reads_other_responses_as_they_were_sampled():
+    tokenizer = thinker(CHATML)
+    odd = [number for letter in "this <think> word" for number in ids(tokenizer, letter)]
+    assert odd != ids(tokenizer, "this <think> word")
+    end = [tokenizer.eos_token_id]
+    assert scored_ids(tokenizer, CHAT, odd) == scored_ids(tokenizer, CHAT, odd + end) == odd + end
 
 
 def test_a_template_may_trim_the_reply():

@@ -159,10 +159,10 @@ class Room:
         """Every model's answer as (model, text, ended, reward or None)."""
         import torch
 
-        from pipeline.data.template import encode_prompt
+        from pipeline.data.template import encode_prompt, scored_ids
         from pipeline.models.forward import score_sequences
         from pipeline.models.generation import generate
-        from pipeline.models.tokens import closed, pad_id
+        from pipeline.models.tokens import pad_id
 
         messages = [{"role": "user", "content": prompt}]
         if self.system:
@@ -182,10 +182,8 @@ class Room:
             )
             score = None
             if self.reward is not None:
-                pad = pad_id(self.tokenizer)
-                [score] = score_sequences(
-                    self.reward, [ids], [closed(response.ids, self.tokenizer)], pad
-                )
+                read = scored_ids(self.tokenizer, messages, response.ids)
+                [score] = score_sequences(self.reward, [ids], [read], pad_id(self.tokenizer))
             answers.append((name, response.text, response.ended, score))
         return answers
 

@@ -127,11 +127,24 @@ def _response_ids(
     return [*(ids[: ids.index(eos)] if eos in ids else ids), eos]
 
 
+def scored_ids(tokenizer: Any, messages: Sequence[Message], response: Sequence[int]) -> list[int]:
+    """A response to `messages` as reward models read it: closed by one EOS, also when it was cut off.
+
+    They are trained on what was ranked, and people rank words without the thinking before them. So where a
+    model may think its own ids give way to those of its words alone, written as rankings are.
+    """
+    begins = tokenizer.decode(response).lstrip().startswith("<think>")
+    if begins or "<think>" in str(tokenizer.chat_template):
+        return encode_responses(tokenizer, messages, [response_text(tokenizer, response)])[1][0]
+    eos = tokenizer.eos_token_id
+    return [*response, *([] if response[-1:] == [eos] else [eos])]
+
+
 def response_text(tokenizer: Any, response: Sequence[int]) -> str:
     """What a response says to rewards, judges, labelers and people: its words after any thinking.
 
     Special tokens and a block of thinking at the start, `<think>...</think>`, are left out of the text and
-    stay among the tokens, which is what models are trained on and score. Where the template itself opens
+    stay among the tokens, which is what policies are trained on. Where the template itself opens
     the block in the prompt, every response begins inside it. A block that is not closed says nothing.
     """
     gone = _controls(tokenizer)  # not the tags of thinking, which may be special tokens

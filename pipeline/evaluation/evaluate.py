@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.evaluation import EvalConfig, Split
 from pipeline.data.forms import Prompt, load_prompts
-from pipeline.data.messages import prompt_text
-from pipeline.data.template import encode_prompt, without_thinking
+from pipeline.data.messages import Message, prompt_text
+from pipeline.data.template import encode_prompt, scored_ids, without_thinking
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics, tallies
 from pipeline.evaluation.judges import Judge, load_judge
@@ -36,15 +36,16 @@ from pipeline.models.loading import (
     prepare_cpu,
     quiet,
 )
-from pipeline.models.tokens import closed, pad_id
+from pipeline.models.tokens import pad_id
 from pipeline.process.progress import say
 from pipeline.steps import policies
 
 
 @dataclass
 class Asked:
-    """P held-out prompts: token ids, text as judges read it, and rows of the data."""
+    """P held-out prompts: messages, token ids, text as judges read it, and rows of the data."""
 
+    messages: list[list[Message]]
     ids: list[list[int]]
     texts: list[str]
     rows: list[dict]
@@ -109,6 +110,7 @@ def ask(config: EvalConfig, split: Split, tokenizer: PreTrainedTokenizerBase) ->
         raise UserError(f"eval: no prompts for the split {split}; set validation_prompts")
     prompts: list[Prompt] = load_prompts(data)[: config.n]
     return Asked(
+        [p.messages for p in prompts],
         [encode_prompt(tokenizer, p.messages) for p in prompts],
         [prompt_text(p.messages) for p in prompts],
         [p.row for p in prompts],
@@ -204,7 +206,8 @@ def references(rows: Sequence[dict], key: str) -> list[str]:
 def _scores(
     reward: nn.Module, asked: Asked, responses: list[Response], tokenizer: PreTrainedTokenizerBase
 ) -> list[float]:
-    replies = [closed(r.ids, tokenizer) for r in responses]
+    pairs = zip(asked.messages, responses, strict=True)
+    replies = [scored_ids(tokenizer, messages, r.ids) for messages, r in pairs]
     scores = score_sequences(reward, asked.ids, replies, pad_id(tokenizer), 256, "eval: scoring")
     if bad := [i for i, score in enumerate(scores) if not math.isfinite(score)]:
         raise UserError(

@@ -14,12 +14,6 @@ def pad_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id)
 
 
-def closed(ids: list[int], tokenizer: Any) -> list[int]:
-    """A response as reward models read it: closed by one EOS, also when it was cut off."""
-    end = [tokenizer.eos_token_id]
-    return ids if ids[-1:] == end else ids + end
-
-
 def left_pad(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
     """Lists of ids -> ids (B, Q), left-padded, and a bool mask of the real ones."""
     width = max(len(ids) for ids in rows)

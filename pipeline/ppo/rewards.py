@@ -37,7 +37,7 @@ class Episodes:
     queries: list[list[int]]
     """Token ids of the prompts, for models that share the tokenizer."""
     response_ids: list[list[int]]
-    """Of the responses, each closed by one EOS."""
+    """Of the responses as reward models read them, each closed by one EOS."""
     prompts: list[str]
     responses: list[str]
     rows: list[dict]
@@ -57,7 +57,8 @@ TokenScore = Callable[[Episodes], list[list[float]]]
 
 
 def model_reward(model: nn.Module, pad: int, batch_size: int) -> Score:
-    """A reward model with the policy's tokenizer: it reads the very tokens that were sampled."""
+    """A reward model with the policy's tokenizer: it reads the tokens that were sampled, or those of the words
+    after thinking."""
     return lambda e: score_sequences(model, e.queries, e.response_ids, pad, batch_size)
 
 

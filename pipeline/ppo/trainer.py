@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import Prompt
-from pipeline.data.template import response_text
+from pipeline.data.template import response_text, scored_ids
 from pipeline.models.adapters import adapter_off
 from pipeline.models.forward import response_logprobs
 from pipeline.models.generation import stops
 from pipeline.models.packing import pack_if_possible
 from pipeline.models.sequences import Sequences
-from pipeline.models.tokens import closed, left_pad, mask_from_lengths, pad_id
+from pipeline.models.tokens import left_pad, mask_from_lengths, pad_id
 from pipeline.ppo import gates, maths, measures
 from pipeline.ppo.ema import Ema
 from pipeline.ppo.losses import Minibatch, Sums, losses
@@ -132,7 +132,10 @@ class PPO:
         """
         return Episodes(
             queries=[q.ids for q in queries],
-            response_ids=[closed(ids, self.tokenizer) for ids in responses],
+            response_ids=[
+                scored_ids(self.tokenizer, q.messages, ids)
+                for q, ids in zip(queries, responses, strict=True)
+            ],
             prompts=[q.text for q in queries],
             responses=[response_text(self.tokenizer, ids) for ids in responses],
             rows=[q.row for q in queries],
