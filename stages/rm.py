@@ -20,7 +20,7 @@ from pipeline.config.schema import Data, RMConfig
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.lengths import over_limit
 from pipeline.data.literals import tell_spelled
-from pipeline.data.messages import message
+from pipeline.data.messages import message, prompt_text
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
@@ -193,7 +193,7 @@ def _encode(
                 "prompt_ids": prompt,
                 "ids": [list(ids) for ids in kept],
                 "ranks": ranks,
-                "prompt": ranking.messages[-1]["content"],
+                "prompt": prompt_text(ranking.messages),
                 "responses": [text for _, text in kept.values()],
                 "row": ranking.row,
             }

@@ -99,6 +99,27 @@ def test_the_reward_model_is_published_with_the_rankings_it_learnt_from(tmp_path
     assert all(len(row["ranks"]) == len(row["responses"]) for row in kept)
 
 
+def test_a_labeler_and_the_held_out_rankings_have_the_prompts_rows(tmp_path, monkeypatch):
+    """Of which a column that one prompt has alone is no misspelt one of the rankings, and an earlier answer
+    or a ranking of other responses is not read in the place of what was sampled."""
+    small_run.make_run(tmp_path, ("base", "sft"))
+    rows = [{**p, "ranks": [2, 1], "output": "w3"} for p in small_run.PROMPTS]
+    rows[3]["messages"] = [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}]
+    rows[3]["alone"] = "w1"
+    small_run.write_jsonl(tmp_path / "prompts.jsonl", rows)
+    (tmp_path / "reading.py").write_text(LABELER.replace("keys = [", "row['answer']; keys = ["))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    asked = config(tmp_path, "reading")
+    asked.sampling.prompts.bad_rows = 0.1
+    folder = rm.run(asked)
+    kept = read(folder / "rankings.jsonl")
+    assert kept[3]["prompt"] == rows[3]["messages"] and kept[3]["alone"] == "w1"
+    assert all(row["answer"] == "w1" for row in kept)
+    held_out = read(folder / "held_out.jsonl")
+    assert held_out and all(item["row"]["output"] == "w3" for item in held_out)
+    assert all(set(item["responses"]) <= set(item["row"]["responses"]) for item in held_out)
+
+
 # --- people -----------------------------------------------------------------------------------------
 
 

@@ -242,6 +242,15 @@ def test_labels_are_measured_beside_their_ceiling_and_the_length_baseline(monkey
     assert "ceiling" not in labels(items, None)
 
 
+def test_a_judge_of_labels_is_told_which_sampled_responses_were_cut_off(monkeypatch):
+    """As the labeler was: this one prefers an answer that ended."""
+    judge = load_judge(small_run.install(monkeypatch, small_run.judge_module()))
+    row = {"responses": ["w2", "w2 w2"], "ended": [True, False]}
+    item = Scored("p", ["w2", "w2 w2"], [1, 2], lengths=[2, 2], scores=[1.0, 0.0], row=row)
+    assert labels([item], judge)["ceiling"] == 1.0
+    assert labels([replace(item, row={})], judge)["ceiling"] == 0.5
+
+
 def test_a_judge_that_reads_a_column_gets_the_rankings_rows_or_is_left_out(monkeypatch, capsys):
     def score(prompts, responses, rows, ended=None):
         return [float(r == row["answer"]) for r, row in zip(responses, rows, strict=True)]

@@ -279,7 +279,11 @@ def _grades(item: Scored, judge: Judge) -> list[float]:
     if item.row is None:
         raise UserError("this reward model was published without their rows")
     k, texts = len(item.responses), [without_thinking(text) for text in item.responses]
-    return judge.score([item.prompt] * k, texts, [item.row] * k, [True] * k)
+    told = item.row.get("ended")  # of sampled ones, as their labeler knew it
+    known = zip(item.row["responses"], told, strict=False) if isinstance(told, list) else ()
+    cut = [text for text, ended in known if not ended]
+    ended = [text not in cut for text in item.responses]
+    return judge.score([item.prompt] * k, texts, [item.row] * k, ended)
 
 
 def _reward_model(

@@ -1,6 +1,5 @@
 """A reward model on held-out rankings: what the stage publishes and the report shows."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics
-from pipeline.process.files import read_jsonl
+from pipeline.process.files import jsonl, read_jsonl
 
 HELD_OUT = "held_out.jsonl"
 
@@ -140,9 +139,7 @@ def _log_loss(margin: float) -> float:
 
 def write_scored(folder: Path, items: Sequence[Scored]) -> None:
     """One JSON line per prompt, in a reward model's folder."""
-    # a column of the data may be a date, or what else JSON has no word for
-    lines = [json.dumps(asdict(item), ensure_ascii=False, default=str) for item in items]
-    (folder / HELD_OUT).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / HELD_OUT).write_text(jsonl(map(asdict, items)), encoding="utf-8")
 
 
 def read_scored(folder: Path) -> list[Scored]:

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import Data, RMConfig, Sampling
-from pipeline.data.forms import load_prompts
+from pipeline.data.forms import PROMPTS, load_prompts
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.sources import Row, read_rows
 from pipeline.data.template import encode_prompt
@@ -193,9 +193,12 @@ def _places(rows: list[Row]) -> str:
 def _sample(
     sampling: Sampling, seed: int, sft: Path, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict]:
-    """Rows of `prompt` (messages), `responses` (K texts) and `ended` (whether each ended itself)."""
+    """The prompts' rows with `prompt` (messages), `responses` (K texts) and `ended` (whether each ended
+    itself), less what would be read in their place."""
     policy = load_policy(sft, tokenizer).to(device())
     prompts = load_prompts(sampling.prompts)
+    replaced = {*PROMPTS, "system", "history", "ranks", "scores"}
+    columns = dict.fromkeys(name for p in prompts for name in p.row if name not in replaced)
     sizes = _sizes(sampling.k, len(prompts), seed)
     rows: list[dict] = []
     with track(len(prompts), "sampling comparisons") as bar:
@@ -217,7 +220,8 @@ def _sample(
             for prompt, k in zip(batch, counts, strict=True):
                 own = [next(responses) for _ in range(k)]
                 rows.append(
-                    {
+                    {name: prompt.row.get(name) for name in columns}
+                    | {
                         "prompt": prompt.messages,
                         "responses": [response.text for response in own],
                         "ended": [response.ended for response in own],

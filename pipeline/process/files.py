@@ -32,8 +32,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def jsonl(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as the text of a JSONL file."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Rows as the text of a JSONL file; what JSON has no word for, such as a date, as text."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
