@@ -1,13 +1,17 @@
 """Studies over seeds and over-optimisation: what they collect, without running a stage."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 import fake_stages
 import small_run
 from pipeline import cli
+from pipeline.config.schema import Data
+from pipeline.data.forms import load_prompts
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
 from pipeline.evaluation import overopt, seeds
@@ -180,9 +184,12 @@ def test_samples_kept_along_the_way_are_judged_and_meet_the_kl_of_the_next_rollo
     small_run.write_jsonl(tmp_path / "samples.jsonl", kept)
     curve = [{"step": s, "objective/kl": float(s - 1)} for s in (1, 2, 3)]
     small_run.write_jsonl(tmp_path / "metrics.jsonl", curve)
-    points = overopt.trajectory(tmp_path, [{}, {}], judge)
+    asked = load_prompts([{"prompt": "p"}, {"prompt": "q"}])
+    found = overopt.answers(tmp_path, asked)
+    points = overopt.trajectory(tmp_path, found, asked, judge)
     small_run.write_jsonl(tmp_path / "metrics.jsonl", [curve[0], curve[2]])  # log_every: 3
-    assert [p["kl"] for p in overopt.trajectory(tmp_path, [{}, {}], judge)] == [0.0, 2.0, 2.0]
+    thinned = overopt.trajectory(tmp_path, found, asked, judge)
+    assert [p["kl"] for p in thinned] == [0.0, 2.0, 2.0]
     # the small judge gives one per w1 and one for an end
     assert points == [
         {"step": 0, "kl": 0.0, "judge": 1.5, "rm_score": 0.0},
@@ -191,11 +198,44 @@ def test_samples_kept_along_the_way_are_judged_and_meet_the_kl_of_the_next_rollo
     ]
 
 
-def test_samples_of_other_prompts_are_refused(tmp_path, judge):
-    small_run.write_jsonl(tmp_path / "samples.jsonl", samples(0, ["w1", "x"]))
-    small_run.write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "objective/kl": 0.0}])
-    with pytest.raises(UserError, match="2 samples at step 0, not 3"):
-        overopt.trajectory(tmp_path, [{}] * 3, judge)
+def test_a_study_has_the_points_and_prompts_that_are_asked_for(tmp_path, monkeypatch, judge):
+    """A finished run is up to date whatever it was watched at: it is used if that is enough, else made again."""
+    rows = [{"prompt": p, "day": date(2024, 1, n)} for n, p in enumerate("pqr", 1)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    source = f"prompts: {{path: {tmp_path / 'p.parquet'}}}\njudge: {judge.name}\n"
+    recipe = fake_stages.write_recipe(tmp_path, eval=source, ppo="iterations: 3\n")
+    run, trained = small_run.make_run(tmp_path, ("base", "sft", "rm")), []
+
+    def stage(name, recipe, run, *words, borrow=None):
+        if name == "rm" or ((run / name).exists() and "--force" not in words):
+            return
+        said = dict(word.split("=", 1) for word in words if "=" in word)
+        trained.append(int(said["sample_every"]))
+        texts = [p.row["prompt"] for p in load_prompts(Data(**json.loads(said["sample_prompts"])))]
+        last = int(said["iterations"])
+        small_run.write_jsonl(
+            run / name / "samples.jsonl",
+            [
+                {"step": s, "prompt": p, "response": "w1", "score": 0.0, "ended": True}
+                for s in sorted({*range(0, last, trained[-1]), last})
+                for p in texts
+            ],
+        )
+        small_run.write_jsonl(run / name / "metrics.jsonl", [{"step": last, "objective/kl": 1.0}])
+
+    monkeypatch.setattr(steps, "stage", stage)
+    monkeypatch.setattr(overopt, "fresh_stages", lambda found: (found, []))
+    monkeypatch.setattr(overopt, "best_of_n", lambda *args: {})
+
+    def points(asked: int, prompts: int) -> list[float]:
+        study = overopt.Study(recipe, run, prompts, 4, 0, [])
+        curves = study.curves(None, asked)
+        return [point["step"] for point in curves["PPO"]]
+
+    assert points(3, 2) == [0, 2, 4, 6] and trained == [2, 2]  # with both reward models
+    assert points(2, 2) == [0, 3, 6] and trained[2:] == [3, 3]
+    assert points(1, 2) == [0, 6] and points(2, 2) == [0, 3, 6] and len(trained) == 4
+    assert points(2, 3) == [0, 3, 6] and len(trained) == 6
 
 
 def test_the_study_is_written_as_numbers_and_as_a_picture(tmp_path):
@@ -213,11 +253,12 @@ def test_an_ensemble_is_trained_on_the_same_rankings_with_other_seeds(tmp_path, 
     recipe = fake_stages.write_recipe(tmp_path, rm="sampling: {prompts: {path: p}}\nseed: 7\n")
     study = object.__new__(overopt.Study)
     study.recipe, study.run, study.ensemble = recipe, Path("checkpoints/tiny"), 3
-    study.settings, study.rows, study.judge, study.n = [], [], None, 4
+    study.settings, study.asked, study.judge, study.n = [], [], None, 4
     ranked = study.run / "rm" / "rankings.jsonl"
     small_run.write_jsonl(ranked, [{}])
     made = []
     monkeypatch.setattr(steps, "stage", lambda name, *args, **kwargs: made.append((name, args)))
+    monkeypatch.setattr(overopt, "answers", lambda *args: {0: [], 2: [], 4: []})
     monkeypatch.setattr(overopt, "trajectory", lambda *args: [])
     monkeypatch.setattr(overopt, "best_of_n", lambda *args: {})
     assert "PPO, 3 reward models" in study.curves(iterations=4, points=2)

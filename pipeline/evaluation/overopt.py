@@ -16,7 +16,8 @@ from pipeline.cli import reporting_errors
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import load_config
 from pipeline.config.schema import PPOConfig, RMConfig
-from pipeline.data.forms import load_prompts
+from pipeline.data.forms import Prompt, load_prompts
+from pipeline.data.messages import prompt_text
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
 from pipeline.evaluation import plots
@@ -30,6 +31,8 @@ from pipeline.steps import load, overrides
 
 Point = dict[str, float]
 """kl in nats per response, judge = mean gold, rm_score = mean proxy; and step or n."""
+Samples = dict[int, list[dict[str, Any]]]
+"""Step -> its lines of samples.jsonl."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     out = steps.parser("overopt", __doc__)
     for name, default, what in (
         ("iterations", None, "of PPO; default: twice the recipe's"),
-        ("points", 12, "of each curve"),
+        ("points", 12, "of each curve, about"),
         ("prompts", 200, "validation prompts judged at each point"),
         ("n", 16, "largest n of best-of-n"),
     ):
@@ -75,14 +78,9 @@ class Study:
         stages, _ = fresh_stages(find_stages(run))
         if not {"sft", "rm"} <= stages.keys():
             raise UserError(f"{run}: needs sft and rm first: {command(run, 'sft', 'rm')}")
-        self.rows = self._write_prompts(prompts)
-
-    def _write_prompts(self, count: int) -> list[dict[str, Any]]:
-        """The prompts answered along the way, in RUN/overopt/prompts.jsonl, and their rows."""
         source = self.config.validation_prompts or self.config.prompts
-        rows = [prompt.row for prompt in load_prompts(source)[:count]]
-        write_atomically(self.prompts, jsonl(rows))
-        return rows
+        self.asked = load_prompts(source)[:prompts]
+        write_atomically(self.prompts, jsonl(prompt.row for prompt in self.asked))
 
     @property
     def prompts(self) -> Path:
@@ -95,14 +93,11 @@ class Study:
         self._small_reward_model(small)
         out: dict[str, list[Point]] = {}
         for name, run in (("PPO", full), ("PPO, small reward model", small)):
-            self._ppo(run, iterations, points)
-            out[name] = trajectory(run / "ppo", self.rows, self.judge)
+            out[name] = self._ppo(run, iterations, points)
         if self.ensemble > 1:
             run = steps.sibling(self.run, "overopt-ensemble")
-            self._ppo(run, iterations, points, f"rewards={json.dumps([self._members()])}")
-            out[f"PPO, {self.ensemble} reward models"] = trajectory(
-                run / "ppo", self.rows, self.judge
-            )
+            members = f"rewards={json.dumps([self._members()])}"
+            out[f"PPO, {self.ensemble} reward models"] = self._ppo(run, iterations, points, members)
         rewards = {"best of n": self.run / "rm", "best of n, small reward model": small / "rm"}
         return out | best_of_n(self, rewards)
 
@@ -127,25 +122,43 @@ class Study:
             words += ["sampling=null", f"data={json.dumps({'path': str(ranked)})}"]
         steps.stage("rm", self.recipe, run, *words, borrow=self.run)
 
-    def _ppo(self, run: Path, iterations: int | None, points: int, *changes: str) -> None:
+    def _ppo(self, run: Path, iterations: int | None, points: int, *changes: str) -> list[Point]:
+        """Run PPO, unless it has run and answered these prompts at these points; its points."""
         config = load_config(PPOConfig, self.recipe / "ppo.yaml", overrides("ppo", self.settings))
         iterations = iterations or 2 * config.iterations
+        every = max(1, iterations // points)
         words = [
             "kl_coef=0",
             "kl_target=null",
-            "kl_limit=null",
             "schedule=constant",
             "gates=warn",  # a reward model that is bad on purpose is what is studied
+            *self.settings,
+            "kl_limit=null",
             f"iterations={iterations}",
-            f"sample_every={max(1, iterations // points)}",
+            f"sample_every={every}",
             f"sample_prompts={json.dumps({'path': str(self.prompts)})}",
             *changes,
         ]
-        steps.stage("ppo", self.recipe, run, *words, *self.settings, borrow=self.run)
+        wanted = {*range(0, iterations, every), iterations}
+        for again in ((), ("--force",)):  # what was watched makes no finished stage out of date
+            steps.stage("ppo", self.recipe, run, *words, *again, borrow=self.run)
+            if wanted <= (found := answers(run / "ppo", self.asked)).keys():
+                break
+        kept = {step: found[step] for step in sorted(wanted & found.keys())}
+        return trajectory(run / "ppo", kept, self.asked, self.judge)
 
 
-def trajectory(ppo: Path, rows: list[dict[str, Any]], judge: Judge) -> list[Point]:
-    """One point for each step of a PPO artifact's samples.jsonl, which answers the same prompts.
+def answers(ppo: Path, asked: list[Prompt]) -> Samples:
+    """Samples of a PPO artifact at each step where they answer these prompts."""
+    out: Samples = {}
+    for sample in read_jsonl(ppo / "samples.jsonl"):
+        out.setdefault(sample["step"], []).append(sample)
+    texts = [prompt_text(prompt.messages) for prompt in asked]
+    return {step: own for step, own in out.items() if [s["prompt"] for s in own] == texts}
+
+
+def trajectory(ppo: Path, found: Samples, asked: list[Prompt], judge: Judge) -> list[Point]:
+    """One point for each step at which a PPO artifact's samples answer the prompts.
 
     The KL of the policy after s iterations is that of iteration s + 1's rollouts, or of the next that
     was logged; after the last iteration there is none, so the last point takes the last one's.
@@ -153,15 +166,8 @@ def trajectory(ppo: Path, rows: list[dict[str, Any]], judge: Judge) -> list[Poin
     kl = values(read_jsonl(ppo / "metrics.jsonl"), "objective/kl")
     if not kl:
         raise UserError(f"{ppo}/metrics.jsonl: no KL was logged")
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    for sample in read_jsonl(ppo / "samples.jsonl"):
-        by_step.setdefault(sample["step"], []).append(sample)
-    points = []
-    for step, samples in sorted(by_step.items()):
-        if len(samples) != len(rows):
-            raise UserError(
-                f"{ppo}/samples.jsonl: {len(samples)} samples at step {step}, not {len(rows)}"
-            )
+    rows, points = [prompt.row for prompt in asked], []
+    for step, samples in found.items():
         grades = judge.score(
             [s["prompt"] for s in samples],
             [s["response"] for s in samples],
