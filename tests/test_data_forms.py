@@ -249,9 +249,22 @@ def test_answers_labelled_false_are_not_learnt():
         load_demonstrations(KTO[1:2])
 
 
+@pytest.mark.parametrize(("good", "bad"), [(1, 0), (1.0, 0.0), ("True", "False"), ("1", "0")])
+def test_a_label_may_be_a_number_or_a_text_as_in_csv(good, bad):
+    rows = [
+        {"prompt": "q", "completion": "a", "label": good},
+        {"prompt": "q", "completion": "b", "label": bad},
+    ]
+    notes: list[str] = []
+    assert [item.messages[-1]["content"] for item in load_demonstrations(rows, notes)] == ["a"]
+    assert "1 rows labelled false left out" in notes[0] and "heeded" not in notes[0]
+    with pytest.raises(UserError, match="an answer labelled alone ranks nothing"):
+        load_rankings(rows)
+
+
 def test_a_label_of_another_kind_is_told():
     notes: list[str] = []
-    assert len(load_demonstrations([{"prompt": "q", "completion": "a", "label": 0}], notes)) == 1
+    assert len(load_demonstrations([{"prompt": "q", "completion": "a", "label": 2}], notes)) == 1
     assert "1 rows with a `label` that is neither true nor false" in notes[0]
 
 

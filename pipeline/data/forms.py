@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from pipeline.data.meaning import check_whole, is_context, is_rejected, two_answers
+from pipeline.data.meaning import check_whole, is_context, is_rejected, label_of, two_answers
 from pipeline.data.messages import (
     Message,
     is_transcript,
@@ -102,7 +102,7 @@ def _demonstration(row: Row, report: Report) -> Demonstration | None:
     if is_rejected(row.values):
         report.count("rows labelled false left out: their answers are not to be learnt")
         return None
-    if not isinstance(row.values.get("label"), bool | None):
+    if row.values.get("label") is not None and label_of(row.values) is None:
         report.count("rows with a `label` that is neither true nor false: it is not heeded")
     messages, context = demonstration(row.values), _context(row.values)
     if len(messages) - 1 in context:  # what follows the last turn to be learnt is of no use

@@ -16,6 +16,8 @@ _UNREAD = {
 }
 """Columns that, where they are filled, say that the text is not the whole example -> what to do."""
 
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
 _EMPTY = ("", "[]", "{}", "null")
 
 _ANSWERS = ("response", "output", "answer", "completion", "conversation")
@@ -47,9 +49,15 @@ def _filled(value: Any) -> bool:
     return value is not None and not isinstance(value, int | float)
 
 
+def label_of(values: dict[str, Any]) -> bool | None:
+    """What an unpaired row's `label` says of its answer, as KTO's data has it: true or false, 1 or 0, or
+    those as text, as CSV has them. None for anything else."""
+    return _LABELS.get(str(values.get("label")).strip().lower())
+
+
 def is_rejected(values: dict[str, Any]) -> bool:
-    """Whether an unpaired row says `label: false`, as KTO's data does: an answer not to be learnt."""
-    return any(values.get(name) is False for name in ("label", "chosen"))
+    """Whether an unpaired row says that its answer is not to be learnt."""
+    return label_of(values) is False or values.get("chosen") is False
 
 
 def is_context(turn: Any) -> bool:

@@ -27,7 +27,7 @@ from pipeline.data.forms import (
     missing,
     without_reply,
 )
-from pipeline.data.meaning import TWO, two_answers
+from pipeline.data.meaning import TWO, label_of, two_answers
 from pipeline.data.messages import Message
 from pipeline.data.problems import BadRow, Report, kind
 
@@ -153,7 +153,7 @@ def _places_of(verdict: Any, column: str, ends: tuple[str, ...]) -> list[float |
 
 def _list(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | None]]:
     name = first_of(values, LISTS)
-    if name is None and isinstance(values.get("label"), bool):
+    if name is None and label_of(values) is not None:
         raise BadRow("an answer labelled alone ranks nothing; two to nine to a prompt do")
     if name is None:
         raise BadRow(f"no comparison: {missing(values, ['chosen', *LISTS])}")
