@@ -5,6 +5,7 @@ tokenizers would end in the middle. So the words are marked before the template 
 mark is found the rendering is read by a twin of the tokenizer that knows its special tokens by other names.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -41,7 +42,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _spelled(tokenizer: Any, words: str) -> str:
-    pattern, numbers = _specials(tokenizer, len(tokenizer))
+    pattern, numbers = _specials(tokenizer, _state(tokenizer))
     words = words.replace(_MARK, "\ufffd")  # a mark of theirs would pass for one of ours
     return pattern.sub(lambda m: f"{_MARK}{numbers[m[0]]}{_MARK}", words)
 
@@ -50,11 +51,11 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a rendering of marked messages; the template has written BOS where there is one."""
     if _MARK not in text:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    pattern, numbers = _specials(tokenizer, len(tokenizer))
+    pattern, numbers = _specials(tokenizer, _state(tokenizer))
     names = list(numbers)
     renamed = pattern.sub(lambda m: _other_name(m[0]), text)
     spelled = re.sub(f"{_MARK}(\\d+){_MARK}", lambda m: names[int(m[1])], renamed)
-    return list(_twin(tokenizer, len(tokenizer)).encode(spelled, add_special_tokens=False).ids)
+    return list(_twin(tokenizer, _state(tokenizer)).encode(spelled, add_special_tokens=False).ids)
 
 
 def has_special(tokenizer: Any, text: str) -> bool:
@@ -70,7 +71,7 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
 
 def tell_spelled(what: str, tokenizer: Any, texts: Iterable[str]) -> None:
     """Say once how many special tokens the texts spell, if any."""
-    pattern, _ = _specials(tokenizer, len(tokenizer))
+    pattern, _ = _specials(tokenizer, _state(tokenizer))
     found = [name for text in texts for name in pattern.findall(text)]
     if found:
         names = ", ".join(sorted(set(found))[:5])
@@ -82,16 +83,38 @@ def _other_name(token: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _specials(tokenizer: Any, size: int) -> tuple[re.Pattern[str], dict[str, int]]:
-    """A pattern of the special tokens, the longest that fits first, and their numbers in it."""
-    added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-    names = sorted(added | set(tokenizer.all_special_tokens), key=lambda name: (-len(name), name))
+def _specials(tokenizer: Any, state: Any) -> tuple[re.Pattern[str], dict[str, int]]:
+    """A pattern of the special tokens, the longest that fits first, and their numbers in it.
+
+    Some tokenizers hold the tokens that a template writes around messages as ordinary added ones.
+    """
+    added = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
+    found = {name for name, special in added.items() if special} | set(tokenizer.all_special_tokens)
+    if added.keys() - found:
+        around = _around(tokenizer)
+        found |= {name for name in added if name in around and re.search(r"[^\w\s]", name)}
+    names = sorted(found, key=lambda name: (-len(name), name))
     pattern = "|".join(map(re.escape, names)) or r"(?!)"
     return re.compile(pattern), {name: number for number, name in enumerate(names)}
 
 
+def _around(tokenizer: Any) -> str:
+    """What the template writes around messages, the tags of thinking left out: replies may have their own."""
+    text = ""
+    for roles in (("user", "assistant"), ("user", "assistant", "user"), ("system", "user")):
+        with contextlib.suppress(Exception):  # a template without such a place, or none at all
+            said = [message(role, "a") for role in roles]
+            text += tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    return re.sub("</?think>", "", text)
+
+
+def _state(tokenizer: Any) -> tuple[int, str]:
+    """What special tokens depend on, besides the tokenizer that it is."""
+    return len(tokenizer), str(tokenizer.chat_template)
+
+
 @functools.lru_cache(maxsize=2)
-def _twin(tokenizer: Any, size: int) -> Any:
+def _twin(tokenizer: Any, state: Any) -> Any:
     """The tokenizer as a `tokenizers.Tokenizer` whose special tokens have other names, by which alone
     they are found: in the vocabulary too, where WordLevel and Unigram would look them up."""
     from tokenizers import Tokenizer
@@ -102,7 +125,7 @@ def _twin(tokenizer: Any, size: int) -> Any:
             f"{type(tokenizer).__name__}: a text spells a special token, and only a fast tokenizer can "
             "read it as text; take one, or remove it from the data"
         )
-    _, numbers = _specials(tokenizer, size)
+    _, numbers = _specials(tokenizer, state)
     rules = json.loads(backend.to_str())
     rules |= {"post_processor": None, "truncation": None, "padding": None}
     for token in rules["added_tokens"]:
