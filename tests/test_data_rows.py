@@ -116,7 +116,7 @@ def test_rewards_and_judges_see_no_thinking():
     for responses in (episodes.responses, ["<think> w7 </think> w3", "w3 w4"]):
         ranked = load_rankings([{"prompt": "w4", "responses": responses, "ranks": [1, 2]}])
         (row,), _ = rm._encode(tokenizer, ranked, RMConfig())
-        assert [query.ids + ids for ids in episodes.response_ids] == row["sequences"]
+        assert (query.ids, episodes.response_ids) == (row["prompt_ids"], row["ids"])
     torch.nn.init.zeros_(model.lm_head.weight)  # any token is as likely as another
     torch.manual_seed(0)
     answers = generate(model, tokenizer, [[2, 7, 3]] * 400, max_new_tokens=8)

@@ -197,6 +197,17 @@ def test_scores_that_are_no_numbers_end_it_with_words(tmp_path, judge):
         run_evaluation(run, config(tmp_path))
 
 
+def test_a_policy_whose_weights_are_no_numbers_is_named(tmp_path, judge):
+    run = small_run.make_run(tmp_path, ("base", "sft", "rm"))
+    model = tiny_models.policy()
+    model.lm_head.weight.data[3] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "broken")
+    publish(tmp_path / "broken", run / "ppo", Manifest(stage="ppo"))
+    with pytest.raises(UserError, match="run/ppo: this model's logits are no numbers"):
+        run_evaluation(run, config(tmp_path))
+
+
 def test_a_damaged_result_is_named(tmp_path):
     run = small_run.make_run(tmp_path, ("base", "sft"))
     (run / "eval").mkdir()

@@ -97,6 +97,15 @@ def test_the_first_eos_ends_a_response_even_when_pad_is_eos():
         assert ended or length == 8
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_model_of_no_numbers_says_so_and_nothing_else(greedy):
+    model = tiny_models.policy()
+    model.lm_head.weight.data[3] = float("nan")
+    asked = {"max_new_tokens": 4, "greedy": greedy}
+    with pytest.raises(UserError, match="LlamaForCausalLM: this model's logits are no numbers"):
+        generate(model, tiny_models.tokenizer(), [[2, 7, 3]], **asked)
+
+
 def test_draws_follow_the_distribution_and_never_the_impossible():
     logits = torch.tensor([[0.0, -torch.inf, 1.0, 2.0, -torch.inf]])
     uniforms = torch.linspace(0, 1, 10_001)[:-1]

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.models.causal import places
 from pipeline.models.decoding import decoder, survivors
 from pipeline.models.forward import layout
-from pipeline.models.packing import Model
+from pipeline.models.packing import Model, inner
 from pipeline.models.tokens import left_pad, logprobs_of, pad_id, scaled
 from pipeline.process.progress import tracked
 
@@ -139,8 +139,14 @@ def sample(
         tokens = logits.argmax(dim=-1) if greedy else drawn(logits, uniforms[rows, t])
         if lengths is not None:
             tokens = _forced(logits, uniforms[rows, t], lengths[rows] == t + 1, stop.ids)
+        own = logprobs_of(logits, tokens.clamp(max=logits.shape[-1] - 1), 1.0)
+        if bool(own.isnan().any()):  # from no number a token past the vocabulary is drawn
+            name = inner(model).name_or_path or type(inner(model)).__name__
+            raise UserError(
+                f"{name}: this model's logits are no numbers; make it again, or move it away"
+            )
         responses[rows, t], real[rows] = tokens, t + 1
-        logprobs[rows, t] = logprobs_of(logits, tokens, 1.0).to(logprobs.dtype)
+        logprobs[rows, t] = own.to(logprobs.dtype)
         hit = stop.hits(responses[rows, : t + 1])
         ended[rows[hit]] = True
         if t + 1 == width or bool(hit.all()):

@@ -90,7 +90,8 @@ class Seq2SeqTokenTrainer(Checked, Seq2SeqTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss below is scaled by `num_items_in_batch`
-        self._sums = {"train": torch.zeros(3), "eval": torch.zeros(3)}  # nats, right tokens, tokens
+        # nats, right tokens, tokens; float32 would count no further than 2**24
+        self._sums = {part: torch.zeros(3, dtype=torch.float64) for part in ("train", "eval")}
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
