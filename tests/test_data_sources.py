@@ -1,6 +1,7 @@
 """Rows from files, folders, hub repositories and memory, and the errors that name their lines."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -384,6 +385,32 @@ def test_a_repository_with_a_script_runs_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError):
         list(hub_rows(str(repository), "train"))
     assert not (tmp_path / "sentinel").exists()
+
+
+def test_a_hub_that_does_not_answer_is_told_within_seconds(tmp_path):
+    code = """if True:
+        import time
+        import datasets
+        from pipeline.data.sources import hub_rows
+        from pipeline.errors import UserError
+        from pipeline.models.loading import load_policy
+        begin = time.monotonic()
+        for fetch in (load_policy, lambda name: list(hub_rows(name, "train"))):
+            try:
+                fetch("nosuch/thing")
+            except UserError as error:
+                print(str(error).splitlines()[0])
+        print(time.monotonic() - begin)
+    """
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    answer, model, data, seconds = done.stdout.splitlines()
+    assert "http://127.0.0.1:9 does not answer" in answer
+    assert model.startswith("nosuch/thing: cannot load")
+    assert data.startswith("nosuch/thing[train]: cannot load")
+    assert float(seconds) < 10
+    assert "Retrying" not in done.stderr
 
 
 def test_importing_the_data_room_is_cheap():

@@ -12,6 +12,7 @@ from pipeline.data.problems import Report, kind
 from pipeline.data.readers import READERS, Row
 from pipeline.errors import UserError
 from pipeline.handoff import datafiles
+from pipeline.process import hub
 
 # fmt: off
 STANDARD_COLUMNS = frozenset((
@@ -137,6 +138,7 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # its bars fill log files with carriage returns
     repository, _, config = name.partition(":")
+    hub.look(repository)
     try:
         dataset = datasets.load_dataset(repository, config or None, split=split)
     except Exception as error:  # its errors share no base class

@@ -16,7 +16,7 @@ from pkgutil import iter_modules
 from pipeline.config.load import did_you_mean
 
 _INSTALLED = ("site-packages", "dist-packages")
-_OURS = ("pipeline", "stages")
+_OURS = "pipeline stages".split()
 _TOLD_BY_RUNNING = {"*", "__getattr__", "globals", "vars", "exec", "setattr"}
 """What a module that defines names in other ways than by its lines has among them."""
 

@@ -34,7 +34,7 @@ from pipeline.models.encoder_decoder import set_decoder_prefix
 from pipeline.models.forward import score_head
 from pipeline.models.packing import pack_if_possible
 from pipeline.models.scorer import EncoderDecoderScorer
-from pipeline.process import memory
+from pipeline.process import hub, memory
 
 # --- the process ---------------------------------------------------------------------------------
 
@@ -209,6 +209,7 @@ def config_of(path: str | Path):
 
 def _load(auto_class, path: str | Path, **kwargs):
     """`from_pretrained` that never runs a repository's code and says plainly what is missing."""
+    hub.look(path)
     try:
         return auto_class.from_pretrained(str(path), trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
