@@ -130,12 +130,10 @@ class PPO:
         Reward models read every response closed by one EOS, as they were trained, one that was cut off
         too: what it means that it did not end is the missing-EOS rule's to say.
         """
+        pairs = zip(queries, responses, strict=True)
         return Episodes(
             queries=[q.ids for q in queries],
-            response_ids=[
-                scored_ids(self.tokenizer, q.messages, ids)
-                for q, ids in zip(queries, responses, strict=True)
-            ],
+            response_ids=[scored_ids(self.tokenizer, q.messages, ids) for q, ids in pairs],
             prompts=[q.text for q in queries],
             responses=[response_text(self.tokenizer, ids) for ids in responses],
             rows=[q.row for q in queries],
