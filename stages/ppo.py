@@ -19,8 +19,11 @@ from pipeline.data.forms import load_prompts
 from pipeline.data.lengths import over_limit
 from pipeline.data.literals import tell_spelled
 from pipeline.data.template import template_hash, tokenizer_hash
+from pipeline.errors import UserError
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import merged
+from pipeline.models.causal import places
+from pipeline.models.forward import layout
 from pipeline.models.loading import prepare_cpu, quiet
 from pipeline.ppo import preflight
 from pipeline.ppo.alarms import Alarms
@@ -49,7 +52,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
         prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
         ppo = build_ppo(config, stage.parent("sft"), stage.parent("rm"))
-        queries = _short_enough(ppo.queries(prompts), config)
+        queries = _short_enough(ppo, ppo.queries(prompts))
         said = (m["content"] for prompt in prompts for m in prompt.messages)
         tell_spelled("ppo: prompts", ppo.tokenizer, said)
         stream = PromptStream(queries, config.batch_size, config.seed)
@@ -98,10 +101,19 @@ def iteration(ppo: PPO, stream: PromptStream) -> dict[str, float]:
     return {**metrics, **clock.seconds, "memory/peak_mb": peak_mb()}
 
 
-def _short_enough(queries: list[Query], config: PPOConfig) -> list[Query]:
-    """Queries of at most `max_prompt_length` tokens; UserError when too many are longer."""
-    limit, lengths = config.max_prompt_length, [len(query.ids) for query in queries]
+def _short_enough(ppo: PPO, queries: list[Query]) -> list[Query]:
+    """Queries of at most `max_prompt_length` tokens; UserError when too many are longer, or when the model
+    has too few places for a response."""
+    config, policy, lengths = ppo.config, ppo.networks.policy, [len(query.ids) for query in queries]
+    limit = config.max_prompt_length
     over_limit("ppo: prompts", lengths, "max_prompt_length", limit, config.too_long)
+    longest = max(length for length in lengths if length <= limit)
+    if (room := layout(policy).room(policy, longest)) < config.max_new_tokens:
+        raise UserError(
+            f"ppo: a prompt of {longest} tokens leaves {max(room, 0)} places of the model's "
+            f"{places(policy)} for its response; lower max_new_tokens ({config.max_new_tokens}) or "
+            f"max_prompt_length ({limit})"
+        )
     return [query for query in queries if len(query.ids) <= limit]
 
 

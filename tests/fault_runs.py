@@ -42,7 +42,7 @@ class Outcome:
 class Server:
     """A process that has imported everything slow and computed nothing, and forks a child a stage."""
 
-    def __init__(self, base: Path):
+    def __init__(self, base: Path, kind: str):
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -50,7 +50,7 @@ class Server:
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fault_server.py"), str(base)],
+            [sys.executable, str(ROOT / "tests" / "fault_server.py"), str(base), kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -98,9 +98,9 @@ class Child:
 
 
 class Project:
-    """Configs, data and a base model in `root`; runs lie in `root/checkpoints`."""
+    """Configs, data and a base model of a kind in `root`; runs lie in `root/checkpoints`."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, kind: str = "llama"):
         self.root = root
         demonstrations = [
             {"prompt": f"w{i} w{i + 3}", "completion": f"w{i + 1} w{i}"} for i in range(18)
@@ -115,7 +115,7 @@ class Project:
         }
         for stage, text in CONFIGS.items():
             self.config(stage).write_text(text + reads[stage])
-        self.server = Server(root / "base")
+        self.server = Server(root / "base", kind)
 
     def config(self, stage: str) -> Path:
         return self.root / f"{stage}.yaml"

@@ -1,8 +1,9 @@
-"""Forks a process a stage: `python fault_server.py BASE`, then requests as lines of JSON.
+"""Forks a process a stage: `python fault_server.py BASE KIND`, then requests as lines of JSON.
 
 The server has imported everything slow and differentiated nothing, so that a child finds torch as
 fresh as a process of its own would, seconds earlier. Children are real: they can be killed, they
-hold locks, and they end with the exit code of the command line. BASE: a tiny model is made there.
+hold locks, and they end with the exit code of the command line. BASE: a tiny model
+of KIND is made there.
 """
 
 import gc
@@ -24,10 +25,11 @@ from stages import ppo, rm, sft
 LOADED = (sft, rm, ppo)
 
 
-def main(base: Path) -> None:
+def main(base: Path, kind: str) -> None:
     """Answer requests until there are no more."""
     torch.set_num_threads(1)
-    tiny_models.policy(0).save_pretrained(base)
+    model = tiny_models.policy(0) if kind == "llama" else tiny_models.seq2seq(kind)
+    model.save_pretrained(base)
     tiny_models.tokenizer().save_pretrained(base)
     models.load_policy(base)  # fills caches that each child would fill again
     gc.collect()
@@ -75,4 +77,4 @@ def run(request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -82,6 +82,13 @@ def project(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def bart(tmp_path_factory):
+    made = Project(tmp_path_factory.mktemp("faults"), "bart").straight()
+    yield made
+    made.server.close()
+
+
+@pytest.fixture(scope="module")
 def table(request):
     lines: list[Line] = []
     yield lines
@@ -122,6 +129,11 @@ def fault(project: Project, table: list[Line], case: tuple[str, str, int, str]) 
 @pytest.mark.parametrize("case", KILLS, ids=lambda case: "-".join(map(str, case)))
 def test_killed_anywhere(project, table, case):
     fault(project, table, case)
+
+
+@pytest.mark.parametrize("case", KILLS, ids=lambda case: "-".join(map(str, case)))
+def test_an_encoder_decoder_killed_anywhere(bart, table, case):
+    fault(bart, table, case)
 
 
 @pytest.mark.parametrize("case", TERMS, ids=lambda case: "-".join(map(str, case)))

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import metrics, tallies
 from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.evaluation.likelihoods import (
+    check_texts,
     context,
     kl_to_sft,
     perplexities,
@@ -69,6 +70,7 @@ def evaluate(
     asked = ask(config, split, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = _load_policies(stages, tokenizer, device)
+    check_texts(config, models)
     asked = _that_fit(asked, context(models), config.max_new_tokens)
     reward: nn.Module | None = load_reward(stages["rm"].path) if "rm" in stages else None
     if reward is not None:

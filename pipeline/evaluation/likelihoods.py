@@ -12,6 +12,7 @@ from pipeline.data.literals import text_ids
 from pipeline.data.template import encode_demonstration
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics
+from pipeline.models.encoder_decoder import is_encoder_decoder
 from pipeline.models.forward import response_logprobs
 from pipeline.models.generation import Response
 from pipeline.models.sequences import Sequences
@@ -26,6 +27,14 @@ def context(models: dict[str, nn.Module]) -> int:
     """Tokens that every model has positions for."""
     sizes = [getattr(m.config, "max_position_embeddings", None) for m in models.values()]
     return min((size for size in sizes if size), default=sys.maxsize)
+
+
+def check_texts(config: EvalConfig, models: dict[str, nn.Module]) -> None:
+    """UserError where texts by themselves are to be rated and a model cannot."""
+    if config.pretraining is not None and any(map(is_encoder_decoder, models.values())):
+        raise UserError(
+            "eval: pretraining: an encoder-decoder has no likelihood of a text by itself; leave it out"
+        )
 
 
 def kl_to_sft(

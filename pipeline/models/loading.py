@@ -8,6 +8,7 @@ and trains with another is not on-policy (invariant 2).
 
 import math
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,10 @@ def load_policy(
     make the rollout distribution differ from the one PPO computes logprobs of (trl#6789).
     """
     config = check_policy(path)
+    if tokenizer is not None:
+        check_vocabulary(path, config, tokenizer)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = _load(kind, path, dtype=torch.float32)
+    model = _load_weights(kind, path)
     shipped = model.generation_config
     model.generation_config = GenerationConfig(**{name: getattr(shipped, name) for name in _KEPT})
     if tokenizer is not None:
@@ -168,6 +171,8 @@ def check_reward(path: str | Path) -> PreTrainedConfig:
             f"{path}: a {', '.join(names) or config.model_type}: of encoder-decoders, a reward model is "
             f"what the rm stage publishes (its config.json names {ours})"
         )
+    if names and not any(name == ours or "SequenceClassification" in name for name in names):
+        raise UserError(f"{path}: a {', '.join(names)}, which has no score; give a reward model")
     if config.num_labels != 1:
         raise UserError(f"{path}: a reward model has num_labels 1, this has {config.num_labels}")
     return config
@@ -175,7 +180,7 @@ def check_reward(path: str | Path) -> PreTrainedConfig:
 
 def load_reward(path: str | Path) -> PreTrainedModel:
     """Sequence classifier with one output, float32, dropout off."""
-    return _ready(_load(_classifier(check_reward(path)), path, dtype=torch.float32))
+    return _ready(_load_weights(_classifier(check_reward(path)), path))
 
 
 def _classifier(config: PreTrainedConfig) -> Any:
@@ -187,13 +192,29 @@ def reward_from_policy(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
 
     Draws from the global generator: seed it first.
     """
-    kind = _classifier(config_of(path))
-    model = _load(kind, path, num_labels=1, dtype=torch.float32)
+    config = check_policy(path)
+    check_vocabulary(path, config, tokenizer)
+    model = _load_weights(_classifier(config), path, fresh="score.weight", num_labels=1)
     fit_tokenizer(model, tokenizer)
     head = score_head(model)
     nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     model.config.reward_bias = 0.0
     return _ready(model)
+
+
+def _load_weights(kind: Any, path: str | Path, fresh: str = "", **kwargs: Any) -> PreTrainedModel:
+    """A model in float32; UserError if the file lacks a weight other than the `fresh` one.
+
+    transformers would draw it at random.
+    """
+    told = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = _load(kind, path, **told, **kwargs)
+    if lacking := sorted(set(info["missing_keys"]) - {fresh}):
+        raise UserError(
+            f"{path}: of a {type(model).__name__} its weights lack {', '.join(lacking[:3])}"
+            f"{', ...' if lacking[3:] else ''}; give a folder that save_pretrained wrote of the whole model"
+        )
+    return model
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -220,19 +241,22 @@ def _load(auto_class, path: str | Path, **kwargs):
         ) from error
 
 
-def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the model agree with the tokenizer on size, padding, end, and where a decoder begins.
-
-    UserError for a tokenizer with more words than the model: another's. Tokens that were added to it get
-    rows of their own.
-    """
-    rows = model.get_input_embeddings().num_embeddings
+def check_vocabulary(
+    path: str | Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """UserError for a tokenizer with more words than the model: another's. Tokens that were added to it get
+    rows of their own."""
+    rows = getattr(config.get_text_config(), "vocab_size", sys.maxsize)
     if len(tokenizer) - len(tokenizer.get_added_vocab()) > rows:
         raise UserError(
-            f"{type(model).__name__}: {rows} rows of embeddings, and a tokenizer of {len(tokenizer)} "
-            "words; give the model's own tokenizer"
+            f"{path}: a vocabulary of {rows}, and a tokenizer of {len(tokenizer)} words; give the model's "
+            "own tokenizer"
         )
-    if len(tokenizer) > rows:
+
+
+def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the model agree with the tokenizer on size, padding, end, and where a decoder begins."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:

@@ -15,6 +15,8 @@ from pipeline.errors import UserError
 from pipeline.models.adapters import add_lora, scorers_on
 from pipeline.models.forward import reward_bias
 from pipeline.models.loading import (
+    check_policy,
+    check_reward,
     config_of,
     fit_tokenizer,
     load_policy,
@@ -56,6 +58,7 @@ def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) 
     sft, rm = _folder("sft", sft), None if rm is None else _folder("rm", rm)
     if rm is None and any("rm" in reward.members() for reward in config.rewards):
         raise UserError("build_ppo: rewards name rm: give its folder, rm=..., or other rewards")
+    _check_models(config, sft)
     accelerator = launch.accelerator()
     launch.check_supported(accelerator.distributed_type)
     tokenizer = load_tokenizer(sft)
@@ -88,6 +91,19 @@ def _folder(name: str, given: object) -> Path:
     if not isinstance(given, str | Path):
         raise UserError(f"build_ppo: {name}: a folder of a model, not a {type(given).__name__}")
     return Path(given)
+
+
+def _check_models(config: PPOConfig, sft: Path) -> None:
+    """UserError, before any weight is read, for a model that does not fit its part."""
+    if check_policy(sft).is_encoder_decoder:
+        for key, refused, instead in (
+            ("ptx_data", config.ptx_data, "its decoder has no likelihood of a text by itself"),
+            ("vllm", config.vllm, "vLLM has none of its kind"),
+        ):
+            if refused is not None:
+                raise UserError(f"ppo: {key}: {sft} is an encoder-decoder: {instead}; leave it out")
+    for name in {name for reward in config.rewards for name in reward.members()} - {"rm"}:
+        check_reward(name)
 
 
 def check_divides(config: PPOConfig) -> None:
