@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fake_stages import train, write_recipe
+from fake_stages import make_base, train, write_recipe
 from pipeline import cli, run, steps
 from pipeline.commands import chat, status
 from pipeline.commands import plan as planning
@@ -393,6 +393,43 @@ def test_a_run_whose_lender_is_gone_says_so_and_is_not_made_anew_unasked(capsys)
         chat.main(["--run", str(b)])
     status.main(["--run", str(b), "--plan", "ppo", "--force", "sft"])
     assert capsys.readouterr().out.split() == ["sft", "rm", "ppo", "eval", "report"]
+
+
+def test_stages_of_another_lender_replace_nothing_unasked():
+    everything()
+    other, b = Path("checkpoints/c"), Path("checkpoints/b")
+    train(loaded("sft").model_copy(update={"run": other}), b"other")
+    train(loaded("rm").model_copy(update={"run": other}), b"other")
+    train(loaded("ppo").model_copy(update={"run": b, "borrow": RUN}))
+    note(b, "ppo", Asked(b, RECIPE).of("ppo"), RECIPE, RUN)
+    again = planning.stale(Asked(b, borrow=other), ["ppo"])
+    told = "made from stages of checkpoints/tiny, would be replaced by one from stages of checkpoints/c"
+    with pytest.raises(UserError, match=told):
+        planning.check_replaced(again)
+    planning.check_replaced(planning.stale(Asked(b, borrow=other), ["ppo"], ["ppo"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--plan", "sft", "--force", "ppo"], "FORCE=ppo: read by none of base, sft"),
+        (["--plan", "sft", "--ppo", "own.yaml"], "PPO=own.yaml: read by none of base, sft"),
+        (["--plan", "sft", "--set", "ppo.seed=3 seed=1"], "ppo.seed=3: read by none of base, sft"),
+        (["--plan", "base", "--set", "seed=3"], "seed=3: read by none of base"),
+        (["--plan", "sft", "--from", "checkpoints/x"], "checkpoints/x: no such run; there are: b"),
+        (["--plan", "sft", "--from", "checkpoints/b"], "FROM: nothing is borrowed: checkpoints/"),
+        (["--plan", "rm", "--from", "checkpoints/b", "--set", "seed=3"], ""),
+        (["--plan", "ppo", "--force", "report", "--set", "ppo.seed=3"], ""),
+    ],
+)
+def test_what_would_do_nothing_is_told(words, told, capsys):
+    write("own.yaml", (RECIPE / "ppo.yaml").read_text())
+    make_base(Path("."))
+    train(loaded("sft").model_copy(update={"run": Path("checkpoints/b")}))
+    status.main(["--run", str(RUN), "--recipe", str(RECIPE), *words])
+    shown = capsys.readouterr()
+    assert told in shown.err
+    assert (shown.out == "error\n") == bool(told)
 
 
 def test_what_a_run_lost_of_its_own_is_made_again():

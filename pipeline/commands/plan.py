@@ -11,6 +11,7 @@ from pipeline.config.section import Reads, Section
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, found, lineage
 from pipeline.handoff.artifacts import is_published
+from pipeline.handoff.found import check_there
 from pipeline.handoff.lineage import why_stale
 from pipeline.handoff.remembered import Asked, note
 
@@ -119,6 +120,21 @@ def stale(
 def to_run(plan: Plan) -> list[str]:
     """Steps that have to run, in order."""
     return [step for step in steps.TABLE if plan.reasons.get(step)]
+
+
+def check_used(plan: Plan) -> None:
+    """UserError for what was asked for and would do nothing: no step that is looked at reads it."""
+    asked, reads = plan.asked, [step for step in plan.reasons if steps.TABLE[step].config]
+    idle = [f"FORCE={step}" for step in sorted(plan.forced - plan.reasons.keys())]
+    idle += [f"{n.upper()}={file}" for n, file in asked.files.items() if n not in plan.reasons]
+    idle += [w for w in asked.settings if not any(steps.overrides(step, [w]) for step in reads)]
+    if idle:
+        raise UserError(f"{', '.join(idle)}: read by none of {', '.join(plan.reasons)}")
+    if asked.borrow and not asked.lent:
+        check_there(asked.borrow)
+        if not any(map(plan.borrowed, plan.reasons)):
+            own = ", ".join(step for step in plan.reasons if step in steps.stages())
+            raise UserError(f"FROM: nothing is borrowed: {plan.run} has or makes its own {own}")
 
 
 def check_replaced(plan: Plan) -> None:

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from pipeline import steps
 from pipeline.cli import reporting_errors
-from pipeline.commands.plan import Plan, check_replaced, remember_what_fits, stale, to_run
+from pipeline.commands.plan import (
+    Plan,
+    check_replaced,
+    check_used,
+    remember_what_fits,
+    stale,
+    to_run,
+)
 from pipeline.config.load import AddSettings
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import is_published, lock_path, read_manifest
@@ -129,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         plan = plan_of(args, args.plan.split())
+        check_used(plan)
         check_replaced(plan)
         remember_what_fits(plan)
         print(" ".join(to_run(plan)) or "nothing")

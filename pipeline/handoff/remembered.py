@@ -122,11 +122,10 @@ class Asked:
     def replaces(self, name: str) -> str | None:
         """What a step was made from and would be made from now, where the run remembers another thing."""
         before, now = self.memory.steps.get(name), self.of(name)
-        return (
-            f"made from {before}, would be replaced by one from {now}"
-            if before and before != now
-            else None
-        )
+        told = (str(before), str(now)) if before and before != now else None
+        if before and self.borrow and self.memory.borrow not in (None, self.borrow.as_posix()):
+            told = f"stages of {self.memory.borrow}", f"stages of {self.borrow}"
+        return told and f"made from {told[0]}, would be replaced by one from {told[1]}"
 
 
 def _last_ones(words: Iterable[str]) -> list[str]:
