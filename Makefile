@@ -131,6 +131,21 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 	$(if $(PPO),--ppo $(call quote,$(PPO))) $(if $(EVAL),--eval $(call quote,$(EVAL))) \
 	$(if $(FORCE),--force $(call quote,$(FORCE))) $(SETTINGS)
 
+# Told now and not when the goals before it are made, in hours.
+TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat overopt seeds bench \
+	status show-config clean
+ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
+$(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
+endif
+ifneq ($(and $(filter clean,$(MAKECMDGOALS)),$(filter-out clean,$(MAKECMDGOALS))),)
+$(error clean stands alone: what has to run is decided before it)
+endif
+SMALL := $(strip $(foreach v,run recipe from sft rm ppo eval set force engine ckpt seeds args,\
+	$(if $(filter command,$(firstword $(origin $(v)))),$(v)=)))
+ifneq ($(SMALL),)
+$(error $(SMALL) does nothing: variables are written in capitals)
+endif
+
 PLAN :=
 ifneq ($(ASKED),)
 ifneq ($(READY),)
@@ -215,7 +230,7 @@ base-%:
 
 # --- around them ------------------------------------------------------------
 
-.PHONY: help venv test test-slow faults check chat overopt seeds bench status show-config clean
+.PHONY: $(filter-out $(STEPS) $(FILES) $(STAMP) again,$(TARGETS))
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 } \
@@ -263,10 +278,12 @@ BORROWERS = grep -lE '"(borrow|path)": "([^"]*/)?$(subst .,\.,$(RUN))(/[a-z]+)?"
 
 clean:  ## remove the run CKPT/RUN, after asking (FORCE=1: without)
 	@test -d $(RUN_DIR) || { echo "clean: there is no $(RUN_DIR)"; exit 0; }; \
+	for pid in `cat $(RUN_DIR)/.work/*.lock 2>/dev/null`; do if kill -0 $$pid 2>/dev/null; then \
+	  echo "clean: in use by process $$pid; nothing removed" >&2; exit 2; fi; done; \
 	echo "clean: removes `du -sh $(RUN_DIR) | cut -f1` in $(RUN_DIR):" `ls $(RUN_DIR)`; \
 	borrowers=`$(BORROWERS)`; test -z "$$borrowers" || \
 	  echo "clean: borrowing from it, and not to be made again without it:" $$borrowers; \
-	if test -z "$(FORCE)"; then printf 'Remove it? [y/N] '; read answer || echo; \
+	if test "$(FORCE)" = 1; then :; else printf 'Remove it? [y/N] '; read answer || echo; \
 	  test "$$answer" = y || { echo "clean: nothing removed (FORCE=1 asks nothing)"; exit 1; }; fi; \
 	rm -rf -- $(RUN_DIR) && echo "clean: removed $(RUN_DIR)"
 

@@ -185,6 +185,21 @@ def test_mistakes_stop_make_before_anything_runs(word):
 # --- what runs ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sft", "rmm"], "rmm: no such target"),
+        (["sft", "run=b"], "run= does nothing: variables are written in capitals"),
+        (["clean", "sft"], "clean stands alone"),
+    ],
+)
+def test_a_slip_is_told_before_the_goals_beside_it_are_made(words, told):
+    done = make(*words)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert not Path("calls").exists()
+
+
 def test_stages_run_in_order_whatever_the_order_and_the_jobs():
     done = make("-j4", "ppo", "rm", "sft")
     assert done.returncode == 0, done.stderr
@@ -257,6 +272,14 @@ def test_clean_removes_the_run_and_nothing_else(tmp_path):
     assert asked.returncode == 2
     assert "checkpoints/a: ppo rm sft" in asked.stdout
     assert Path("checkpoints/a/sft/manifest.json").is_file()
+    assert make("clean", "RUN=a", "FORCE=sft").returncode == 2  # as if it removed that alone
+    assert make("clean", "ppo", "RUN=a", "FORCE=1").returncode == 2  # a plan from before it
+    assert Path("checkpoints/a/sft/manifest.json").is_file()
+    Path("checkpoints/a/.work").mkdir()
+    Path("checkpoints/a/.work/sft.lock").write_text(f"{os.getpid()}\n")
+    assert f"in use by process {os.getpid()}" in make("clean", "RUN=a", "FORCE=1").stderr
+    assert Path("checkpoints/a/sft/manifest.json").is_file()
+    Path("checkpoints/a/.work/sft.lock").unlink()
     assert make("clean", "RUN=a", "FORCE=1").returncode == 0
     assert sorted(p.name for p in Path("checkpoints").iterdir()) == ["b", "base"]
 
