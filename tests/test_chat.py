@@ -116,6 +116,12 @@ def test_what_no_model_can_do_is_told(run, words, told):
         chat.main(["--run", str(run), "--prompt", "w1 " * 80, *words])
 
 
+def test_a_temperature_of_the_likeliest_answer_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        chat.parser().parse_args(["--run", "x", "--greedy", "--temperature", "2"])
+    assert "not allowed with argument --greedy" in capsys.readouterr().err
+
+
 def test_a_line_that_is_too_long_or_no_text_does_not_end_the_others(run, capsys, monkeypatch):
     lines = b"w1 " * 80 + b"\n\xff\xfe\nw2\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))

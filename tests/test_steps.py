@@ -409,6 +409,16 @@ def test_stages_of_another_lender_replace_nothing_unasked():
     planning.check_replaced(planning.stale(Asked(b, borrow=other), ["ppo"], ["ppo"]))
 
 
+def test_a_lender_that_borrows_itself_names_its_own():
+    everything()
+    b = Path("checkpoints/b")
+    train(loaded("ppo").model_copy(update={"run": b, "borrow": RUN}))
+    note(b, "ppo", Asked(b, RECIPE).of("ppo"), RECIPE, RUN)
+    told = "checkpoints/b has no sft, it borrows from checkpoints/tiny itself"
+    with pytest.raises(UserError, match=told):
+        planning.stale(Asked(Path("checkpoints/c"), RECIPE, borrow=b), ["ppo"])
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -51,8 +51,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--run", type=Path, required=True)
     out.add_argument("--prompt", action="append", help="ask this and end; may be repeated")
     out.add_argument("--system", help="a system message before every prompt")
-    out.add_argument("--greedy", action="store_true", help="the likeliest token each time")
-    out.add_argument("--temperature", type=float, default=1.0)
+    sampling = out.add_mutually_exclusive_group()
+    sampling.add_argument("--greedy", action="store_true", help="the likeliest token each time")
+    sampling.add_argument("--temperature", type=float, default=1.0)
     out.add_argument(
         "--max-new-tokens", type=int, help="default: what PPO was trained with, else 128"
     )

@@ -13,7 +13,7 @@ from pipeline.handoff import artifacts, found, lineage
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.found import check_there
 from pipeline.handoff.lineage import why_stale
-from pipeline.handoff.remembered import Asked, note
+from pipeline.handoff.remembered import Asked, note, recall
 
 FORCED = "asked for"
 _AFTER = "after "
@@ -178,6 +178,9 @@ def remember_what_fits(plan: Plan) -> None:
 def _reason(plan: Plan, step: str) -> str | None:
     if plan.borrowed(step):
         assert plan.borrow is not None
+        further = recall(plan.borrow).borrow
+        if further and not is_published(plan.borrow / step):
+            raise UserError(f"FROM: {plan.borrow} has no {step}, it borrows from {further} itself")
         artifacts.read_listing(plan.borrow / step, step)
         return None
     if step in plan.forced:
