@@ -219,9 +219,7 @@ def _scores(
     return scores
 
 
-def _comparisons(
-    answers: dict[str, Answers], groups: dict[str, dict[str, list[int]]]
-) -> dict[str, Any]:
+def _comparisons(answers: dict[str, Answers], groups: tallies.Groups) -> dict[str, Any]:
     """Each policy against the one before it, by the judge and by the reward model."""
     out = {}
     for grade in ("judge", "rm_score"):
@@ -296,22 +294,18 @@ def _reward_model(
     lengths: list[list[int]],
 ) -> dict[str, Any]:
     """Agreement with the judge on K candidates per prompt, whole and by group, and best-of-n."""
+
+    def agreement(rows: Sequence[int]) -> dict[str, Any]:
+        return tallies.agreement(
+            [scores[i] for i in rows], [grades[i] for i in rows], [lengths[i] for i in rows]
+        )
+
     groups = tallies.memberships(rows[: len(scores)], config.groups())
     return {
         "prompts": len(scores),
         "candidates": config.candidates,
-        **tallies.agreement(scores, grades, lengths),
-        "groups": {
-            key: {
-                value: tallies.agreement(
-                    [scores[i] for i in members],
-                    [grades[i] for i in members],
-                    [lengths[i] for i in members],
-                )
-                for value, members in values.items()
-            }
-            for key, values in groups.items()
-        },
+        **agreement(range(len(scores))),
+        "groups": tallies.by_group(groups, agreement),
         "best_of_n": tallies.best_of(scores, grades),
     }
 

@@ -1,10 +1,14 @@
 """From graded answers to tables: means, shares, win rates and best-of-n, whole and by group; pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from pipeline.evaluation import metrics
+
+Groups = dict[str, dict[str, list[int]]]
+"""Key -> value -> indices of the rows with that value."""
 
 
 @dataclass
@@ -36,9 +40,9 @@ class Answers:
         return {"response": self.texts[i], **numbers}
 
 
-def memberships(rows: Sequence[dict], keys: Sequence[str]) -> dict[str, dict[str, list[int]]]:
-    """key -> value -> indices of the rows with that value; rows without the key are left out."""
-    out: dict[str, dict[str, list[int]]] = {}
+def memberships(rows: Sequence[dict], keys: Sequence[str]) -> Groups:
+    """Groups of rows by these keys; rows without a key are left out."""
+    out: Groups = {}
     for key in keys:
         there = [(i, str(row[key])) for i, row in enumerate(rows) if row.get(key) is not None]
         values = sorted({value for _, value in there})
@@ -48,29 +52,28 @@ def memberships(rows: Sequence[dict], keys: Sequence[str]) -> dict[str, dict[str
     return out
 
 
-def means(columns: dict[str, Sequence[float]], indices: Sequence[int]) -> dict[str, float]:
-    """Mean of each column over some rows, and their number `n`."""
-    chosen = {name: [float(values[i]) for i in indices] for name, values in columns.items()}
+def by_group(groups: Groups, measure: Callable[[list[int]], Any]) -> dict[str, dict[str, Any]]:
+    """What `measure` makes of the rows of each value of each key."""
     return {
-        "n": len(indices),
-        **{name: sum(values) / len(values) for name, values in chosen.items()},
+        key: {value: measure(rows) for value, rows in members.items()}
+        for key, members in groups.items()
     }
 
 
-def summary(answers: Answers, groups: dict[str, dict[str, list[int]]]) -> dict[str, Any]:
+def means(columns: dict[str, Sequence[float]], indices: Sequence[int]) -> dict[str, float]:
+    """Mean of each column over some rows, and their number `n`."""
+    sums = {name: sum(float(values[i]) for i in indices) for name, values in columns.items()}
+    return {"n": len(indices), **{name: total / len(indices) for name, total in sums.items()}}
+
+
+def summary(answers: Answers, groups: Groups) -> dict[str, Any]:
     """Means over all prompts and, under `groups`, over the prompts of each value of each key."""
     columns = answers.columns()
     whole = means(columns, range(len(answers.texts)))
-    parts = {
-        key: {value: means(columns, rows) for value, rows in members.items()}
-        for key, members in groups.items()
-    }
-    return {**whole, "groups": parts}
+    return {**whole, "groups": by_group(groups, lambda rows: means(columns, rows))}
 
 
-def comparison(
-    first: Sequence[float], second: Sequence[float], groups: dict[str, dict[str, list[int]]]
-) -> dict[str, Any]:
+def comparison(first: Sequence[float], second: Sequence[float], groups: Groups) -> dict[str, Any]:
     """Win rate of one model's grades over another's, the mean difference, and both by group."""
     difference = [a - b for a, b in zip(first, second, strict=True)]
     low, high = metrics.bootstrap_mean(difference)
@@ -79,15 +82,12 @@ def comparison(
         "difference": sum(difference) / len(difference),
         "difference_low": low,
         "difference_high": high,
-        "groups": {
-            key: {
-                value: metrics.win_rate(
-                    [first[i] for i in rows], [second[i] for i in rows]
-                )._asdict()
-                for value, rows in members.items()
-            }
-            for key, members in groups.items()
-        },
+        "groups": by_group(
+            groups,
+            lambda rows: metrics.win_rate(
+                [first[i] for i in rows], [second[i] for i in rows]
+            )._asdict(),
+        ),
     }
 
 
@@ -104,8 +104,8 @@ def agreement(
     ranks = [[-g for g in grade] for grade in grades]
     accuracy = metrics.pair_accuracy(scores, ranks)
     low, high = metrics.clustered_wilson(*zip(*metrics.pair_points(scores, ranks), strict=True))
-    flat_scores = [s for row in scores for s in row]
-    flat_lengths = [float(n) for row in lengths for n in row]
+    flat_scores, flat_grades = list(chain(*scores)), list(chain(*grades))
+    flat_lengths = [float(n) for n in chain(*lengths)]
     return {
         "pairs": accuracy.pairs,
         "accuracy": accuracy.share if accuracy.pairs else None,
@@ -114,8 +114,8 @@ def agreement(
         "length_baseline": metrics.pair_accuracy(lengths, ranks).share if accuracy.pairs else None,
         "score_length_pearson": metrics.pearson(flat_scores, flat_lengths),
         "score_length_spearman": metrics.spearman(flat_scores, flat_lengths),
-        "judge_length_pearson": metrics.pearson([g for row in grades for g in row], flat_lengths),
-        "score_judge_pearson": metrics.pearson(flat_scores, [g for row in grades for g in row]),
+        "judge_length_pearson": metrics.pearson(flat_grades, flat_lengths),
+        "score_judge_pearson": metrics.pearson(flat_scores, flat_grades),
     }
 
 
@@ -127,21 +127,21 @@ def best_of(
     Each row: n, KL in nats from the model sampled, the judge's grade and the reward model's score
     of what the reward model picks, and the grade of what the judge itself would pick.
     """
+
+    def mean(proxies: Sequence[Sequence[float]], golds: Sequence[Sequence[float]]) -> float:
+        pairs = zip(proxies, golds, strict=True)
+        return sum(metrics.best_of_n(proxy, gold, n) for proxy, gold in pairs) / len(scores)
+
     n, out = 1, []
     while n <= len(scores[0]):
-        pairs = list(zip(scores, grades, strict=True))
         out.append(
             {
                 "n": n,
                 "kl": metrics.kl_of_best_of_n(n),
-                "judge": _mean([metrics.best_of_n(s, g, n) for s, g in pairs]),
-                "rm_score": _mean([metrics.best_of_n(s, s, n) for s, _ in pairs]),
-                "judge_by_judge": _mean([metrics.best_of_n(g, g, n) for _, g in pairs]),
+                "judge": mean(scores, grades),
+                "rm_score": mean(scores, scores),
+                "judge_by_judge": mean(grades, grades),
             }
         )
         n *= 2
     return out
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
