@@ -128,7 +128,7 @@ def test_groups_are_tallied_apart_and_rows_without_the_key_left_out():
     groups = tallies.memberships(rows, ["family", "absent"])
     assert groups == {"family": {"a": [0, 2], "b": [1]}}
     answers = tallies.Answers(
-        ["w"] * 4, [1, 2, 3, 6], [True, True, False, False], judge=[1, 2, 4, 5]
+        ["w"] * 4, [1, 2, 3, 6], [True, True, False, False], grades={"judge": [1, 2, 4, 5]}
     )
     table = tallies.summary(answers, groups)
     assert (table["n"], table["length"], table["ended"], table["judge"]) == (4, 3, 0.5, 3)

@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, ConsoleOptions
 from rich.table import Table
@@ -21,7 +20,6 @@ from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
 from pipeline.handoff.found import Stage, find_stages, need_first
 from pipeline.process.progress import say
-from pipeline.steps import policies
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -137,21 +135,13 @@ class Room:
         system: str | None = None,
         seed: int | None = None,
     ):
-        from pipeline.models.device import device  # torch
-        from pipeline.models.loading import load_policy, load_reward, load_tokenizer, quiet
+        from pipeline.evaluation.evaluate import load_policies  # torch
+        from pipeline.models.device import device
+        from pipeline.models.loading import load_reward, load_tokenizer, quiet
 
         quiet()
         self.tokenizer = load_tokenizer(stages["sft"].path)
-        self.models: dict[str, Any] = {}
-        for name in (n for n in policies() if n in stages):
-            try:
-                policy = load_policy(stages[name].path, self.tokenizer)
-            except UserError as error:
-                if name != "base":
-                    raise
-                say(f"chat: the base model is left out: {error}")
-            else:
-                self.models[name] = policy.to(device())
+        self.models = load_policies(stages, self.tokenizer, "chat")
         self.reward = load_reward(stages["rm"].path).to(device()) if "rm" in stages else None
         self.max_new_tokens, self.temperature, self.greedy = max_new_tokens, temperature, greedy
         self.system, self.seed = system, seed

@@ -28,6 +28,7 @@ from pipeline.evaluation.likelihoods import (
 from pipeline.evaluation.rankings import Scored, measure, read_scored
 from pipeline.evaluation.tallies import Answers
 from pipeline.handoff.found import Stage
+from pipeline.models import device
 from pipeline.models.forward import score_sequences
 from pipeline.models.generation import Response, generate
 from pipeline.models.loading import (
@@ -65,24 +66,15 @@ def evaluate(
     started = time.perf_counter()
     quiet()
     prepare_cpu(config.threads)
-    judge = load_judge(config.judge)
     tokenizer = load_tokenizer(stages["sft"].path)
-    asked = ask(config, split, tokenizer)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = _load_policies(stages, tokenizer, device)
+    models = load_policies(stages, tokenizer, "eval")
     check_texts(config, models)
-    asked = _that_fit(asked, context(models), config.max_new_tokens)
-    reward: nn.Module | None = load_reward(stages["rm"].path) if "rm" in stages else None
-    if reward is not None:
-        reward.to(device)
-
-    generated = {
-        name: _generate(config, name, model, tokenizer, asked) for name, model in models.items()
-    }
-    answers = {
-        name: _graded(config, asked, responses, judge, reward, tokenizer)
-        for name, responses in generated.items()
-    }
+    asked = _that_fit(ask(config, split, tokenizer), context(models), config.max_new_tokens)
+    reward = load_reward(stages["rm"].path).to(device.device()) if "rm" in stages else None
+    judge = load_judge(config.judge)
+    exam = Exam(config, tokenizer, judge, reward)
+    generated = {name: exam.answers(name, model, asked) for name, model in models.items()}
+    answers = {name: exam.graded(asked, responses) for name, responses in generated.items()}
     groups = tallies.memberships(asked.rows, config.groups())
     result: dict[str, Any] = {
         "prompts": len(asked.texts),
@@ -97,8 +89,7 @@ def evaluate(
     if "ppo" in models:
         result["kl"] = kl_to_sft(config, models, tokenizer, asked.ids, generated["ppo"])
     if reward is not None and judge is not None and config.candidates > 1:
-        found = candidates(config, models["sft"], reward, judge, tokenizer, asked)
-        result["rm"] = _reward_model(config, asked.rows, *found)
+        result["rm"] = _reward_model(config, asked.rows, *exam.candidates(models["sft"], asked))
     if reward is not None and (held_out := read_scored(stages["rm"].path)):
         result["labels"] = labels(held_out, judge)
     result["seconds"] = round(time.perf_counter() - started, 2)
@@ -130,68 +121,83 @@ def _that_fit(asked: Asked, size: int, new: int) -> Asked:
     return Asked(*([xs[i] for i in fit] for xs in vars(asked).values()))
 
 
-def _load_policies(
-    stages: dict[str, Stage], tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> dict[str, nn.Module]:
+def load_policies(
+    stages: dict[str, Stage], tokenizer: PreTrainedTokenizerBase, who: str
+) -> dict[str, Any]:
     """Policies that exist. A base model on a hub that cannot be reached is said and left out."""
-    models: dict[str, nn.Module] = {}
+    models = {}
     for name in (n for n in policies() if n in stages):
         try:
-            models[name] = load_policy(stages[name].path, tokenizer)
-            models[name].to(device)
+            models[name] = load_policy(stages[name].path, tokenizer).to(device.device())
         except UserError as error:
             if name != "base":
                 raise
-            say(f"eval: the base model is left out: {error}")
+            say(f"{who}: the base model is left out: {error}")
     return models
 
 
-def _generate(
-    config: EvalConfig,
-    name: str,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Asked,
-) -> list[Response]:
-    torch.manual_seed(config.seed)
-    return generate(
-        model,
-        tokenizer,
-        asked.ids,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        stop_tokens=tuple(config.stop_tokens),
-        batch_size=config.batch_size,
-        progress=f"eval: {name} answers",
-    )
+@dataclass
+class Exam:
+    """How policies are asked, and those who grade what they answer."""
 
+    config: EvalConfig
+    tokenizer: PreTrainedTokenizerBase
+    judge: Judge | None
+    reward: nn.Module | None
 
-def _graded(
-    config: EvalConfig,
-    asked: Asked,
-    responses: list[Response],
-    judge: Judge | None,
-    reward: nn.Module | None,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Answers:
-    """Responses with every grade that somebody can give."""
-    answers = Answers(
-        [r.text for r in responses], [len(r.ids) for r in responses], [r.ended for r in responses]
-    )
-    if judge is not None:
-        answers.judge = judge.score(asked.texts, answers.texts, asked.rows, answers.ended)
-        answers.exact = judge.exact(asked.texts, answers.texts, asked.rows)
-    if config.reference is not None:
-        wanted = references(asked.rows, config.reference)
-        pairs = list(zip(answers.texts, wanted, strict=True))
-        overlaps = [metrics.token_overlap(text, want) for text, want in pairs]
-        if answers.exact is None:
-            answers.exact = [metrics.exact_match(text, want) for text, want in pairs]
-        for name in metrics.Overlap._fields:
-            answers.extra[f"token_{name}"] = [getattr(overlap, name) for overlap in overlaps]
-    if reward is not None:
-        answers.rm_score = _scores(reward, asked, responses, tokenizer)
-    return answers
+    def answers(self, name: str, model: nn.Module, asked: Asked) -> list[Response]:
+        """A policy's responses, from the same random numbers as every other one's."""
+        torch.manual_seed(self.config.seed)
+        return generate(
+            model,
+            self.tokenizer,
+            asked.ids,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            stop_tokens=tuple(self.config.stop_tokens),
+            batch_size=self.config.batch_size,
+            progress=f"eval: {name} answers",
+        )
+
+    def graded(self, asked: Asked, responses: list[Response]) -> Answers:
+        """Responses with every grade that somebody can give."""
+        texts, ended = [r.text for r in responses], [r.ended for r in responses]
+        answers = Answers(texts, [len(r.ids) for r in responses], ended)
+        exact, overlaps = None, []
+        if self.judge is not None:
+            answers.grades["judge"] = self.judge.score(asked.texts, texts, asked.rows, ended)
+            exact = self.judge.exact(asked.texts, texts, asked.rows)
+        if self.config.reference is not None:
+            wanted = references(asked.rows, self.config.reference)
+            overlaps = [metrics.token_overlap(*pair) for pair in zip(texts, wanted, strict=True)]
+            exact = exact or list(map(metrics.exact_match, texts, wanted))
+        if exact is not None:
+            answers.grades["exact"] = exact
+        if self.reward is not None:
+            answers.grades["rm_score"] = self._scores(asked, responses)
+        for name in metrics.Overlap._fields if overlaps else ():
+            answers.grades[f"token_{name}"] = [getattr(overlap, name) for overlap in overlaps]
+        return answers
+
+    def _scores(self, asked: Asked, responses: list[Response]) -> list[float]:
+        pairs = zip(asked.messages, responses, strict=True)
+        replies = [scored_ids(self.tokenizer, messages, r.ids) for messages, r in pairs]
+        pad = pad_id(self.tokenizer)
+        scores = score_sequences(self.reward, asked.ids, replies, pad, 256, "eval: scoring")
+        if bad := [i for i, score in enumerate(scores) if not math.isfinite(score)]:
+            raise UserError(
+                f"eval: the reward model gives {scores[bad[0]]} ({len(bad)} of {len(scores)} scores are "
+                f"not finite), first to {responses[bad[0]].text!r}; make it again: FORCE=rm"
+            )
+        return scores
+
+    def candidates(self, sft: nn.Module, asked: Asked) -> list[list[list[float]]]:
+        """K SFT responses to each of P prompts: reward model's scores, judge's grades, lengths; (P, K)."""
+        k = self.config.candidates
+        few = asked.first(self.config.candidate_prompts, k)
+        found = self.graded(few, self.answers("sft", sft, few)).columns()
+        columns = (found[name] for name in ("rm_score", "judge", "length"))
+        return [[list(c[i : i + k]) for i in range(0, len(c), k)] for c in columns]
 
 
 def references(rows: Sequence[dict], key: str) -> list[str]:
@@ -205,51 +211,19 @@ def references(rows: Sequence[dict], key: str) -> list[str]:
     return [without_thinking(row[key]) for row in rows]
 
 
-def _scores(
-    reward: nn.Module, asked: Asked, responses: list[Response], tokenizer: PreTrainedTokenizerBase
-) -> list[float]:
-    pairs = zip(asked.messages, responses, strict=True)
-    replies = [scored_ids(tokenizer, messages, r.ids) for messages, r in pairs]
-    scores = score_sequences(reward, asked.ids, replies, pad_id(tokenizer), 256, "eval: scoring")
-    if bad := [i for i, score in enumerate(scores) if not math.isfinite(score)]:
-        raise UserError(
-            f"eval: the reward model gives {scores[bad[0]]} ({len(bad)} of {len(scores)} scores are not "
-            f"finite), first to {responses[bad[0]].text!r}; make it again: FORCE=rm"
-        )
-    return scores
-
-
 def _comparisons(answers: dict[str, Answers], groups: tallies.Groups) -> dict[str, Any]:
     """Each policy against the one before it, by the judge and by the reward model."""
     out = {}
-    for grade in ("judge", "rm_score"):
-        graded = {n: getattr(a, grade) for n, a in answers.items() if getattr(a, grade) is not None}
+    for grade, suffix in (("judge", ""), ("rm_score", "_by_rm")):
+        graded = {n: a.grades[grade] for n, a in answers.items() if grade in a.grades}
         for before, after in pairwise(policies()):
             if before in graded and after in graded:
-                key = f"{after}_vs_{before}" + ("" if grade == "judge" else "_by_rm")
+                key = f"{after}_vs_{before}{suffix}"
                 out[key] = tallies.comparison(graded[after], graded[before], groups)
     return out
 
 
 # --- the reward model against the judge -----------------------------------------------------------
-
-
-def candidates(
-    config: EvalConfig,
-    sft: nn.Module,
-    reward: nn.Module,
-    judge: Judge,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Asked,
-) -> tuple[list[list[float]], list[list[float]], list[list[int]]]:
-    """K SFT responses to each of P prompts: reward model's scores, judge's grades, lengths; (P, K)."""
-    k = config.candidates
-    few = asked.first(config.candidate_prompts, k)
-    responses = _generate(config, "sft", sft, tokenizer, few)
-    graded = _graded(config, few, responses, judge, reward, tokenizer)
-    assert graded.judge is not None
-    assert graded.rm_score is not None
-    return _rows_of(graded.rm_score, k), _rows_of(graded.judge, k), _rows_of(graded.lengths, k)
 
 
 def labels(items: list[Scored], judge: Judge | None) -> dict[str, Any]:
@@ -291,7 +265,7 @@ def _reward_model(
     rows: list[dict],
     scores: list[list[float]],
     grades: list[list[float]],
-    lengths: list[list[int]],
+    lengths: list[list[float]],
 ) -> dict[str, Any]:
     """Agreement with the judge on K candidates per prompt, whole and by group, and best-of-n."""
 
@@ -308,11 +282,6 @@ def _reward_model(
         "groups": tallies.by_group(groups, agreement),
         "best_of_n": tallies.best_of(scores, grades),
     }
-
-
-def _rows_of(flat: Sequence, k: int) -> list[list]:
-    """(P * K,) -> (P, K)."""
-    return [list(flat[i : i + k]) for i in range(0, len(flat), k)]
 
 
 def _samples(config: EvalConfig, asked: Asked, answers: dict[str, Answers]) -> list[dict[str, Any]]:

@@ -188,7 +188,7 @@ def trajectory(ppo: Path, found: Samples, asked: list[Prompt], judge: Judge) -> 
 def best_of_n(study: Study, rewards: dict[str, Path]) -> dict[str, list[Point]]:
     """Best-of-n of the SFT model by each reward model, on validation prompts."""
     from pipeline.evaluation import tallies  # these import torch
-    from pipeline.evaluation.evaluate import ask, candidates
+    from pipeline.evaluation.evaluate import Exam, ask
     from pipeline.models.loading import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
 
     split = "test" if study.config.validation_prompts is None else "validation"
@@ -200,9 +200,8 @@ def best_of_n(study: Study, rewards: dict[str, Path]) -> dict[str, list[Point]]:
     policy, asked = load_policy(sft, tokenizer), ask(config, split, tokenizer)  # type: ignore[arg-type]
     out = {}
     for name, path in rewards.items():
-        scores, grades, _ = candidates(
-            config, policy, load_reward(path), study.judge, tokenizer, asked
-        )
+        exam = Exam(config, tokenizer, study.judge, load_reward(path))
+        scores, grades, _ = exam.candidates(policy, asked)
         out[name] = tallies.best_of(scores, grades)
     return out
 

@@ -13,26 +13,17 @@ Groups = dict[str, dict[str, list[int]]]
 
 @dataclass
 class Answers:
-    """One answer of one model to each of P prompts; grades that nobody gave are None."""
+    """One answer of one model to each of P prompts."""
 
     texts: list[str]
     lengths: list[int]  # tokens, EOS included
     ended: list[bool]
-    judge: list[float] | None = None
-    exact: list[bool] | None = None
-    rm_score: list[float] | None = None
-    extra: dict[str, list[float]] = field(default_factory=dict)  # token_f1, ...
+    grades: dict[str, Sequence[float]] = field(default_factory=dict)
+    """judge, exact, rm_score, token_f1, ...: those that somebody gave."""
 
     def columns(self) -> dict[str, Sequence[float]]:
         """Name -> one number per prompt."""
-        named: dict[str, Sequence[float] | None] = {
-            "length": self.lengths,
-            "ended": self.ended,
-            "judge": self.judge,
-            "exact": self.exact,
-            "rm_score": self.rm_score,
-        }
-        return {name: values for name, values in named.items() if values is not None} | self.extra
+        return {"length": self.lengths, "ended": self.ended, **self.grades}
 
     def row(self, i: int) -> dict[str, Any]:
         """The i-th answer as a line of a samples file has it."""
@@ -94,7 +85,7 @@ def comparison(first: Sequence[float], second: Sequence[float], groups: Groups) 
 def agreement(
     scores: Sequence[Sequence[float]],
     grades: Sequence[Sequence[float]],
-    lengths: Sequence[Sequence[int]],
+    lengths: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
     """A reward model against a judge on K candidates of each of P prompts; all (P, K).
 
