@@ -7,7 +7,6 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from pipeline import steps
@@ -115,12 +114,7 @@ class StageRun:
         self._started = time.monotonic()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.tracker.finish()
         faults.clear()
         self._unlock()

@@ -16,7 +16,7 @@ from pipeline.data.problems import Report
 from pipeline.data.rankings import load_rankings
 from pipeline.data.sources import hub_rows, read_rows, rows_from_memory
 from pipeline.errors import UserError
-from pipeline.handoff.lineage import data_fingerprint, inputs_of, missing
+from pipeline.handoff.lineage import inputs_of, missing
 
 GOOD = {"instruction": "Add 1 and 2.", "output": "3"}
 
@@ -452,7 +452,7 @@ def test_a_file_that_holds_no_rows_is_told_by_its_name_and_first_bytes(
     (tmp_path / name).write_bytes(content)
     data = Data(path=str(tmp_path / name))
     assert reason in failure(read_rows, data)
-    assert reason in failure(data_fingerprint, data)  # before anything slow starts
+    assert reason in failure(inputs_of, data)  # before anything slow starts
     (told,) = missing(data)  # and before an earlier stage is trained
     assert reason in told
 
@@ -461,7 +461,7 @@ def test_an_address_is_not_mangled_into_a_path():
     message = failure(read_rows, Data(path="https://example.org/rows.jsonl"))
     assert message.startswith("https://example.org/rows.jsonl: addresses are not read; fetch")
     hub = Data(path="https://huggingface.co/datasets/tatsu-lab/alpaca/tree/main")
-    assert "give the hub id: tatsu-lab/alpaca" in failure(data_fingerprint, hub)
+    assert "give the hub id: tatsu-lab/alpaca" in failure(inputs_of, hub)
 
 
 def test_what_lies_unread_in_a_folder_is_told(tmp_path, capsys):
@@ -473,7 +473,7 @@ def test_what_lies_unread_in_a_folder_is_told(tmp_path, capsys):
     (tmp_path / "more").mkdir()
     read_rows(data)
     assert "read a.jsonl; not read: b.csv, more/" in capsys.readouterr().out
-    assert list(data_fingerprint(data)) == [f"{tmp_path}/a.jsonl"]
+    assert list(inputs_of(data)) == [f"{tmp_path}/a.jsonl"]
 
 
 def test_a_row_in_another_encoding_says_how_to_recode(tmp_path):

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.handoff import lineage
 from pipeline.handoff.artifacts import manifest_hash, read
 from pipeline.handoff.datafiles import is_hub_id
-from pipeline.handoff.lineage import data_fingerprint, inputs_of, parents_of
+from pipeline.handoff.lineage import inputs_of, parents_of
 from pipeline.run import StageRun, start_again
 
 
@@ -264,13 +264,13 @@ def test_fingerprints_of_files_folders_and_hub_ids(tmp_path):
     folder.mkdir()
     for name in ("a.jsonl", "b.parquet", ".hidden.jsonl", "README"):
         (folder / name).write_text("x")
-    assert list(data_fingerprint(Data(path=str(folder)))) == [
+    assert list(inputs_of(Data(path=str(folder)))) == [
         (folder / "a.jsonl").as_posix(),
         (folder / "b.parquet").as_posix(),
     ]
-    assert data_fingerprint(Data(path="owner/name")) == {"owner/name": "owner/name"}
+    assert inputs_of(Data(path="owner/name")) == {"owner/name": "owner/name"}
     with pytest.raises(UserError, match=r"missing\.jsonl: no such file"):
-        data_fingerprint(Data(path="missing.jsonl"))
+        inputs_of(Data(path="missing.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -286,14 +286,14 @@ def test_hashes_of_big_files_are_remembered_until_the_file_changes(tmp_path, mon
     monkeypatch.setattr(lineage, "_SETTLED", -1.0)
     big = tmp_path / "big.jsonl"
     big.write_bytes(b"x" * 2_000_000)
-    before = data_fingerprint(Data(path=str(big)))
+    before = inputs_of(Data(path=str(big)))
     with monkeypatch.context() as patch:
         patch.setattr(lineage, "sha256", lambda path: pytest.fail("hashed again"))
-        assert data_fingerprint(Data(path=str(big))) == before
+        assert inputs_of(Data(path=str(big))) == before
     stat = big.stat()
     big.write_bytes(b"y" * 2_000_000)
     os.utime(big, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size and time
-    assert data_fingerprint(Data(path=str(big))) != before
+    assert inputs_of(Data(path=str(big))) != before
 
 
 def test_looking_at_a_folder_that_may_only_be_read_is_no_error(tmp_path, monkeypatch):
@@ -302,4 +302,4 @@ def test_looking_at_a_folder_that_may_only_be_read_is_no_error(tmp_path, monkeyp
     big.write_bytes(b"x" * 2_000_000)
     refusal = OSError(errno.EROFS, "Read-only file system")
     monkeypatch.setattr(lineage, "write_atomically", lambda *_: (_ for _ in ()).throw(refusal))
-    assert len(data_fingerprint(Data(path=str(big)))) == 1
+    assert len(inputs_of(Data(path=str(big)))) == 1

@@ -252,7 +252,7 @@ def write_result(judge: dict[str, str] | None = None) -> None:
     """What `python -m pipeline.evaluation` records about its inputs; `judge`: name -> hash."""
     from pipeline.config.evaluation import EvalConfig
     from pipeline.config.load import load_config
-    from pipeline.handoff.lineage import data_fingerprint
+    from pipeline.handoff.lineage import inputs_of
 
     config = load_config(EvalConfig, CONFIGS / "eval.yaml")
     places = {name: Path("checkpoints/tiny") / name for name in ("sft", "rm", "ppo")}
@@ -266,7 +266,7 @@ def write_result(judge: dict[str, str] | None = None) -> None:
             for name, path in places.items()
             if path.exists()
         },
-        "inputs": data_fingerprint(config.prompts) | (judge or {}),
+        "inputs": inputs_of(config.prompts) | (judge or {}),
     }
     path = Path("checkpoints/tiny/eval/test.json")
     path.parent.mkdir()

@@ -25,7 +25,7 @@ from pipeline.data.sources import Row, read_rows
 from pipeline.data.template import encode_prompt
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts
-from pipeline.handoff.lineage import data_fingerprint
+from pipeline.handoff.lineage import inputs_of
 from pipeline.models.device import device
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy
@@ -90,7 +90,7 @@ def _origin(config: RMConfig, sft: Path) -> str:
     """Hash of all that decides what is sampled."""
     assert config.sampling is not None
     keys = config.sampling.model_dump(mode="json", exclude={"labeler"})
-    keys["prompts"] |= {"path": sorted(data_fingerprint(config.sampling.prompts).values())}
+    keys["prompts"] |= {"path": sorted(inputs_of(config.sampling.prompts).values())}
     whole = [keys, config.seed, artifacts.manifest_hash(sft)]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.config.load import config_hash
+from pipeline.config.schema import BaseConfig
 from pipeline.errors import UserError
 from pipeline.handoff.remembered import make_command
 from pipeline.process import faults
@@ -97,10 +98,11 @@ def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
     paths = sorted(set(walk(directory)) - {MANIFEST})
     if unsafe := [path for path in paths if PurePosixPath(path).suffix in UNSAFE]:
         raise ValueError(f"{directory}: {', '.join(unsafe)}: may carry code, not published")
-    entries = {path: _entry(directory / path) for path in paths}
+    files = [directory / path for path in paths]
+    entries = [FileEntry(size=file.stat().st_size, sha256=sha256(file)) for file in files]
     complete = manifest.model_copy(
         update={
-            "files": entries,
+            "files": dict(zip(paths, entries, strict=True)),
             "packages": manifest.packages or installed_packages(),
             "created": manifest.created or datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -175,17 +177,10 @@ def settle(final: Path) -> None:
         time.sleep(0.01)
 
 
-def publish_directory(
-    staging: Path, final: Path, config: BaseModel, inputs: dict[str, str] | None = None
-) -> Path:
-    """Publish what needs no frame of a stage, such as a base model."""
-    manifest = Manifest(
-        stage=str(getattr(config, "stage", final.name)),
-        config=config.model_dump(mode="json"),
-        config_hash=config_hash(config),
-        inputs=inputs or {},
-        seed=getattr(config, "seed", None),
-    )
+def publish_directory(staging: Path, final: Path, config: BaseConfig) -> Path:
+    """Publish what needs no frame of a stage: a base model."""
+    values, seal = config.model_dump(mode="json"), config_hash(config)
+    manifest = Manifest(stage=config.stage, config=values, config_hash=seal, seed=config.seed)
     return publish(staging, final, manifest)
 
 
@@ -322,10 +317,6 @@ def lock_path(final: Path) -> Path:
 def work_path(final: Path) -> Path:
     """Where the stage that makes `RUN/STAGE` keeps what must survive a killed process."""
     return final.parent / ".work" / final.name
-
-
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(size=path.stat().st_size, sha256=sha256(path))
 
 
 def _is_hidden(name: str) -> bool:

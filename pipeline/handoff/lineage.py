@@ -5,6 +5,7 @@ both ask it, and both sides' facts come from `identity` and `recorded`.
 """
 
 import contextlib
+import glob
 import html
 import json
 import os
@@ -20,7 +21,7 @@ from pydantic import BaseModel
 from pipeline import steps
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import checkpoints_root, differences, portable
-from pipeline.config.schema import Data, StageConfig
+from pipeline.config.schema import StageConfig
 from pipeline.config.section import Reads, Section
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, datafiles, sources
@@ -90,15 +91,14 @@ def recorded(name: str, run: Path, output: Path | None = None) -> Identity | Non
             return None
         manifest = artifacts.read_listing(place.parent, name)
         parents = {n: link.manifest_sha256 for n, link in manifest.parents.items()}
-        inputs = {portable(name): value for name, value in manifest.inputs.items()}
-        return Identity(deciding(step.config, manifest.config), parents, inputs)
+        return Identity(deciding(step.config, manifest.config), parents, _portable(manifest.inputs))
     if not place.is_file():
         return None
     if step.kind == "result":
         done = read_json(place)
         parents = {n: made["manifest_sha256"] for n, made in done.get("artifacts", {}).items()}
-        inputs = {portable(name): value for name, value in done.get("inputs", {}).items()}
-        return Identity(deciding(step.config, done.get("config", {})), parents, inputs)
+        config, inputs = done.get("config", {}), done.get("inputs", {})
+        return Identity(deciding(step.config, config), parents, _portable(inputs))
     found = re.search(_PAGE_MARK.format("(.*?)"), place.read_text(encoding="utf-8"))
     return Identity(**json.loads(html.unescape(found[1]))) if found else Identity({}, {}, {})
 
@@ -119,7 +119,11 @@ def identity(name: str, config: BaseModel | None, run: Path) -> Identity:
         inputs = _hashed(page_sources(run))
     else:
         inputs = inputs_of(config) if isinstance(config, Section) else {}
-    return Identity(values, parents, {portable(name): value for name, value in inputs.items()})
+    return Identity(values, parents, _portable(inputs))
+
+
+def _portable(inputs: dict[str, str]) -> dict[str, str]:
+    return {portable(name): value for name, value in inputs.items()}
 
 
 def page_sources(run: Path) -> list[Path]:
@@ -167,7 +171,7 @@ def _is_artifact(name: str) -> bool:
 
 
 def inputs_of(config: Section, in_memory: str | None = None) -> dict[str, str]:
-    """Everything else that a config names: file -> SHA-256, hub id -> itself.
+    """Everything else that a config names: file -> SHA-256, hub id -> itself. UserError for a missing file.
 
     `in_memory`: hash of the rows that were given as objects in the place of the config's main data.
     """
@@ -181,16 +185,13 @@ def inputs_of(config: Section, in_memory: str | None = None) -> dict[str, str]:
         elif kind in (Reads.CODE, Reads.FUNCTION):
             inputs |= _code(name)
         elif kind is Reads.FILE:
-            inputs |= _hashed([_there(name)])
+            if told := _problem(kind, name):
+                raise UserError(told)
+            inputs |= _hashed([Path(name)])
     people = getattr(config, "to_rank", None)
     if people and people.is_file() and in_memory is None:
         inputs[people.name] = sha256(people)
     return inputs
-
-
-def data_fingerprint(data: Data) -> dict[str, str]:
-    """File -> SHA-256 of a source's files; a hub id -> itself. UserError for a missing file."""
-    return inputs_of(data)
 
 
 def missing(config: Section, coming: Iterable[Path] = ()) -> list[str]:
@@ -211,28 +212,23 @@ def _problem(kind: Reads, name: str) -> str | None:
         return _no_model(name)
     if kind in (Reads.CODE, Reads.FUNCTION):
         return sources.problem(name, function=kind is Reads.FUNCTION)
-    return (
-        f"{name[:200]}: no such file" if kind is Reads.FILE and not os.path.isfile(name) else None
-    )
+    # not Path: a template given as text is a name too long for it
+    missing_file = kind is Reads.FILE and not os.path.isfile(name)
+    return f"{name[:200]}: no such file" if missing_file else None
 
 
 def _data(name: str) -> dict[str, str]:
     return {name: name} if datafiles.is_hub_id(name) else _hashed(datafiles.files(name)[0])
 
 
-def _there(name: str) -> Path:
-    if not os.path.isfile(name):  # a template given as text is a name too long for pathlib
-        raise UserError(f"{name[:200]}: no such file")
-    return Path(name)
-
-
 def _model(name: str) -> dict[str, str]:
-    """A model that is no artifact: the hashes of all files in its folder, or its hub id."""
+    """A model that is no artifact: the hashes of its folder's files, but hidden ones, or its hub id."""
     path = Path(name)
     if _is_artifact(name):
         return {}  # a parent
     if path.is_dir():
-        return _hashed(list(_visible(path)))
+        found = [path / name for name in glob.glob("**", root_dir=path, recursive=True)]
+        return _hashed(sorted(file for file in found if file.is_file()))
     if told := _no_model(name):
         raise UserError(told)
     return {name: name}
@@ -251,17 +247,6 @@ def _no_model(name: str) -> str | None:
     if named or ("/" in name and path.parent.exists()):
         return f"{name}: no such model directory{datafiles.nearest(path)}"
     return None
-
-
-def _visible(folder: Path) -> Iterator[Path]:
-    """Files below a folder, hidden ones and those in hidden folders left out."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _visible(path)
-        else:
-            yield path
 
 
 def _code(name: str) -> dict[str, str]:
