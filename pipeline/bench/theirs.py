@@ -159,13 +159,7 @@ def rm(size: Size, case: Case, turns: Turns) -> None:
     ]
     trainer = RewardTrainer(
         model=shared.reward(size),
-        args=RewardConfig(
-            **_plain(),
-            bf16=False,
-            max_steps=STEPS,
-            per_device_train_batch_size=len(rows),
-            max_length=None,
-        ),
+        args=RewardConfig(**_steps_of(len(rows)), max_length=None),
         train_dataset=Dataset.from_list(rows),
         processing_class=shared.tokenizer(size),
     )
@@ -178,17 +172,17 @@ def sft(size: Size, case: Case, turns: Turns) -> None:
 
     trainer = SFTTrainer(
         model=shared.policy(size),
-        args=SFTConfig(
-            **_plain(),
-            bf16=False,
-            max_steps=STEPS,
-            per_device_train_batch_size=case.batch,
-            max_length=512,
-        ),
+        args=SFTConfig(**_steps_of(case.batch), max_length=512),
         train_dataset=Dataset.from_list(shapes.demonstrations(size, case.batch)),
         processing_class=shared.tokenizer(size),
     )
     shared.train(trainer, turns)
+
+
+def _steps_of(batch: int) -> dict[str, Any]:
+    """Arguments of a trainer whose steps see so many rows."""
+    steps = {"max_steps": STEPS, "per_device_train_batch_size": batch}
+    return {**_plain(), **steps, "bf16": False}
 
 
 if __name__ == "__main__":

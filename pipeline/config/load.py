@@ -56,10 +56,10 @@ def config_hash(config: BaseModel) -> str:
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], skip: Iterable[str] = ()) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old -> new` for every key of two resolved configs that differs, `group.key` inside groups."""
     told = []
-    for key in [key for key in dict.fromkeys([*old, *new]) if key not in set(skip)]:
+    for key in dict.fromkeys([*old, *new]):
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             told += [f"{key}.{line}" for line in differences(before, now)]

@@ -21,9 +21,10 @@ from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.evaluation.likelihoods import (
     check_texts,
     context,
+    demonstrations,
     kl_to_sft,
-    perplexities,
-    text_perplexities,
+    perplexity,
+    texts,
 )
 from pipeline.evaluation.rankings import Scored, measure, read_scored
 from pipeline.evaluation.tallies import Answers
@@ -82,10 +83,10 @@ def evaluate(
         "models": {name: tallies.summary(answer, groups) for name, answer in answers.items()},
         "comparisons": _comparisons(answers, groups),
     }
-    for name, value in perplexities(config, models, tokenizer).items():
-        result["models"][name]["perplexity"] = value
-    for name, value in text_perplexities(config, models, tokenizer).items():
-        result["models"][name]["text_perplexity"] = value
+    for key, read in (("perplexity", demonstrations), ("text_perplexity", texts)):
+        pairs = read(config, tokenizer, context(models))
+        for name, model in models.items() if pairs else ():
+            result["models"][name][key] = perplexity(model, pairs, pad_id(tokenizer))
     if "ppo" in models:
         result["kl"] = kl_to_sft(config, models, tokenizer, asked.ids, generated["ppo"])
     if reward is not None and judge is not None and config.candidates > 1:

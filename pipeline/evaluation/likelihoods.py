@@ -21,6 +21,8 @@ from pipeline.process.progress import tracked
 
 LOGITS_AT_ONCE = 2**25
 """Floats of logits in memory at once when log-likelihoods are read (128 MiB)."""
+Pair = tuple[list[int], list[int]]
+"""Tokens that are given, and tokens whose likelihood is asked."""
 
 
 def context(models: dict[str, nn.Module]) -> int:
@@ -54,59 +56,43 @@ def kl_to_sft(
     return {"ppo_vs_sft": ratios.mean().item(), "std_error": error}
 
 
-def perplexities(
-    config: EvalConfig, models: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """Perplexity of held-out demonstrations' last turns under each policy, at temperature 1."""
+def demonstrations(
+    config: EvalConfig, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[Pair]:
+    """Held-out demonstrations that fit a context of `limit` tokens: prompts and last turns."""
     if config.demonstrations is None:
-        return {}
-    prompts, responses, limit = [], [], context(models)
-    for item in load_demonstrations(config.demonstrations)[: config.demonstrations_limit]:
-        prompt, response = encode_demonstration(tokenizer, item.messages)
-        if len(prompt) + len(response) <= limit:
-            prompts.append(prompt)
-            responses.append(response)
-    if not prompts:
+        return []
+    items = load_demonstrations(config.demonstrations)[: config.demonstrations_limit]
+    pairs = [encode_demonstration(tokenizer, item.messages) for item in items]
+    found = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= limit]
+    if not found:
         raise UserError(f"eval: demonstrations: none fits the models' context of {limit} tokens")
-    return _perplexity_of(models, prompts, responses, pad_id(tokenizer))
+    return found
 
 
-def text_perplexities(
-    config: EvalConfig, models: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """Perplexity of held-out pretraining text and its EOS under each policy, at temperature 1.
+def texts(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Pair]:
+    """Held-out pretraining texts with their EOS, cut to `limit` tokens at most.
 
     Tokenised as PPO-ptx does it: without BOS, so the first token is given and not predicted.
     """
     if config.pretraining is None:
-        return {}
-    texts = load_texts(config.pretraining)[: config.pretraining_limit]
-    encoded = [
-        [*text_ids(tokenizer, text), tokenizer.eos_token_id][
-            : min(config.pretraining_max_length, context(models))
-        ]
-        for text in texts
+        return []
+    most = min(config.pretraining_max_length, limit)
+    rows = [
+        [*text_ids(tokenizer, text), tokenizer.eos_token_id][:most]
+        for text in load_texts(config.pretraining)[: config.pretraining_limit]
     ]
-    rows = [ids for ids in encoded if len(ids) > 1]
-    if not rows:
+    found = [(ids[:1], ids[1:]) for ids in rows if len(ids) > 1]
+    if not found:
         raise UserError("eval: pretraining: no text has two tokens")
-    return _perplexity_of(
-        models, [ids[:1] for ids in rows], [ids[1:] for ids in rows], pad_id(tokenizer)
-    )
+    return found
 
 
-def _perplexity_of(
-    models: dict[str, nn.Module],
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    pad: int,
-) -> dict[str, float]:
-    """exp of the mean nats per response token, by model."""
-    count = sum(len(ids) for ids in responses)
-    return {
-        name: metrics.perplexity(-sum(sequence_logprobs(model, prompts, responses, pad)), count)
-        for name, model in models.items()
-    }
+def perplexity(model: nn.Module, pairs: list[Pair], pad: int) -> float:
+    """exp of the mean nats per token of what follows the prompts, at temperature 1."""
+    prompts, responses = ([pair[side] for pair in pairs] for side in (0, 1))
+    nll = -sum(sequence_logprobs(model, prompts, responses, pad))
+    return metrics.perplexity(nll, sum(map(len, responses)))
 
 
 @torch.no_grad()

@@ -8,12 +8,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_ENGINES = {
-    "USE_FSDP": "FSDP",
-    "USE_DEEPSPEED": "DEEPSPEED",
-    "USE_MEGATRON_LM": "MEGATRON_LM",
-    "USE_PARALLELISM_CONFIG": "PARALLELISM_CONFIG",
-}
+_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 _SUPPORTED = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU")
 """accelerate's names of one process, and of several that each hold whole models (DDP)."""
 
@@ -25,8 +20,8 @@ def world_size() -> int:
 
 def check_environment() -> None:
     """UserError when a launcher config asks for an engine that would shard the models."""
-    for variable, engine in _ENGINES.items():
-        if os.environ.get(f"ACCELERATE_{variable}", "").lower() in ("1", "true", "yes"):
+    for engine in _ENGINES:
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true", "yes"):
             check_supported(engine)
 
 
