@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions
@@ -120,31 +121,30 @@ def _length_limit(stages: dict[str, Stage]) -> int:
     return int((ppo.config if ppo else {}).get("max_new_tokens") or 128)
 
 
+@dataclass
 class Room:
     """The models of a run, loaded once.
 
     A base model that cannot be loaded (its hub is not reachable) is said and left out.
     """
 
-    def __init__(
-        self,
-        stages: dict[str, Stage],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        greedy: bool = False,
-        system: str | None = None,
-        seed: int | None = None,
-    ):
+    stages: dict[str, Stage]
+    max_new_tokens: int
+    temperature: float = 1.0
+    greedy: bool = False
+    system: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
         from pipeline.evaluation.evaluate import load_policies  # torch
         from pipeline.models.device import device
         from pipeline.models.loading import load_reward, load_tokenizer, quiet
 
         quiet()
-        self.tokenizer = load_tokenizer(stages["sft"].path)
-        self.models = load_policies(stages, self.tokenizer, "chat")
-        self.reward = load_reward(stages["rm"].path).to(device()) if "rm" in stages else None
-        self.max_new_tokens, self.temperature, self.greedy = max_new_tokens, temperature, greedy
-        self.system, self.seed = system, seed
+        self.tokenizer = load_tokenizer(self.stages["sft"].path)
+        self.models = load_policies(self.stages, self.tokenizer, "chat")
+        rm = self.stages.get("rm")
+        self.reward = load_reward(rm.path).to(device()) if rm else None
 
     def ask(self, prompt: str) -> list[tuple[str, str, bool, float | None]]:
         """Every model's answer as (model, text, ended, reward or None)."""

@@ -220,17 +220,13 @@ def calibration(margins: Sequence[float], bins: int = 5) -> list[CalibrationRow]
     won = np.where(d == 0, 0.5, (d > 0).astype(float))
     edges = np.linspace(0.5, 1.0, bins + 1)
     which = np.minimum(((p - 0.5) * 2 * bins).astype(int), bins - 1)
-    return [
-        CalibrationRow(
-            float(edges[b]),
-            float(edges[b + 1]),
-            float(p[which == b].mean()),
-            float(won[which == b].mean()),
-            int((which == b).sum()),
+    rows = []
+    for b in np.unique(which):
+        low, high, predicted, observed = map(
+            float, (edges[b], edges[b + 1], p[which == b].mean(), won[which == b].mean())
         )
-        for b in range(bins)
-        if (which == b).any()
-    ]
+        rows.append(CalibrationRow(low, high, predicted, observed, int((which == b).sum())))
+    return rows
 
 
 def calibration_error(rows: Sequence[CalibrationRow]) -> float:
