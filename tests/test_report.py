@@ -141,7 +141,7 @@ def test_the_last_two_policies_are_compared_by_kind_and_one_prompt_has_no_spread
     models = {"base": {"judge": 0.0, "groups": groups}, "sft": {"judge": 1.0, "groups": groups}}
     judged(run, models=models, comparisons={"sft_vs_base": versus}, kl={})
     [table] = report.family_tables(record.load_record(run))
-    assert table["rate"] == "sft over base" and table["rows"][0]["rate"] == {"rate": 0.5}
+    assert table["rate"] == "sft over base" and table["rows"][0][-1] == {"rate": 0.5}
     judged(run, models=models, kl={"sft_vs_base": 1.5, "std_error": None})
     rows = dict(report.summary_rows(record.load_record(run)))
     assert rows["KL to BASE, nats per response"] == ["–", "1.50"]

@@ -153,24 +153,16 @@ def family_tables(record: Record) -> list[dict[str, Any]]:
     versus = record.comparison("_vs_".join(models[:-3:-1])).get("groups") or {}
     tables = []
     for key, members in (last.get("groups") or {}).items():
-        rates = versus.get(key, {})
-        rows = []
+        groups = [record.model(name).get("groups", {}).get(key, {}) for name in models]
+        rates, rows = versus.get(key, {}), []
         for value, own in members.items():
-            cells = [
-                record.model(name).get("groups", {}).get(key, {}).get(value, {}) for name in models
-            ]
-            rows.append(
-                {
-                    "value": value,
-                    "n": own["n"],
-                    "grades": [_formatted(cell.get(grade), "{:.2f}") for cell in cells],
-                    "exact": [_formatted(cell.get("exact"), "{:.0%}") for cell in cells],
-                    "rate": rates.get(value),
-                }
-            )
-        exact = any(text != "–" for row in rows for text in row["exact"])
+            cells = [group.get(value, {}) for group in groups]
+            grades = [_formatted(cell.get(grade), "{:.2f}") for cell in cells]
+            exact = [_formatted(cell.get("exact"), "{:.0%}") for cell in cells]
+            rows.append((value, own["n"], grades, exact, rates.get(value)))
+        has_exact = any(text != "–" for row in rows for text in row[3])
         rate = " over ".join(models[:-3:-1]) if rates else ""
-        tables.append({"key": key, "rows": rows, "has_exact": exact, "rate": rate})
+        tables.append({"key": key, "rows": rows, "has_exact": has_exact, "rate": rate})
     return tables
 
 
