@@ -216,6 +216,12 @@ def test_a_damaged_result_is_named(tmp_path):
         load_record(run)
 
 
+def test_a_key_to_group_by_that_no_prompt_has_is_told(tmp_path, judge):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    with pytest.raises(UserError, match="group_by: no prompt of the split test has a 'famly'"):
+        run_evaluation(run, config(tmp_path, group_by=["family", "famly"]))
+
+
 def test_references_must_be_there():
     rows = [{"a": "x"}, {"a": "<think>hm</think>\n\ny"}]
     assert references(rows, "a") == ["x", "y"]  # as responses are read

@@ -68,11 +68,15 @@ def evaluate(
     quiet()
     prepare_cpu(config.threads)
     tokenizer = load_tokenizer(stages["sft"].path)
+    judge = load_judge(config.judge)
+    asked = ask(config, split, tokenizer)
+    for key in config.groups():
+        if all(row.get(key) is None for row in asked.rows):
+            raise UserError(f"eval: group_by: no prompt of the split {split} has a {key!r}")
     models = load_policies(stages, tokenizer, "eval")
     check_texts(config, models)
-    asked = _that_fit(ask(config, split, tokenizer), context(models), config.max_new_tokens)
+    asked = _that_fit(asked, context(models), config.max_new_tokens)
     reward = load_reward(stages["rm"].path).to(device.device()) if "rm" in stages else None
-    judge = load_judge(config.judge)
     exam = Exam(config, tokenizer, judge, reward)
     generated = {name: exam.answers(name, model, asked) for name, model in models.items()}
     answers = {name: exam.graded(asked, responses) for name, responses in generated.items()}
