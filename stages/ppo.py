@@ -77,7 +77,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
                     say(f"ppo: stopped, KL {metrics['objective/kl']:.2f} is over {config.kl_limit}")
                     break
                 _save_state(ppo, stage)
-            watch.samples()
+            watch.samples(last=True)
 
         if stage.main:
             _save(ppo, stage.output)

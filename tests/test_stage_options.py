@@ -245,14 +245,15 @@ def test_ppo_logs_and_stops_as_told(base, tmp_path):
     }  # fmt: skip
     prompts = [{"prompt": row["prompt"]} for row in ROWS]
 
-    def steps() -> list[int]:
-        lines = (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()
+    def steps(record: str = "metrics.jsonl") -> list[int]:
+        lines = (tmp_path / "ppo" / record).read_text().splitlines()
         return [json.loads(line)["step"] for line in lines]
 
     ppo.run(PPOConfig(iterations=7, log_every=3, **shared), prompts)
     assert steps() == [1, 3, 6, 7]
     ppo.run(PPOConfig(iterations=7, kl_limit=1e-6, **shared), prompts)
     assert 1 < len(steps()) < 7
+    assert {0, steps()[-1]} == set(steps("samples.jsonl"))  # answers at the start and at the end
     assert "rm" not in artifacts.read(tmp_path / "ppo").parents  # no reward names it
 
 

@@ -20,10 +20,10 @@ class Watch:
             self.queries = ppo.queries(load_prompts(config.sample_prompts))
         self.last = -1
 
-    def samples(self) -> None:
+    def samples(self, last: bool = False) -> None:
         """Sample, score and record, when it is time: at the start, every so often, at the end."""
         at = self.ppo.iteration
-        due = at % self.config.sample_every == 0 or at == self.config.iterations
+        due = at % self.config.sample_every == 0 or last
         if not due or at == self.last or not self.ppo.accelerator.is_main_process:
             return
         self.last = at
