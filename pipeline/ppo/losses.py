@@ -68,7 +68,9 @@ def _policy(
         "approxkl": 0.5 * log_ratio.square().sum(),  # LMHP's: half the mean squared log ratio
         "policy_clipped": clipped,
         "ratio": maths.masked_sum(ratio, mask),
-        "ratio_squared": maths.masked_sum(ratio.square(), mask),
+        "ratio_off": maths.masked_sum(
+            (ratio - 1).square(), mask
+        ),  # float32 would lose it in squares
         "mismatch": mismatch.abs().sum() * batch.first,
         "mismatch_tokens": mask.sum() * batch.first,
     }

@@ -98,7 +98,7 @@ def of_update(total: dict[str, float]) -> dict[str, float]:
         "value/grad_norm": total["value/grad_norm"] / steps,
         "val/clipfrac_avg": total["value_clipped"] / tokens,
         "val/ratio": ratio,
-        "val/ratio_var": total["ratio_squared"] / tokens - ratio**2,
+        "val/ratio_var": total["ratio_off"] / tokens - (ratio - 1) ** 2,
         "val/sampler_mismatch": total["mismatch"] / total["mismatch_tokens"],
     }
     if "ptx_tokens" in total:
