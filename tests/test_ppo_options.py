@@ -399,6 +399,11 @@ def test_the_samplers_error_is_weighed_out_up_to_the_cap():
         make(sampler_correction=2.0, old_logprobs="sampler")
 
 
+def test_the_rate_that_is_recorded_is_one_that_was_stepped_with():
+    ppo = make(learning_rate=1e-3, schedule="linear", warmup_ratio=0.0, iterations=2)
+    assert [ppo.update(recorded(ppo))["lr"] for _ in range(2)] == pytest.approx([1e-3, 5e-4])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_ratios_spread_is_about_its_mean(dtype):
     """A policy that moved a little between rollout and update: ratios written out from its logprobs."""

@@ -201,6 +201,7 @@ class PPO:
             rollout, scores, advantages, returns, config, self.kl_coef, self._all_sum
         )
         metrics["episode"] = (self.iteration + 1) * config.batch_size
+        metrics["lr"] = float(self.schedule.get_last_lr()[0])  # of the first step
         if config.whiten_advantages:
             advantages = maths.masked_whiten(advantages, mask, all_sum=self._all_sum)
         rollout, advantages, returns = everywhere(self.accelerator, rollout, advantages, returns)
@@ -217,7 +218,6 @@ class PPO:
         self.networks.eval()
         metrics |= measures.of_update({name: total.item() for name, total in totals.items()})
         metrics["eps"] = self.optimizer_steps / self.total_steps
-        metrics["lr"] = float(self.schedule.get_last_lr()[0])
         self.iteration += 1
         if config.kl_target:
             kl_now, size = metrics["objective/kl"], config.batch_size
