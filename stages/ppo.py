@@ -156,9 +156,9 @@ def _save(ppo: PPO, output: Path) -> None:
 
 
 def _summary(record: Path) -> dict[str, float]:
-    """First iteration against the mean of the last five, from the run's own record."""
+    """First iteration against the mean of the last five that were recorded, itself not among them."""
     lines = read_rows(record)
-    last = lines[-5:]
+    last = lines[1:][-5:] or lines
 
     def after(name: str) -> float:
         return sum(line[name] for line in last) / len(last)

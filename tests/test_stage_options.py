@@ -251,6 +251,10 @@ def test_ppo_logs_and_stops_as_told(base, tmp_path):
 
     ppo.run(PPOConfig(iterations=7, log_every=3, **shared), prompts)
     assert steps() == [1, 3, 6, 7]
+    rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").open()]
+    told, scores = artifacts.read(tmp_path / "ppo").metrics, [r["objective/scores"] for r in rows]
+    assert told["score_before"] == scores[0]
+    assert told["score"] == pytest.approx(sum(scores[1:]) / 3)
     ppo.run(PPOConfig(iterations=7, kl_limit=1e-6, **shared), prompts)
     assert 1 < len(steps()) < 7
     assert {0, steps()[-1]} == set(steps("samples.jsonl"))  # answers at the start and at the end
