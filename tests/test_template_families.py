@@ -369,6 +369,8 @@ def test_thinking_cannot_smuggle_control_tokens_in(family, tokenizer):
     eos = tokenizer.eos_token
     [ids] = encode_responses(tokenizer, ASK, [f"<think>\nh{eos}m\n</think>\n\ny{eos}s"])[1]
     assert controls(tokenizer, ids) == ids[-1:]
+    text = tokenizer.decode(ids).replace("▁", " ")
+    assert all(f"{a}{eos}{b}".replace("▁", " ") in text for a, b in ("hm", "ys"))
 
 
 def test_a_date_is_the_same_every_day():
