@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,34 @@ def test_the_maths_import_torch_alone():
     for name in ("ppo/maths.py", "models/tokens.py"):
         names = {name.partition(".")[0] for name in imports(ROOT / "pipeline" / name)}
         assert {name for name in names if name not in standard} == {"torch"}
+
+
+KNOW_A_KIND = {
+    "pipeline.data.template": "what stands around words that an encoder reads",
+    "pipeline.models.encoder_decoder": "its passes",
+    "pipeline.models.scorer": "its reward model",
+    "pipeline.models.forward": "chooses the passes",
+    "pipeline.models.decoding": "its caches",
+    "pipeline.models.loading": "its classes and checks",
+    "pipeline.models.adapters": "peft's name for the task, and T5's trunk",
+    "pipeline.models.packing": "is for causal models",
+    "pipeline.training.supervised": "its trainer",
+    "pipeline.evaluation.likelihoods": "refuses a text by itself",
+    "pipeline.ppo.build": "refuses PPO-ptx and vLLM",
+}
+"""The modules that know whether a model is an encoder-decoder, and what for."""
+
+
+def test_nobody_else_asks_which_kind_a_model_is():
+    """PPO's losses, advantages, minibatches, gates and state among them."""
+    words = re.compile("encoder|seq2seq|cross_attention", re.IGNORECASE)
+    asking = set()
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        used = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
+        used += [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+        asking |= {module_of(path)} if any(map(words.search, used)) else set()
+    assert asking == set(KNOW_A_KIND)
 
 
 def test_gold_is_seen_by_evaluation_and_the_labeler_alone():

@@ -1,9 +1,11 @@
 """Encoder-decoders: their passes against stock ones, what their decoders read first, their trainers."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -13,18 +15,22 @@ from transformers import (
 )
 
 import tiny_models
-from pipeline.config.schema import Lora, SFTConfig
+from pipeline.config.evaluation import EvalConfig
+from pipeline.config.schema import Lora, PPOConfig, SFTConfig
 from pipeline.data.template import encode_demonstration, encode_prompt, prepare_tokenizer
 from pipeline.errors import UserError
+from pipeline.evaluation import likelihoods
+from pipeline.models import loading
 from pipeline.models.adapters import add_lora
 from pipeline.models.encoder_decoder import set_decoder_prefix
 from pipeline.models.forward import response_logprobs, response_scores, score_sequences
 from pipeline.models.generation import sample, stops
-from pipeline.models.loading import load_reward, reward_from_policy
+from pipeline.models.loading import load_policy, load_reward, load_tokenizer, reward_from_policy
 from pipeline.models.scorer import EncoderDecoderScorer
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import left_pad, mask_from_lengths
-from pipeline.training.supervised import sft_trainer
+from pipeline.ppo import build
+from pipeline.training.supervised import check_packing, sft_trainer
 
 PROMPTS = [[7, 8, 4], [9, 10, 11, 12, 13, 4], [14, 4], [15, 16, 17, 4]]
 RESPONSES = [[10, 11, 12, 4], [4], [14, 15, 16, 17, 18], [20, 4]]
@@ -203,8 +209,97 @@ def test_a_step_of_supervised_training_is_the_same_however_the_batch_is_cut(kind
             torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_packing_is_refused_in_one_line(tmp_path):
-    from pipeline.training.supervised import check_packing
+# --- what does not fit is told in one line, before a weight is read -----------------------------------
 
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A BART's folder, and no way to read weights."""
+    tiny_models.seq2seq("bart").save_pretrained(tmp_path / "bart")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "bart")
+
+    def unread(*args, **kwargs):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(loading, "_load_weights", unread)
+    return tmp_path / "bart"
+
+
+def renamed(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"architectures": ["BartModel"]}, "a BartModel, which does not predict the next token"),
+        ({"architectures": ["BartForSequenceClassification"]}, "does not predict the next token"),
+        ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "a T5EncoderModel, which does"),
+        ({"architectures": ["EncoderDecoderScorer"]}, "a EncoderDecoderScorer, which does not"),
+        ({"model_type": "whisper"}, "whisper models read no text, or write none"),
+        ({"vocab_size": 20}, "a vocabulary of 20, and a tokenizer of 29 words"),
+    ],
+    ids=str,
+)
+def test_a_policy_of_another_architecture(saved, changes, told, monkeypatch):
+    tokenizer = load_tokenizer(saved)
+    monkeypatch.setattr(type(tokenizer), "get_added_vocab", lambda self: {})
+    with pytest.raises(UserError, match=told) as refused:
+        load_policy(renamed(saved, **changes), tokenizer)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"architectures": ["BartForSequenceClassification"]}, "names EncoderDecoderScorer"),
+        ({"architectures": ["BartForConditionalGeneration"]}, "names EncoderDecoderScorer"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "is_encoder_decoder": False},
+         "a LlamaForCausalLM, which has no score"),
+    ],
+    ids=["stock classifier", "policy", "causal"],
+)  # fmt: skip
+def test_a_reward_model_of_another_architecture(saved, changes, told):
+    with pytest.raises(UserError, match=told):
+        load_reward(renamed(saved, **changes))
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"ptx_coef": 1.0, "ptx_data": {"path": "none"}}, "ptx_data: .* is an encoder-decoder"),
+        ({"vllm": {}, "old_logprobs": "recompute"}, "vllm: .* is an encoder-decoder"),
+        ({"rewards": [{"model": "BART"}]}, "names EncoderDecoderScorer"),
+    ],
+    ids=["ptx", "vllm", "reward"],
+)
+def test_what_ppo_cannot_do_with_it(saved, keys, told, monkeypatch):
+    monkeypatch.setattr(build, "require_vllm", lambda: None)
+    words = json.loads(json.dumps(keys).replace("BART", str(saved)))
+    config = PPOConfig(prompts={"path": "none"}, **{"rewards": [{"function": "a:b"}], **words})
+    with pytest.raises(UserError, match=told):
+        build.build_ppo(config, saved)
+
+
+@pytest.mark.parametrize("lost", ["model.shared.weight", "decoder.layers.0.fc1.weight"])
+def test_a_weight_that_a_file_lacks_is_named_and_not_drawn(lost, tmp_path):
+    tiny_models.seq2seq("bart").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    [key] = [name for name in weights if name.endswith(lost)]
+    del weights[key]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"its weights lack {key}"):
+        load_policy(tmp_path)
+
+
+def test_packing_is_refused_in_one_line():
     with pytest.raises(UserError, match="packing: .* is an encoder-decoder"):
         check_packing(tiny_models.seq2seq("t5"))
+
+
+def test_a_text_by_itself_has_no_likelihood():
+    config = EvalConfig(prompts={"path": "none"}, pretraining={"path": "none"})
+    with pytest.raises(UserError, match="eval: pretraining: an encoder-decoder"):
+        likelihoods.check_texts(config, {"sft": tiny_models.seq2seq("bart")})
