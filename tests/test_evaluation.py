@@ -177,13 +177,14 @@ def test_what_does_not_fit_the_models_context_is_left_out(tmp_path, capsys):
     for name, column in (("prompts", "prompt"), ("demonstrations", "prompt"), ("texts", "text")):
         rows = [{column: text, "completion": "w3"} for text in ("w1 " * 80, "w1 w2", "w1 " * 55)]
         data[name] = Data(path=str(small_run.write_jsonl(tmp_path / f"{name}.jsonl", rows)))
-    keys = {"judge": None, "prompts": data["prompts"], "demonstrations": data["demonstrations"]}
-    result = run_evaluation(run, config(tmp_path, **keys, pretraining=data["texts"]))
+    keys = {"judge": None, "group_by": [], "prompts": data["prompts"]}
+    texts = {"demonstrations": data["demonstrations"], "pretraining": data["texts"]}
+    result = run_evaluation(run, config(tmp_path, **keys, **texts))
     assert result["prompts"] == 1 + 1
     assert "1 of 3 prompts are left out" in capsys.readouterr().out
     assert all(math.isfinite(model["perplexity"]) for model in result["models"].values())
     with pytest.raises(UserError, match="no prompt fits in the models' context of 64 tokens"):
-        run_evaluation(run, config(tmp_path, judge=None, max_new_tokens=64))
+        run_evaluation(run, config(tmp_path, **keys, max_new_tokens=64))
 
 
 def test_scores_that_are_no_numbers_end_it_with_words(tmp_path, judge):
