@@ -7,7 +7,6 @@ and .md.
 import argparse
 import json
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -88,20 +87,29 @@ def result_of(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(case: Case, args: argparse.Namespace) -> tuple[dict[str, list[Answer]], dict[str, str]]:
-    """Answers of each side, warm-up left out, and the last words of a side that failed."""
+    """Answers of each side, warm-up left out, and the last words of a side that failed, which is out."""
     rounds = args.iterations * (1 if case.task == "ppo" else STEPS)
     sides = ["ours", "theirs", *(["peak"] if case.task == "ppo" else [])]
     answers: dict[str, list[Answer]] = {side: [] for side in sides}
+    failed: dict[str, str] = {}
     with ExitStack() as stack:
-        match = Match({side: stack.enter_context(started(side, case, args)) for side in sides})
-        match.round(Worker.ready)
-        match.round(Worker.turn)  # warm-up
-        for number in range(1, rounds + 1):
-            for side, answer in match.round(Worker.turn).items():
-                answers[side].append(answer)
-            times = (f"{side} {answers[side][-1]['seconds']:.2f} s" for side in match.answering())
-            say(f"bench: {case.name} {number}/{rounds}: {', '.join(times)}")
-    return answers, match.failed
+        workers = {side: stack.enter_context(started(side, case, args)) for side in sides}
+        for number in range(-1, rounds + 1):  # -1: they get ready, 0: a warm-up
+            for side, worker in workers.items():
+                if side in failed:
+                    continue
+                try:
+                    answer = worker.ready() if number < 0 else worker.turn()
+                except WorkerFailed as error:
+                    say(f"bench: {side} failed: {error}")
+                    failed[side] = str(error)
+                else:
+                    answers[side] += [answer] if number > 0 else []
+            if number > 0:
+                last = {side: answers[side][-1] for side in sides if side not in failed}
+                times = (f"{side} {answer['seconds']:.2f} s" for side, answer in last.items())
+                say(f"bench: {case.name} {number}/{rounds}: {', '.join(times)}")
+    return answers, failed
 
 
 def refuse_unequal(drawn: int, answers: dict[str, list[Answer]], failed: dict[str, str]) -> None:
@@ -110,29 +118,6 @@ def refuse_unequal(drawn: int, answers: dict[str, list[Answer]], failed: dict[st
         sampled = {answer["tokens"] for answer in answers[side]}
         if sampled - {drawn}:
             failed[side] = f"sampled {sorted(sampled)} tokens an iteration, not {drawn}"
-
-
-class Match:
-    """Workers that take turns; one that fails is out, and `failed` has its last words."""
-
-    def __init__(self, workers: dict[str, Worker]):
-        self.workers = workers
-        self.failed: dict[str, str] = {}
-
-    def answering(self) -> list[str]:
-        """Those that are not out."""
-        return [side for side in self.workers if side not in self.failed]
-
-    def round(self, request: Callable[[Worker], Answer]) -> dict[str, Answer]:
-        """One request to each of them, one after the other."""
-        answers = {}
-        for side in self.answering():
-            try:
-                answers[side] = request(self.workers[side])
-            except WorkerFailed as error:
-                say(f"bench: {side} failed: {error}")
-                self.failed[side] = str(error)
-        return answers
 
 
 def started(side: str, case: Case, args: argparse.Namespace) -> Worker:

@@ -50,11 +50,6 @@ class Work:
         """Real tokens that are sampled."""
         return sum(self.lengths)
 
-    @property
-    def tokens(self) -> int:
-        """Real tokens of prompts and responses."""
-        return sum(map(len, self.prompts)) + self.response_tokens
-
 
 def draw(size: Size, full: bool = False, seed: int = 0) -> Work:
     """The same work for every side: prompts of a quarter to the whole of their longest, and lengths

@@ -35,10 +35,11 @@ def _machine(machine: dict[str, Any]) -> str:
 def _about(whole: dict[str, Any]) -> str:
     size = SIZES[whole["size"]]
     work = draw(size)
+    tokens = sum(map(len, work.prompts)) + work.response_tokens
     return (
         f"{size.episodes} rollouts an iteration, {size.epochs} epochs of {size.minibatches} "
         f"minibatches; Llamas of {size.layers} layers x {size.hidden}, vocabulary "
-        f"{size.vocabulary:,}; {work.tokens:,} real tokens, of them {work.response_tokens:,} sampled, the "
+        f"{size.vocabulary:,}; {tokens:,} real tokens, of them {work.response_tokens:,} sampled, the "
         "same lengths on both sides. Seconds are medians of "
         f"{whole['iterations']} iterations after a warm-up, the two sides in turns. `floor` is the "
         "time of the matrix products over real tokens at the fastest such product measured between "

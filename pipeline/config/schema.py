@@ -232,15 +232,11 @@ class RMConfig(StageConfig, Optimisation):
     """Train the scalar head alone and freeze the rest: a cheap, deliberately small reward model."""
 
     @model_validator(mode="after")
-    def _one_source(self):
+    def _one_of_two(self):
         if self.data is not None and self.sampling is not None:
             raise ValueError(
                 "give either data (rankings you have) or sampling (rankings to be made)"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _head_or_adapters(self):
         if self.head_only and self.lora is not None:
             raise ValueError("head_only trains no adapters: leave out lora or head_only")
         return self
