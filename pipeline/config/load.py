@@ -89,21 +89,16 @@ def _override(raw: dict[str, Any], word: str) -> str | None:
         return str(error)
     *parents, last = key.split(".")
     place: Any = raw
-    for name in parents:
-        if isinstance(place, list) and name.isdigit() and int(name) < len(place):
-            place = place[int(name)]
-            continue
-        if not isinstance(place, dict):
+    for depth, name in enumerate([*parents, last]):
+        is_item = isinstance(place, list) and name.isdigit() and int(name) < len(place)
+        if not is_item and not isinstance(place, dict):
             return f"{word}: `{name}` is not inside a group of keys"
-        if place.get(name) is None:
+        at = int(name) if is_item else name
+        if depth == len(parents):
+            place[at] = value
+        elif not is_item and place.get(name) is None:
             place[name] = {}
-        place = place[name]
-    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
-        place[int(last)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        return f"{word}: `{last}` is not inside a group of keys"
+        place = place[at]
     return None
 
 

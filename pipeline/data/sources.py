@@ -1,6 +1,7 @@
 """Rows from files, folders, hub ids and memory, each with the place it came from."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from os import PathLike
@@ -174,26 +175,16 @@ def _rename(rows: Iterable[Row], columns: dict[str, str], name: str) -> Iterator
 
 def _watch_keys(rows: Iterable[Row], known: frozenset[str], report: Report) -> Iterator[Row]:
     """Report keys that no form knows and hardly a row of the file has: misspelt or misplaced."""
-    seen: dict[tuple[str, ...], tuple[int, str]] = {}  # keys of a row -> how many rows, the first
+    times: Counter[str] = Counter()  # rows that have a key
+    first: dict[str, str] = {}  # where the first of them is
+    total = 0
     for row in rows:
-        keys = tuple(row.values)
-        times, first = seen.get(keys, (0, row.where))
-        seen[keys] = (times + 1, first)
+        total += 1
+        times.update(row.values.keys())
+        if len(times) > len(first):
+            first |= {key: row.where for key in row.values if key not in first}
         yield row
-    total = sum(times for times, _ in seen.values())
-    if total < 3 or len(seen) == 1:
-        return
-    for key, (times, first) in _by_key(seen).items():
-        if key not in known and times <= max(1, total // 1000):
+    for key in first if total >= 3 else ():
+        if key not in known and times[key] <= max(1, total // 1000):
             near = did_you_mean(key, known, 3)
-            report.problem(first, f"extra key `{key}`, in {times} of {total} rows{near}")
-
-
-def _by_key(seen: dict[tuple[str, ...], tuple[int, str]]) -> dict[str, tuple[int, str]]:
-    """Key -> how many rows have it and where the first of them is."""
-    found: dict[str, tuple[int, str]] = {}
-    for keys, (times, first) in seen.items():
-        for key in keys:
-            before, place = found.get(key, (0, first))
-            found[key] = (before + times, place)
-    return found
+            report.problem(first[key], f"extra key `{key}`, in {times[key]} of {total} rows{near}")

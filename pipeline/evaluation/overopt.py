@@ -90,7 +90,8 @@ class Study:
     def curves(self, iterations: int | None, points: int) -> dict[str, list[Point]]:
         """Run what has not been run yet and measure it."""
         full, small = steps.sibling(self.run, "overopt"), steps.sibling(self.run, "overopt-small")
-        self._small_reward_model(small)
+        # the same rankings, but the SFT trunk stays as it is and only the head learns
+        self._reward_model(small, "head_only=true", "lora=null")
         out: dict[str, list[Point]] = {}
         for name, run in (("PPO", full), ("PPO, small reward model", small)):
             out[name] = self._ppo(run, iterations, points)
@@ -100,10 +101,6 @@ class Study:
             out[f"PPO, {self.ensemble} reward models"] = self._ppo(run, iterations, points, members)
         rewards = {"best of n": self.run / "rm", "best of n, small reward model": small / "rm"}
         return out | best_of_n(self, rewards)
-
-    def _small_reward_model(self, run: Path) -> None:
-        """The same rankings, but the SFT trunk stays as it is and only the head learns."""
-        self._reward_model(run, "head_only=true", "lora=null")
 
     def _members(self) -> dict[str, Any]:
         """The ensemble as a reward: the run's reward model and others that differ in their seed."""
