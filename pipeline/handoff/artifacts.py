@@ -188,10 +188,8 @@ def installed_packages() -> dict[str, str]:
     """Versions of the packages that can change a result."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 

@@ -66,24 +66,20 @@ class Verdict:
             f"(95 % interval {versus['low']:.1%} to {versus['high']:.1%}; bad when all below 50 %, "
             "watch when 50 % is inside)."
         )
-        level: Level = (
-            "bad" if versus["high"] < 0.5 else "watch" if versus["low"] <= 0.5 else "good"
+        self.add(
+            "bad" if versus["high"] < 0.5 else "watch" if versus["low"] <= 0.5 else "good", text
         )
-        self.add(level, text)
 
 
 def graded(record: Record, before: str, after: str) -> list[Line]:
     """Grades that the evaluation has of two policies."""
     old, new = record.model(before), record.model(after)
-    shares = {"exact": "exact match", "ended": "ends by itself"}
-    lines = [
-        (text, share(old.get(key)), share(new.get(key)))
-        for key, text in shares.items()
-        if key in new
-    ]
-    if "judge" in new:
-        lines.insert(0, ("judge's grade", number(old.get("judge")), number(new["judge"])))
-    return lines
+    rows = (
+        ("judge", "judge's grade", number),
+        ("exact", "exact match", share),
+        ("ended", "ends by itself", share),
+    )
+    return [(text, form(old.get(key)), form(new[key])) for key, text, form in rows if key in new]
 
 
 def number(value: float | None) -> str:

@@ -6,7 +6,6 @@ Drifts that end below SFT show a KL of tens of nats (arXiv 2210.10760).
 from pipeline.evaluation.about import Chart, Line, Verdict, graded, number, share
 from pipeline.evaluation.record import Record, ends
 from pipeline.ppo import alarms
-from pipeline.ppo.preflight import Level
 
 CLIP_WATCH = 0.30
 RATIO_WATCH = 0.05
@@ -71,8 +70,7 @@ def verdict(record: Record, verdict: Verdict) -> None:
     kl, limit = _kl(record), record.limits.kl
     if kl is not None:
         text = f"KL to SFT is {kl:.2f} nats per response (watch above {limit / 4:.3g}, bad above {limit:.3g})."
-        level: Level = "bad" if kl > limit else "watch" if kl > limit / 4 else "good"
-        verdict.add(level, text)
+        verdict.add("bad" if kl > limit else "watch" if kl > limit / 4 else "good", text)
     _answers(record, verdict)
     _alarms(record, verdict)
     _optimisation(curve, verdict)
