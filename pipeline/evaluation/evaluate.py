@@ -53,11 +53,9 @@ class Asked:
     texts: list[str]
     rows: list[dict]
 
-    def first(self, count: int, repeat: int) -> "Asked":
-        """The first prompts, each `repeat` times in a row."""
-        return Asked(
-            *([x for x in xs[:count] for _ in range(repeat)] for xs in vars(self).values())
-        )
+    def at(self, places: Sequence[int]) -> "Asked":
+        """Some of them."""
+        return Asked(*([xs[i] for i in places] for xs in vars(self).values()))
 
 
 def evaluate(
@@ -123,7 +121,7 @@ def _that_fit(asked: Asked, size: int, new: int) -> Asked:
         raise UserError(f"eval: no prompt fits {left}")
     if long := len(asked.ids) - len(fit):
         say(f"eval: {long} of {len(asked.ids)} prompts are left out, they do not fit {left}")
-    return Asked(*([xs[i] for i in fit] for xs in vars(asked).values()))
+    return asked.at(fit)
 
 
 def load_policies(
@@ -199,7 +197,8 @@ class Exam:
     def candidates(self, sft: nn.Module, asked: Asked) -> list[list[list[float]]]:
         """K SFT responses to each of P prompts: reward model's scores, judge's grades, lengths; (P, K)."""
         k = self.config.candidates
-        few = asked.first(self.config.candidate_prompts, k)
+        places = range(min(self.config.candidate_prompts, len(asked.ids)))
+        few = asked.at([i for i in places for _ in range(k)])
         found = self.graded(few, self.answers("sft", sft, few)).columns()
         columns = (found[name] for name in ("rm_score", "judge", "length"))
         return [[list(c[i : i + k]) for i in range(0, len(c), k)] for c in columns]
