@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import (
     AutoConfig,
     AutoModel,
+    MarianTokenizer,
     MBart50Tokenizer,
     MBartTokenizer,
     TrainerCallback,
@@ -17,7 +19,12 @@ from transformers import (
 import tiny_models
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.schema import Lora, PPOConfig, SFTConfig
-from pipeline.data.template import encode_demonstration, encode_prompt, prepare_tokenizer
+from pipeline.data.template import (
+    encode_demonstration,
+    encode_prompt,
+    prepare_tokenizer,
+    response_text,
+)
 from pipeline.errors import UserError
 from pipeline.evaluation import likelihoods
 from pipeline.models import loading
@@ -153,6 +160,38 @@ def test_languages_go_where_a_model_expects_them(kind, encoder, start):
     model.config.decoder_prefix = None
     with pytest.raises(UserError, match="target_language"):
         set_decoder_prefix(model, tokenizer)
+
+
+def test_a_tokenizer_of_two_languages_cuts_a_reply_by_the_one_that_is_written(tmp_path):
+    texts = {"source": "hello world good morning", "target": "hallo welt guten morgen"}
+    vocabulary = {"</s>": 0, "<unk>": 1}
+    for side, text in texts.items():
+        (tmp_path / "text").write_text("\n".join([text] * 20))
+        SentencePieceTrainer.train(
+            input=str(tmp_path / "text"),
+            model_prefix=str(tmp_path / side),
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        pieces = SentencePieceProcessor(model_file=str(tmp_path / f"{side}.model"))
+        for i in range(3, pieces.get_piece_size()):
+            vocabulary.setdefault(pieces.id_to_piece(i), len(vocabulary))
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocabulary, "<pad>": len(vocabulary)}))
+    tokenizer = MarianTokenizer(
+        source_spm=str(tmp_path / "source.model"),
+        target_spm=str(tmp_path / "target.model"),
+        vocab=str(tmp_path / "vocab.json"),
+    )
+    prepare_tokenizer(tokenizer, encoder_decoder=True)
+    talk = [("user", "hello world"), ("assistant", "guten morgen")]
+    prompt, response = encode_demonstration(
+        tokenizer, [{"role": role, "content": words} for role, words in talk]
+    )
+    assert prompt == tokenizer("hello world")["input_ids"]
+    assert response == tokenizer(text_target="guten morgen")["input_ids"]
+    assert response != tokenizer("guten morgen")["input_ids"], "both languages cut it alike"
+    assert response_text(tokenizer, response) == "guten morgen"
 
 
 def test_an_encoder_reads_the_words_and_a_decoder_writes_the_reply():

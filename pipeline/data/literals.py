@@ -47,10 +47,15 @@ def _spelled(tokenizer: Any, words: str) -> str:
     return pattern.sub(lambda m: f"{_MARK}{numbers[m[0]]}{_MARK}", words)
 
 
-def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a rendering of marked messages; the template has written BOS where there is one."""
+def token_ids(tokenizer: Any, text: str, reply: bool = False) -> list[int]:
+    """Ids of a rendering of marked messages; the template has written BOS where there is one.
+
+    A `reply` is cut by the pieces of the language that is written, where a tokenizer has two (Marian).
+    """
     if _MARK not in text:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        written = reply and hasattr(tokenizer, "spm_target")
+        given = {"text_target" if written else "text": text}
+        return list(tokenizer(**given, add_special_tokens=False)["input_ids"])
     pattern, numbers = _specials(tokenizer, _state(tokenizer))
     names = list(numbers)
     renamed = pattern.sub(lambda m: _other_name(m[0]), text)
@@ -60,7 +65,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 
 def has_special(tokenizer: Any, text: str) -> bool:
     """Whether a rendering of marked messages has a special token, of the template's then."""
-    return _specials(tokenizer, len(tokenizer))[0].search(text) is not None
+    return _specials(tokenizer, _state(tokenizer))[0].search(text) is not None
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:

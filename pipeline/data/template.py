@@ -123,7 +123,7 @@ def _response_ids(
         )
         if not ended or has_special(tokenizer, closing):
             text = text.removesuffix(closing)
-    ids = token_ids(tokenizer, text)
+    ids = token_ids(tokenizer, text, reply=True)
     return [*(ids[: ids.index(eos)] if eos in ids else ids), eos]
 
 

@@ -233,7 +233,7 @@ def _load(auto_class, path: str | Path, **kwargs):
     hub.look(path)
     try:
         return auto_class.from_pretrained(str(path), trust_remote_code=False, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{path}: cannot load ({auto_class.__name__}): {reason}\n"
