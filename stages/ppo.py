@@ -52,7 +52,8 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
         prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
         ppo = build_ppo(config, stage.parent("sft"), stage.parent("rm"))
-        queries = _short_enough(ppo, ppo.queries(prompts))
+        queries = _short_enough(ppo.queries(prompts), config)
+        _check_room(ppo, queries)
         said = (m["content"] for prompt in prompts for m in prompt.messages)
         tell_spelled("ppo: prompts", ppo.tokenizer, said)
         stream = PromptStream(queries, config.batch_size, config.seed)
@@ -101,20 +102,22 @@ def iteration(ppo: PPO, stream: PromptStream) -> dict[str, float]:
     return {**metrics, **clock.seconds, "memory/peak_mb": peak_mb()}
 
 
-def _short_enough(ppo: PPO, queries: list[Query]) -> list[Query]:
-    """Queries of at most `max_prompt_length` tokens; UserError when too many are longer, or when the model
-    has too few places for a response."""
-    config, policy, lengths = ppo.config, ppo.networks.policy, [len(query.ids) for query in queries]
-    limit = config.max_prompt_length
+def _short_enough(queries: list[Query], config: PPOConfig) -> list[Query]:
+    """Queries of at most `max_prompt_length` tokens; UserError when too many are longer."""
+    limit, lengths = config.max_prompt_length, [len(query.ids) for query in queries]
     over_limit("ppo: prompts", lengths, "max_prompt_length", limit, config.too_long)
-    longest = max(length for length in lengths if length <= limit)
-    if (room := layout(policy).room(policy, longest)) < config.max_new_tokens:
+    return [query for query in queries if len(query.ids) <= limit]
+
+
+def _check_room(ppo: PPO, queries: list[Query]) -> None:
+    """UserError when the model has too few places for a prompt and its response."""
+    policy, new = ppo.networks.policy, ppo.config.max_new_tokens
+    longest = max(len(query.ids) for query in queries)
+    if (room := layout(policy).room(policy, longest)) < new:
         raise UserError(
             f"ppo: a prompt of {longest} tokens leaves {max(room, 0)} places of the model's "
-            f"{places(policy)} for its response; lower max_new_tokens ({config.max_new_tokens}) or "
-            f"max_prompt_length ({limit})"
+            f"{places(policy)} for its response; lower max_new_tokens ({new}) or max_prompt_length"
         )
-    return [query for query in queries if len(query.ids) <= limit]
 
 
 def _resume(ppo: PPO, stage: StageRun) -> None:

@@ -29,6 +29,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import likelihoods
 from pipeline.models import loading
 from pipeline.models.adapters import add_lora
+from pipeline.models.decoding import decoder
 from pipeline.models.encoder_decoder import set_decoder_prefix
 from pipeline.models.forward import response_logprobs, response_scores, score_sequences
 from pipeline.models.generation import sample, stops
@@ -100,6 +101,18 @@ def test_padding_and_company_change_nothing_and_sampling_agrees(kind):
     alone = sample(model, *left_pad([PROMPTS[0]], 0), **known, uniforms=uniforms[:1])
     n = int(alone.lengths[0])
     assert drawn.responses[0, :n].tolist() == alone.responses[0, :n].tolist()
+
+
+@pytest.mark.parametrize("kind", tiny_models.SEQ2SEQ)
+@torch.no_grad()
+def test_a_response_with_padding_s_token_in_it_is_one_text_token_by_token_and_whole(kind):
+    """It may be sampled like any other, and M2M100 would not count it among the places."""
+    model, response = tiny_models.seq2seq(kind), [10, 0, 11, 0, 12, 4]
+    decode = decoder(model, *left_pad(PROMPTS[:1], 0), len(response))
+    logits = [decode.start(), *(decode.step(torch.tensor([token])) for token in response[:-1])]
+    found = torch.log_softmax(torch.cat(logits), dim=-1).gather(1, torch.tensor(response)[:, None])
+    whole = response_logprobs(model, Sequences.of(PROMPTS[:1], [response], 9), 1.0)
+    torch.testing.assert_close(found.T, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", tiny_models.SEQ2SEQ)
@@ -234,6 +247,7 @@ def test_a_step_of_supervised_training_is_the_same_however_the_batch_is_cut(kind
         trainer = sft_trainer(config, model, tiny_models.tokenizer(), rows, rows[:3], work)
         trainer.add_callback(Keep())
         before = copy.deepcopy(model)
+        trainer.evaluate()  # a stage measures before it trains, which counts nowhere else
         trainer.train()
         row = next(row for row in trainer.state.log_history if "loss" in row)
         with torch.no_grad():

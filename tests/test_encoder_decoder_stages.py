@@ -1,5 +1,7 @@
 """All three stages, evaluation and chat on every kind of encoder-decoder, whole and as adapters."""
 
+import contextlib
+import copy
 import json
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import small_run
 import tiny_models
 from pipeline.commands import chat
 from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.errors import UserError
 from pipeline.evaluation.__main__ import main as evaluate
 from pipeline.models.loading import load_reward
 from pipeline.models.scorer import EncoderDecoderScorer
+from pipeline.ppo import build
 from stages import ppo, rm, sft
 
 COMMON = {"threads": 1, "batch_size": 8, "wandb": {"mode": "disabled"}}
@@ -94,6 +98,26 @@ def test_a_bart_from_rows_to_an_evaluation_and_a_chat(tmp_path, monkeypatch, cap
     capsys.readouterr()
     chat.main(["--run", str(run), "--prompt", "w2 w1 w3", "--greedy"])
     assert "ppo" in capsys.readouterr().out
+
+
+def test_a_prompt_that_leaves_no_place_for_its_response_is_refused_before_it_is_sampled(tmp_path):
+    """An encoder's places are not the decoder's: 40 + 40 tokens fit a BART of 64, not a GPT-2."""
+    row = [{"prompt": " ".join(["w1"] * 40)}] * 8
+    keys = COMMON | {"iterations": 1, "max_new_tokens": 40, "rewards": [{"function": "len:len"}]}
+    for model, fits in ((tiny_models.gpt2(), False), (tiny_models.seq2seq("bart"), True)):
+        made = build.PPO(
+            PPOConfig(**keys, prompts={"path": "none"}),
+            tiny_models.tokenizer(),
+            policy=model,
+            reference=copy.deepcopy(model),
+            value=None,
+            score=len,
+        )
+        queries = made.queries([r["prompt"] for r in row])
+        with (
+            contextlib.nullcontext() if fits else pytest.raises(UserError, match="leaves 22 places")
+        ):
+            ppo._check_room(made, queries)
 
 
 @pytest.mark.slow

@@ -22,17 +22,24 @@ from pipeline.models.loading import (
     [
         tiny_models.policy(0, attention_dropout=0.5),
         tiny_models.gpt2(0, attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5),
+        tiny_models.seq2seq("t5", dropout_rate=0.5),
+        tiny_models.seq2seq("bart", dropout=0.5, activation_dropout=0.5),
+        tiny_models.seq2seq("m2m100", encoder_layerdrop=0.5, decoder_layerdrop=0.5),
     ],
-    ids=["a float in its attention", "dropout modules"],
+    ids=["a float in its attention", "dropout modules", "t5", "bart", "layers left out"],
 )
 def test_no_kind_of_dropout_is_left_and_the_config_has_none_either(model):
     ids = torch.tensor([[2, 7, 8, 3, 10]])
-    model.train()
-    assert not torch.equal(model(ids).logits, model(ids).logits)
-    disable_dropout(model)
-    assert torch.equal(model(ids).logits, model(ids).logits)
-    again = type(model)(model.config).train()
-    assert torch.equal(again(ids).logits, again(ids).logits)
+    inputs = {"input_ids": ids}
+    inputs |= {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+
+    def steady(model) -> bool:
+        """Five passes: a layer of two may stay in by chance."""
+        return len({model(**inputs).logits.sum().item() for _ in range(5)}) == 1
+
+    assert not steady(model.train())
+    assert steady(disable_dropout(model))
+    assert steady(type(model)(model.config).train())
 
 
 def test_a_fresh_reward_head_has_the_small_spread_of_its_source(tmp_path):

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from pipeline.models.causal import accepts
-from pipeline.models.encoder_decoder import decoder_prefix, is_encoder_decoder
+from pipeline.models.encoder_decoder import decoder_prefix, embedded, is_encoder_decoder
 from pipeline.models.packing import Model, inner, pack, packs
 from pipeline.models.tokens import position_ids, to_the_left
 
@@ -104,7 +104,7 @@ class CrossDecoder(Decoder):
         out = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=self.read),  # type: ignore[arg-type]
             attention_mask=self.mask,
-            decoder_input_ids=ids,
+            decoder_inputs_embeds=embedded(self.model, ids),
             past_key_values=self.cache,
             use_cache=True,
         )

@@ -80,8 +80,8 @@ def logits_and_hidden(model: Model, s: Sequences) -> tuple[Tensor, Tensor]:
     bare, states = inner(model), list[Tensor]()
     kept = bare.get_decoder().register_forward_hook(lambda _, __, out: states.append(out[0]))
     with kept, _head_at(bare, s.response_mask):
-        ids = _decoder_ids(bare, s)[:, :-1]
-        out = model(**_encoder_inputs(s), decoder_input_ids=ids, use_cache=False)
+        read = embedded(model, _decoder_ids(bare, s)[:, :-1])
+        out = model(**_encoder_inputs(s), decoder_inputs_embeds=read, use_cache=False)
     return out.logits, _of_responses(states[0], s.response_mask)
 
 
@@ -117,11 +117,20 @@ def _decoded(bare: Model, s: Sequences, ids: Tensor) -> Tensor:
     read = bare.get_encoder()(**inputs).last_hidden_state
     decoder = bare.get_decoder()
     return decoder(
-        input_ids=ids,
+        inputs_embeds=embedded(bare, ids),
         encoder_hidden_states=read,
         encoder_attention_mask=inputs["attention_mask"],
         use_cache=False,
     ).last_hidden_state
+
+
+def embedded(model: Model, ids: Tensor) -> Tensor:
+    """What stands for the decoder's ids (B, W); (B, W, d).
+
+    Of ids M2M100 would not count those of padding, which may be sampled as any other, and so see other
+    places in a whole response than it saw token by token.
+    """
+    return inner(model).get_decoder().get_input_embeddings()(ids)
 
 
 def _encoder_inputs(s: Sequences) -> dict[str, Tensor]:

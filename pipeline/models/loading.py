@@ -266,19 +266,22 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         set_decoder_prefix(model, tokenizer)
 
 
+_DROPS = ("dropout", "pdrop", "dropout_rate", "layerdrop")
+
+
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Turn off dropout in modules, in attention functions and in the config that rebuilds them.
 
     Zeroing `nn.Dropout` misses floats such as `attention_dropout` that attention code reads at each
-    call (LLaMA-Factory#10779).
+    call (LLaMA-Factory#10779), and the chance by which M2M100 leaves out whole layers.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)
     for name, value in model.config.to_dict().items():
-        if isinstance(value, float) and (name.endswith(("dropout", "pdrop", "dropout_rate"))):
+        if isinstance(value, float) and name.endswith(_DROPS):
             setattr(model.config, name, 0.0)
     return model
