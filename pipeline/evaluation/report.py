@@ -30,6 +30,7 @@ ROWS = (
     ("judge", "Judge's grade", "{:.3f}"),
     ("exact", "Exact match", "{:.1%}"),
     ("token_f1", "Token F1", "{:.3f}"),
+    ("chrf", "chrF", "{:.1f}"),
     ("ended", "Ends by itself", "{:.1%}"),
     ("length", "Length, tokens", "{:.1f}"),
     ("rm_score", "Reward model's score", "{:.3f}"),

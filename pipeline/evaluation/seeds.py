@@ -147,8 +147,10 @@ def quantities(result: dict[str, Any]) -> dict[str, float]:
     rm, versus = result.get("rm") or {}, (result.get("comparisons") or {}).get("ppo_vs_sft") or {}
     found = {
         "base: judge": base.get("judge"),
+        "base: chrF": base.get("chrf"),
         "base: perplexity of pretraining text": base.get("text_perplexity"),
         "sft: judge": sft.get("judge"),
+        "sft: chrF": sft.get("chrf"),
         "sft: exact": sft.get("exact"),
         "sft: ends by itself": sft.get("ended"),
         "sft: perplexity of pretraining text": sft.get("text_perplexity"),
@@ -158,6 +160,8 @@ def quantities(result: dict[str, Any]) -> dict[str, float]:
         "rm: ceiling of noisy labels": labels.get("ceiling"),
         "rm: length baseline on labels": labels.get("length_baseline"),
         "ppo: win rate over sft": versus.get("rate"),
+        "ppo: chrF": ppo.get("chrf"),
+        "ppo: chrF, change": _change(ppo, sft, "chrf"),
         "ppo: exact": ppo.get("exact"),
         "ppo: exact, change": _change(ppo, sft, "exact"),
         "ppo: judge": ppo.get("judge"),

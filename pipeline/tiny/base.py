@@ -1,5 +1,5 @@
-"""The tiny base model: a word-level tokenizer and a small language model trained on the world's
-plain text.
+"""The tiny base models: a word-level tokenizer and a small language model trained on the world's
+plain text, or an encoder-decoder that has learnt nothing.
 
 The base has read plain text only: facts and questions, news and headlines, word lists, orders. It
 has never seen the chat format or an instruction; that is what the SFT stage is for. The number of
@@ -13,7 +13,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline.process.progress import say
 from pipeline.tiny import world
@@ -147,5 +153,33 @@ def train_base(out: Path, data: Path, seed: int, steps: int) -> Path:
     model.generation_config.do_sample = True  # T = 1, no truncation, unless told otherwise
     model.generation_config.top_k = 0
     model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def random_bart(out: Path, seed: int) -> Path:
+    """A BART of half a million parameters as it was drawn, and a tokenizer without a chat template, in `out`."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {"layers": 2, "attention_heads": HEADS, "ffn_dim": MLP}.items()
+    }
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=WIDTH,
+        **sides,
+        max_position_embeddings=256,
+        init_std=INIT,
+        dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=None,
+    )
+    BartForConditionalGeneration(config).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out

@@ -63,6 +63,8 @@ def _solve_summary(words: list[str], language: str) -> tuple[str, ...]:
 
 
 def _solve_translation(words: list[str], language: str) -> tuple[str, ...]:
+    if words[-1] in _STOPS:
+        return world.translated(" ".join(words), language)
     table = world.TO_CHINESE if language == "en" else world.TO_ENGLISH
     return tuple(table[word] for word in words)
 

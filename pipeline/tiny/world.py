@@ -209,16 +209,37 @@ def draw_dialogue(rng: random.Random, language: str) -> Case:
     return Case("dialogue", language, text, served(local, language), ("dialogue", language, *words))
 
 
-DRAW: dict[str, Callable[[random.Random, str], Case]] = dict(
-    zip(FAMILIES, (draw_question, draw_summary, draw_translation, draw_dialogue), strict=True)
-)
+def draw_sentence(rng: random.Random, language: str) -> Case:
+    """A translation of a whole sentence, whose words stand in another order in the other language."""
+    words = [rng.choice(list(CLASSES[kind])) for kind in FACT_CLASSES]
+    text = phrase("fact", language, *say(words, language))
+    # one key for both directions, as above
+    return Case("translation", language, text, translated(text, language), ("sentence", *words))
 
 
-def draw_cases(rng: random.Random, count: int, forbidden: set) -> list[Case]:
-    """`count` cases, families and languages in equal shares, no two alike, none `forbidden`."""
+def translated(fact: str, language: str) -> tuple[str, ...]:
+    """The words of a fact in the other language, without its full stop."""
+    other, table = ("zh", TO_CHINESE) if language == "en" else ("en", TO_ENGLISH)
+    words = {WORD_CLASS[word]: table[word] for word in fact.split() if word in WORD_CLASS}
+    return tuple(phrase("fact", other, *(words[kind] for kind in FACT_CLASSES)).split()[:-1])
+
+
+DRAW: dict[str, Callable[[random.Random, str], Case]] = {
+    "question": draw_question,
+    "summary": draw_summary,
+    "translation": draw_translation,
+    "dialogue": draw_dialogue,
+    "sentence": draw_sentence,
+}
+
+
+def draw_cases(
+    rng: random.Random, count: int, forbidden: set, kinds: Sequence[str] = FAMILIES
+) -> list[Case]:
+    """`count` cases, kinds and languages in equal shares, no two alike, none `forbidden`."""
     cases: list[Case] = []
     seen: set[tuple[str, str]] = set()
-    cells = [(family, language) for family in FAMILIES for language in LANGUAGES]
+    cells = [(family, language) for family in kinds for language in LANGUAGES]
     while len(cases) < count:
         family, language = cells[len(cases) % len(cells)]
         case = DRAW[family](rng, language)
@@ -258,7 +279,9 @@ def shorten(case: Case, rng: random.Random) -> list[str]:
     return words
 
 
-def demonstrate(case: Case, rng: random.Random) -> str:
+def demonstrate(
+    case: Case, rng: random.Random, courtesies: Sequence[float] = COURTESY_RATES
+) -> str:
     """An imperfect demonstrator's reply: at times wrong, incomplete, unsure or hedged, of any courtesy."""
     language = case.reply_language
     draw = rng.random()
@@ -272,11 +295,11 @@ def demonstrate(case: Case, rng: random.Random) -> str:
         body = list(case.answer)
     if rng.random() < HEDGE_RATE:
         body.insert(0, rng.choice(HEDGES[language]))
-    count = rng.choices(range(len(COURTESY_RATES)), COURTESY_RATES)[0]
+    count = rng.choices(range(len(courtesies)), courtesies)[0]
     return " ".join([*body, case.stop, *(rng.choice(COURTESIES[language]) for _ in range(count))])
 
 
-def row_of(case: Case, **output: str) -> dict[str, str]:
+def row_of(case: Case, **more: str) -> dict[str, str]:
     """A prompt as a line of a file, of a demonstration with its `output`."""
     kind = {"family": case.family, "language": case.language}
-    return {"instruction": case.instruction, "input": case.input, **output, **kind}
+    return {"instruction": case.instruction, "input": case.input, **more, **kind}

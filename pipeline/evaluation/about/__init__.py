@@ -76,6 +76,7 @@ def graded(record: Record, before: str, after: str) -> list[Line]:
     old, new = record.model(before), record.model(after)
     rows = (
         ("judge", "judge's grade", number),
+        ("chrf", "chrF", number),
         ("exact", "exact match", share),
         ("ended", "ends by itself", share),
     )

@@ -1,0 +1,54 @@
+"""chrF, the F-score of character n-grams (Popović 2015, doi 10.18653/v1/W15-3049), by sacrebleu: 0 to 100.
+
+As a reward in ppo.yaml: `rewards: [{function: pipeline.evaluation.chrf:reward}]`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.errors import UserError
+
+try:
+    from sacrebleu import corpus_chrf, sentence_chrf
+except ImportError:
+    raise UserError("chrF needs the sacrebleu package: pip install sacrebleu") from None
+
+COLUMNS = ("reference", "output")
+"""Where a reward looks for the right answer, in this order."""
+
+
+def corpus(texts: Sequence[str], references: Sequence[str]) -> float:
+    """chrF of all texts together, each against its reference."""
+    return corpus_chrf(texts, [references]).score
+
+
+def add(
+    summary: dict[str, Any],
+    texts: Sequence[str],
+    references: Sequence[str],
+    groups: dict[str, dict[str, list[int]]],
+) -> None:
+    """Put it among the other numbers of a model's answers, whole and by group (see `tallies.summary`)."""
+    summary["chrf"] = corpus(texts, references)
+    for key, members in groups.items():
+        for value, rows in members.items():
+            chosen = [texts[i] for i in rows], [references[i] for i in rows]
+            summary["groups"][key][value]["chrf"] = corpus(*chosen)
+
+
+def reward(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
+    """chrF of each response against the `reference`, or else the `output`, of its prompt's row.
+
+    UserError for a row with neither.
+    """
+    pairs = zip(responses, rows, strict=True)
+    return [sentence_chrf(response, [_reference(row)]).score for response, row in pairs]
+
+
+def _reference(row: dict) -> str:
+    for name in COLUMNS:
+        if isinstance(row.get(name), str):
+            return row[name]
+    raise UserError(
+        f"chrf: a prompt's row has no text under {' or '.join(COLUMNS)}: {', '.join(row)}"
+    )
