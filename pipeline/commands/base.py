@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.cli import reporting_errors
 from pipeline.config.load import load_config
 from pipeline.config.schema import BaseConfig
+from pipeline.data.forms import load_demonstrations
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import Lock, check_free, lock_path, publish_directory
 from pipeline.process.progress import say
@@ -45,11 +46,19 @@ def _tiny(config: BaseConfig, out: Path) -> None:
 
 
 def _bart(config: BaseConfig, out: Path) -> None:
-    """The synthetic world's translations in `out/data`, and a small BART that has learnt nothing."""
+    """The synthetic world's translations in `out/data`, and a small BART that has learnt nothing.
+
+    With `data` a BART for those rows instead, whose tokenizer has learnt to spell them.
+    """
     from pipeline.tiny import base, files
 
-    files.write(out / "data", config.seed, translations=True)
-    base.random_bart(out, config.seed)
+    if config.data is None:
+        files.write(out / "data", config.seed, translations=True)
+        base.random_bart(out, config.seed, base.build_tokenizer())
+    else:
+        rows = load_demonstrations(config.data)
+        texts = (m["content"] for row in rows for m in row.messages)
+        base.random_bart(out, config.seed, base.learnt_tokenizer(texts))
 
 
 def _gguf(config: BaseConfig, out: Path) -> None:

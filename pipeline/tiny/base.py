@@ -9,10 +9,11 @@ steps is fixed, never the seconds, so the same seed and thread count give the sa
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -37,6 +38,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 
+PIECES = 4000
+"""Tokens that are learnt from a text of one's own."""
 LAYERS, WIDTH, HEADS, MLP, INIT = 3, 96, 4, 192, 0.1
 STEPS, BATCH, LENGTH, LEARNING_RATE, WARMUP = 1000, 16, 64, 4e-3, 30
 
@@ -60,6 +63,23 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     table = {word: index for index, word in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _whole(tokenizer)
+
+
+def learnt_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Pieces of words (byte-level BPE) that are frequent in `texts`; any other text can be spelled too."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=PIECES, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _whole(tokenizer)
+
+
+def _whole(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIALS]
     )
@@ -157,10 +177,9 @@ def train_base(out: Path, data: Path, seed: int, steps: int) -> Path:
     return out
 
 
-def random_bart(out: Path, seed: int) -> Path:
-    """A BART of half a million parameters as it was drawn, and a tokenizer without a chat template, in `out`."""
+def random_bart(out: Path, seed: int, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A BART of half a million parameters as it was drawn, and its tokenizer without a chat template, in `out`."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
     tokenizer.chat_template = None
     sides = {
         f"{side}_{name}": value
