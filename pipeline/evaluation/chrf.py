@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.evaluation.tallies import Groups
 
 try:
     from sacrebleu import corpus_chrf, sentence_chrf
@@ -26,7 +27,7 @@ def add(
     summary: dict[str, Any],
     texts: Sequence[str],
     references: Sequence[str],
-    groups: dict[str, dict[str, list[int]]],
+    groups: Groups,
 ) -> None:
     """Put it among the other numbers of a model's answers, whole and by group (see `tallies.summary`)."""
     summary["chrf"] = corpus(texts, references)
