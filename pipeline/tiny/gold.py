@@ -2,7 +2,7 @@
 
 It stands where a human stands in the InstructGPT recipe. The simulated labeler reads it through
 noise; evaluation reads it as it is; the reward model and PPO never see it. It works the right
-answer out of the prompt's own text, so no file holds an answer.
+answer out of the prompt's own text, so no file has to hold one.
 
 A reply's gold is the sum of
 

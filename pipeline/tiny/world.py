@@ -2,9 +2,10 @@
 
 Four families of request (a question about a given fact, one-line summary, translation, a
 customer's order), each in English and in Chinese. Words are separated by spaces in both
-languages, so that a word-level tokenizer reads them.
+languages, so that a word-level tokenizer reads them. Beside them stands a fifth kind, the translation of
+whole sentences, in a world of its own (`pipeline.tiny.files`) whose prompts come with their references.
 
-The files hold no hidden answer: a prompt row is what a user would type, a demonstration is what
+Else the files hold no hidden answer: a prompt row is what a user would type, a demonstration is what
 an imperfect writer replied. What a good reply is lives in `pipeline.tiny.gold`, which works it
 out from the prompt's text.
 
