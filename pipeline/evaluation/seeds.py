@@ -177,6 +177,7 @@ def quantities(result: dict[str, Any]) -> dict[str, float]:
             before = sft["groups"][key][value]
             rate = versus.get("groups", {}).get(key, {}).get(value, {}).get("rate")
             found[f"{key} {value}: win rate"] = rate
+            found[f"{key} {value}: chrF, change"] = _change(part, before, "chrf")
             found[f"{key} {value}: exact, change"] = _change(part, before, "exact")
             found[f"{key} {value}: judge, change"] = _change(part, before, "judge")
     return {name: value for name, value in found.items() if value is not None}
