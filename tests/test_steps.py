@@ -338,6 +338,7 @@ def test_two_that_note_at_one_moment_lose_nothing():
         process.start()
     for process in both:
         process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
     assert len(recall(RUN).steps) == 80
     assert not (RUN / ".work").exists()
 

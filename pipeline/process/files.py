@@ -121,10 +121,12 @@ class Lock:
 
     def __enter__(self) -> Self:
         while self._file < 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):
+                if self.path.parent.is_file():
+                    raise
                 continue  # another holder removed the empty folder meanwhile
             try:
                 fcntl.flock(file, self._how)
