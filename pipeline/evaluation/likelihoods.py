@@ -13,14 +13,12 @@ from pipeline.data.template import encode_demonstration
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics
 from pipeline.models.encoder_decoder import is_encoder_decoder
-from pipeline.models.forward import response_logprobs
+from pipeline.models.forward import LOGITS_AT_ONCE, response_logprobs
 from pipeline.models.generation import Response
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import pad_id
 from pipeline.process.progress import tracked
 
-LOGITS_AT_ONCE = 2**25
-"""Floats of logits in memory at once when log-likelihoods are read (128 MiB)."""
 Pair = tuple[list[int], list[int]]
 """Tokens that are given, and tokens whose likelihood is asked."""
 

@@ -4,8 +4,10 @@ ids (B, W) and their mask hold the real tokens of a row without a gap; models th
 `pipeline.models.packing`) see the real tokens alone.
 """
 
+import contextlib
 import inspect
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -108,12 +110,26 @@ def _output_at(
         packed = pack(ids, needed(mask, where))
         out = model(**packed.inputs(), logits_to_keep=packed.index[where], **kwargs)
         return out.logits.squeeze(0), out
-    first = int(where.any(dim=0).int().argmax())  # before it no logits are needed
-    if accepts(model, "logits_to_keep"):
-        kwargs["logits_to_keep"] = where.shape[1] - first
-    kwargs |= _positions(model, mask)
-    out = model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
-    return out.logits[:, first - where.shape[1] :][where[:, first:]], out
+    with head_at(inner(model), lambda states: states[where]):
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            use_cache=False,
+            **_positions(model, mask),
+            **kwargs,
+        )
+    return out.logits, out
+
+
+@contextlib.contextmanager
+def head_at(bare: Model, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within, the vocabulary's head sees what `pick` takes, (n, d), of the states (B, W, d) it is given;
+    a model's own scaling and bias stay in force."""
+    hook = bare.get_output_embeddings().register_forward_pre_hook(
+        lambda _, states: (pick(states[0]),), prepend=True
+    )
+    with hook:
+        yield
 
 
 def hidden_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ where a model forces one, the first of the text (BART's `<s>`, mBART's language)
 labels, nor masks from `ids != pad`, for with several of these models padding is the start token.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pipeline.data.template import around
 from pipeline.errors import UserError
-from pipeline.models.causal import places
+from pipeline.models.causal import head_at, places
 from pipeline.models.packing import Model, inner
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import to_the_left
@@ -79,7 +77,7 @@ def logits_and_hidden(model: Model, s: Sequences) -> tuple[Tensor, Tensor]:
     """Those, and the decoder's last hidden states (n, d) they come from."""
     bare, states = inner(model), list[Tensor]()
     kept = bare.get_decoder().register_forward_hook(lambda _, __, out: states.append(out[0]))
-    with kept, _head_at(bare, s.response_mask):
+    with kept, head_at(bare, lambda all_of: _of_responses(all_of, s.response_mask)):
         read = embedded(model, _decoder_ids(bare, s)[:, :-1])
         out = model(**_encoder_inputs(s), decoder_inputs_embeds=read, use_cache=False)
     return out.logits, _of_responses(states[0], s.response_mask)
@@ -144,17 +142,3 @@ def _decoder_ids(bare: Model, s: Sequences) -> Tensor:
     looks ahead, so no mask is needed."""
     prefix = torch.tensor(decoder_prefix(bare.config), device=s.responses.device)
     return torch.cat([prefix.expand(len(s), -1), s.responses], dim=1)
-
-
-@contextlib.contextmanager
-def _head_at(bare: Model, where: Tensor) -> Iterator[None]:
-    """Within, the vocabulary's head sees the states alone that predict the real tokens `where` (B, T).
-
-    There is no `logits_to_keep` here; in this place a model's own scaling and bias stay in force.
-    """
-
-    def pick(_: Any, states: tuple[Tensor]) -> tuple[Tensor]:
-        return (_of_responses(states[0], where),)
-
-    with bare.get_output_embeddings().register_forward_pre_hook(pick):
-        yield

@@ -5,6 +5,9 @@ Which of a model's outputs predict a response's tokens is decided by its layout,
 """
 
 import contextlib
+import functools
+import weakref
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -16,7 +19,7 @@ from pipeline.models import causal, encoder_decoder
 from pipeline.models.adapters import AdapterScorer
 from pipeline.models.packing import Model, inner
 from pipeline.models.sequences import Sequences
-from pipeline.models.tokens import logprobs_and_entropy, right_pad
+from pipeline.models.tokens import OfLogits, in_slices, logprobs_and_entropy, right_pad
 from pipeline.process.progress import tracked
 
 # --- of responses -----------------------------------------------------------------------------------
@@ -29,9 +32,64 @@ def layout(model: Model) -> ModuleType:
 
 def response_logprobs(model: Model, s: Sequences, temperature: float) -> Tensor:
     """log pi of the responses' tokens at a temperature; (B, T), 0 on padding."""
-    tokens, logits = s.responses[s.response_mask], layout(model).logits(model, s)
-    logprobs, _ = logprobs_and_entropy(logits, tokens, temperature, False)
+    of = functools.partial(logprobs_and_entropy, temperature=temperature, entropy_grad=False)
+    (logprobs, _), _ = of_predictions(model, s, of)
     return spread(logprobs, s.response_mask)
+
+
+def of_predictions(
+    model: Model, s: Sequences, of: OfLogits, hidden: bool = False
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """What `of` makes of the logits (n, V) that predict the n real tokens of the responses, row by row,
+    and if asked for the last hidden states (n, d) they come from.
+
+    Where they would be more than `LOGITS_AT_ONCE` they are never all in memory, forward or backward:
+    the head is taken out of the model's pass and works on a few rows at a time. A model that does
+    something else with what its head puts out (soft caps, scales) is found out by its first row.
+    """
+    passes, ids = layout(model), s.responses[s.response_mask]
+    bare = inner(model)
+    head, bias = bare.get_output_embeddings(), getattr(bare, "final_logits_bias", None)
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        return passes.logits_and_hidden(model, s) if hidden else (passes.logits(model, s), None)
+
+    def biased(x: Tensor) -> Tensor:
+        return x if bias is None else x + bias
+
+    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    if len(ids) > rows and bare not in _MORE_THAN_A_HEAD:
+        with _first_row_alone(head) as seen:
+            logits, states = run()
+        inputs, first = seen
+        first = biased(first).to(logits.dtype).view_as(logits)
+        if torch.allclose(first, logits, rtol=0.0, atol=0.0, equal_nan=True):
+            trains = any(p.requires_grad for p in head.parameters())
+            out = in_slices(lambda x: biased(head(x)), trains, inputs, ids, of, rows)
+            return out, states
+        _MORE_THAN_A_HEAD.add(bare)
+    logits, states = run()
+    return of(logits, ids), states
+
+
+LOGITS_AT_ONCE = 2**24
+"""Floats of logits in memory at a time (64 MiB)."""
+_MORE_THAN_A_HEAD = weakref.WeakSet[nn.Module]()
+
+
+@contextlib.contextmanager
+def _first_row_alone(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, a head computes of its first row alone; what it was given (n, d) and that row's logits."""
+    seen = list[Tensor]()
+
+    def first(_: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
+        seen.append(states[0].flatten(end_dim=-2))
+        return (states[0][..., :1, :],)
+
+    before = head.register_forward_pre_hook(first)
+    after = head.register_forward_hook(lambda _, __, out: seen.append(out))
+    with before, after:
+        yield seen
 
 
 def response_scores(model: Model, s: Sequences) -> Tensor:

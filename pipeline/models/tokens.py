@@ -1,10 +1,12 @@
 """Token arithmetic that every model's passes share: padding, masks, positions, log-probabilities; torch
 alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # --- padding, masks, positions --------------------------------------------------------------------
 
@@ -117,3 +119,61 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
     """Logits divided by a temperature, in float32 at least."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1.0 else logits / temperature
+
+
+# --- a few rows at a time -------------------------------------------------------------------------
+
+OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""Logits (m, V) and ids (m,) -> some (m,) numbers, each a function of its own row."""
+
+
+def in_slices(
+    head: Callable[[Tensor], Tensor],
+    trains: bool,
+    hidden: Tensor,
+    ids: Tensor,
+    of: OfLogits,
+    rows: int,
+) -> tuple[Tensor, ...]:
+    """`of(head(hidden), ids)` for hidden (n, d), ids (n,), with the logits of `rows` rows in memory at a time.
+
+    Going backward a head that trains computes them again. One that does not is spared that: what its rows'
+    gradients would be is known while their logits are there.
+    """
+    parts = []
+    for x, tokens in zip(hidden.split(rows), ids.split(rows), strict=True):
+
+        def mine(x: Tensor, tokens: Tensor = tokens) -> tuple[Tensor, ...]:
+            return of(head(x), tokens)
+
+        if torch.is_grad_enabled() and not trains:
+            parts.append(_OfFrozenHead.apply(x, mine))
+        else:
+            parts.append(checkpoint(mine, x, use_reentrant=False))
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+class _OfFrozenHead(torch.autograd.Function):
+    """Numbers (m,) of rows (m, d) with their gradients, which going backward are only weighed."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, of: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            x = hidden.detach().requires_grad_()
+            out = of(x)
+            grads = [
+                torch.autograd.grad(y.sum(), x, retain_graph=True)[0] if y.requires_grad else None
+                for y in out
+            ]
+        plain = tuple(y.detach() for y in out)
+        ctx.mark_non_differentiable(*(y for y, g in zip(plain, grads, strict=True) if g is None))
+        ctx.save_for_backward(*grads)
+        return plain
+
+    @staticmethod
+    def backward(ctx, *weights: Tensor):  # type: ignore[override]
+        pairs = zip(weights, ctx.saved_tensors, strict=True)
+        parts = [w[:, None].to(g.dtype) * g for w, g in pairs if g is not None]
+        return torch.stack(parts).sum(dim=0), None

@@ -1,12 +1,19 @@
 """Policy and value, and their passes: what goes forward and backward at once."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import PPOConfig
-from pipeline.models.forward import layout, response_logprobs, response_scores, spread
+from pipeline.models.forward import (
+    layout,
+    of_predictions,
+    response_logprobs,
+    response_scores,
+    spread,
+)
 from pipeline.models.packing import Model, hidden_width
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import logprobs_and_entropy
@@ -65,8 +72,7 @@ class PolicyAndValue(nn.Module):
         if self.value is not None:
             out = _of_policy(self.policy, s, temperature, entropy_grad, ptx)
             return out._replace(values=self.values(s))
-        logits, hidden = layout(self.policy).logits_and_hidden(self.policy, s)
-        out = _of_logits(logits, s, temperature, entropy_grad)
+        out, hidden = _of_responses(self.policy, s, temperature, entropy_grad, hidden=True)
         values = spread(self._head(hidden), s.response_mask)
         return out._replace(values=values, likelihood=_likelihood(self.policy, ptx))
 
@@ -140,15 +146,18 @@ class ValuePass(nn.Module):
 def _of_policy(
     policy: Model, s: Sequences, temperature: float, entropy_grad: bool, ptx: Sequences | None
 ) -> Outputs:
-    out = _of_logits(layout(policy).logits(policy, s), s, temperature, entropy_grad)
+    out, _ = _of_responses(policy, s, temperature, entropy_grad)
     return out._replace(likelihood=_likelihood(policy, ptx))
 
 
-def _of_logits(logits: Tensor, s: Sequences, temperature: float, entropy_grad: bool) -> Outputs:
-    """Logits (n, V) that predict the n real tokens of the responses."""
-    tokens = s.responses[s.response_mask]
-    logprobs, entropies = logprobs_and_entropy(logits, tokens, temperature, entropy_grad)
-    return Outputs(spread(logprobs, s.response_mask), spread(entropies, s.response_mask))
+def _of_responses(
+    policy: Model, s: Sequences, temperature: float, entropy_grad: bool, hidden: bool = False
+) -> tuple[Outputs, Any]:
+    """Of the policy itself, and if asked for the last hidden states (n, d)."""
+    of = functools.partial(logprobs_and_entropy, temperature=temperature, entropy_grad=entropy_grad)
+    (logprobs, entropies), states = of_predictions(policy, s, of, hidden)
+    out = Outputs(spread(logprobs, s.response_mask), spread(entropies, s.response_mask))
+    return out, states
 
 
 def _likelihood(policy: Model, ptx: Sequences | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from pipeline.config.schema import SFTConfig
 from pipeline.errors import UserError
 from pipeline.models.adapters import add_lora
 from pipeline.models.encoder_decoder import is_encoder_decoder
-from pipeline.models.forward import layout
+from pipeline.models.forward import of_predictions
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import pad_id
 from pipeline.process.progress import say
@@ -101,13 +101,11 @@ class Seq2SeqTokenTrainer(Checked, Seq2SeqTrainer):
         s = Sequences.within(inputs)
         # which only the model's own forward would enter by itself
         with self.accelerator.autocast():
-            logits = layout(model).logits(model, s)
-        tokens = s.responses[s.response_mask]
-        nats = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="sum")
-        right = (logits.argmax(dim=-1) == tokens).sum()
-        seen = torch.stack([nats.detach(), right, torch.tensor(len(tokens))]).cpu()
+            (nats, right), _ = of_predictions(model, s, _nats_and_right)
+        loss, tokens = nats.sum(), len(nats)
+        seen = torch.stack([loss.detach(), right.sum(), torch.tensor(tokens)]).cpu()
         self._sums["train" if model.training else "eval"] += seen
-        loss = nats / (num_items_in_batch or len(tokens))
+        loss = loss / (num_items_in_batch or tokens)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -127,6 +125,12 @@ class Seq2SeqTokenTrainer(Checked, Seq2SeqTrainer):
             logs["mean_token_accuracy"] = right / tokens
             self._sums["train"].zero_()
         super().log(logs, *args, **kwargs)
+
+
+def _nats_and_right(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of each token, and whether it is the likeliest."""
+    nats = torch.nn.functional.cross_entropy(logits.float(), ids, reduction="none")
+    return nats, logits.argmax(dim=-1) == ids
 
 
 class TokenTrainer(Checked, SFTTrainer):
