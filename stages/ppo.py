@@ -9,6 +9,7 @@ if __name__ == "__main__":
     cli.main("ppo")  # checks config and data before the slow imports below
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipeline.handoff import checkpoint
 from pipeline.models.adapters import merged
 from pipeline.models.causal import places
 from pipeline.models.forward import layout
-from pipeline.models.loading import prepare_cpu, quiet
+from pipeline.models.loading import load_policy, prepare_cpu, quiet
 from pipeline.ppo import preflight
 from pipeline.ppo.alarms import Alarms
 from pipeline.ppo.build import build_ppo, check_divides
@@ -81,7 +82,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
             watch.samples(last=True)
 
         if stage.main:
-            _save(ppo, stage.output)
+            _save(ppo, stage.parent("sft"), stage.output)
         return stage.publish(
             _summary(stage.work / "metrics.jsonl"),
             tokenizer_hash(ppo.tokenizer),
@@ -147,14 +148,14 @@ def _save_state(ppo: PPO, stage: StageRun) -> None:
         stopping.leave("ppo", ppo.iteration)
 
 
-def _save(ppo: PPO, output: Path) -> None:
+def _save(ppo: PPO, sft: Path, output: Path) -> None:
     """The policy, adapters merged, and beside it its moving average if one was kept."""
-    policy = ppo.networks.policy
+    policy, base = ppo.networks.policy, functools.partial(load_policy, sft, ppo.tokenizer)
     if ppo.config.ema_decay is not None:
         with ppo.ema.swapped_in(ppo.networks.policy_parameters()):
-            merged(copy.deepcopy(policy)).save_pretrained(output / "ema")
+            merged(copy.deepcopy(policy), base).save_pretrained(output / "ema")
         ppo.tokenizer.save_pretrained(output / "ema")
-    merged(policy).save_pretrained(output)
+    merged(policy, base).save_pretrained(output)
     ppo.tokenizer.save_pretrained(output)
 
 

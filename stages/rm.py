@@ -96,7 +96,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
             )
 
         checkpoint.seed_everything(config.seed)
-        model = reward_from_policy(sft, tokenizer).to(device())
+        model = reward_from_policy(sft, tokenizer, config.dtype).to(device())
         check_length(model, *_apart(training_rows + held_out_rows))
         before = measure(_score(model, tokenizer, held_out_rows))
         trainer = KwiseTrainer(
@@ -122,7 +122,10 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
 
         if config.lora is not None:
             save_adapter(trainer.accelerator.unwrap_model(trainer.model), stage.output / ADAPTER)
-        final = merged(trainer.accelerator.unwrap_model(trainer.model))
+        final = merged(
+            trainer.accelerator.unwrap_model(trainer.model),
+            lambda: reward_from_policy(sft, tokenizer).to(device()),
+        )
         final.config.reward_bias = _demonstration_mean(final, tokenizer, config, sft)
         faults.at("eval", trainer.state.global_step)
         scored = _score(final, tokenizer, held_out_rows)

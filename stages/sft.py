@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 
 from pipeline.config.schema import SFTConfig
 from pipeline.data.forms import Demonstration, load_demonstrations
@@ -31,6 +31,7 @@ from pipeline.data.template import (
 from pipeline.errors import at
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import merged
+from pipeline.models.device import device
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
 from pipeline.process import faults
@@ -78,7 +79,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         tokenizer = load_tokenizer(
             config.model, config.chat_template, config.source_language, config.target_language
         )
-        policy = load_policy(config.model, tokenizer)
+        policy = load_policy(config.model, tokenizer, config.dtype)
         if config.packing:
             check_packing(policy)
         training, held_out = _split(config, demonstrations)
@@ -94,7 +95,9 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         train(trainer, stage.work, Recorder(stage.tracker, LOGGED, config.log_every), before)
         after = _validation_loss(trainer)
 
-        final = merged(trainer.accelerator.unwrap_model(trainer.model))
+        final = merged(
+            trainer.accelerator.unwrap_model(trainer.model), lambda: _base(config, tokenizer)
+        )
         samples, answered = _answers(config, final, tokenizer, held_out)
         stage.tracker.samples(trainer.state.global_step, samples)
         _write_demonstrations(stage.output / "demonstrations.jsonl", training[:KEPT])
@@ -112,6 +115,12 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
             tokenizer_hash(tokenizer),
             template_hash(tokenizer),
         )
+
+
+def _base(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model as it was loaded, rows for new tokens included, in float32."""
+    checkpoint.seed_everything(config.seed)
+    return load_policy(config.model, tokenizer).to(device())
 
 
 def _validation_loss(trainer: Trainer) -> dict[str, float]:

@@ -385,7 +385,9 @@ def test_the_models_of_an_ensemble_are_combined_and_loaded_once(tmp_path, monkey
     paths = [saved(tmp_path / str(seed), tiny_models.tokenizer(), seed) for seed in (1, 2)]
     loaded = []
     load = build.load_reward
-    monkeypatch.setattr(build, "load_reward", lambda path: loaded.append(str(path)) or load(path))
+    monkeypatch.setattr(
+        build, "load_reward", lambda path, dtype: loaded.append(str(path)) or load(path, dtype)
+    )
     made = terms()
     one, two = (made.build(Reward(model=path))(EPISODES) for path in paths)
     both = made.build(Reward(models=paths, aggregate="min"))(EPISODES)

@@ -25,6 +25,7 @@ Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["constant", "linear", "cosine"]
+Dtype = Literal["fp32", "bf16"]
 
 
 class Data(Section):
@@ -158,6 +159,15 @@ class Optimisation(Section):
     """Keep the layers' inputs alone and compute the rest again going backward: less memory, more time."""
     lora: Lora | None = None
     """Adapters instead of full weights."""
+    dtype: Dtype = "fp32"
+    """Of the weights under them; bf16 takes half the memory. What is trained is fp32, and what is published
+    has its adapters merged into the weights as they were in fp32."""
+
+    @model_validator(mode="after")
+    def _trains_fp32(self):
+        if self.dtype != "fp32" and self.lora is None:
+            raise ValueError("dtype bf16 is for weights that are not trained: it needs lora")
+        return self
 
 
 class SFTConfig(StageConfig, Optimisation):
@@ -457,8 +467,8 @@ class PPOConfig(StageConfig):
     """What ends a response besides EOS: tokens, or strings of several that are looked for in its text."""
     old_logprobs: Literal["sampler", "recompute"] | None = None
     """Where the ratio's denominator comes from: kept while sampling, or a forward pass like the
-    update's; none = sampler in fp32, where they agree; recompute in bf16, where they do not quite, and
-    with vllm, whose weights may be rounded."""
+    update's; none = sampler in fp32, where they agree; recompute in bf16 (precision, or dtype with
+    lora), where they do not quite, and with vllm, whose weights may be rounded."""
     sampler_correction: Annotated[float, Field(ge=1)] | None = None
     """Weigh tokens by old policy / sampler, at most this (truncated importance sampling); with recompute."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
@@ -503,6 +513,9 @@ class PPOConfig(StageConfig):
     """One base in memory: policy, reward model and value network are adapters on it, the reference has
     none. Needs `lora`, and a reward model that was trained with lora from the same SFT model; the value
     adapter starts as the reward model's."""
+    dtype: Dtype = "fp32"
+    """Of weights that are not trained: reference, reward models, and what is under `lora` and `value_lora`.
+    bf16 takes half the memory; what is published has its adapters merged into fp32 weights."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Also publish an exponential moving average of the policy (InstructGPT: 0.992), in `RUN/ppo/ema`."""
 
@@ -528,6 +541,9 @@ class PPOConfig(StageConfig):
             "ptx_coef > 0 and ptx_data go together": (self.ptx_coef > 0) != bool(self.ptx_data),
             "sampler_correction needs old_logprobs: recompute": sampled and self.sampler_correction,
             "vllm needs old_logprobs: recompute": sampled and self.vllm,
+            "vllm needs dtype: fp32 with lora, it is given merged weights": (
+                self.vllm and self.lora and self.dtype != "fp32"
+            ),
             "rollout_batch_size has no effect with vllm": self.vllm and self.rollout_batch_size,
             "value_lora needs value: separate": self.value == "shared" and self.value_lora,
             "shared_base needs lora": self.shared_base and not self.lora,
@@ -549,8 +565,12 @@ class PPOConfig(StageConfig):
         own = self.value_learning_rate
         return self.learning_rate if own is None else own
 
+    def rounds(self) -> bool:
+        """Whether the policy computes in bf16."""
+        return self.precision != "fp32" or (self.lora is not None and self.dtype != "fp32")
+
     def recompute(self) -> bool:
         """Whether old logprobs come from a forward pass like the update's, not from the sampler."""
         if self.old_logprobs is None:
-            return self.precision != "fp32" or self.vllm is not None
+            return self.rounds() or self.vllm is not None
         return self.old_logprobs == "recompute"

@@ -6,9 +6,10 @@ the base with none: four models for the memory of one. Which adapter works is a 
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import Lora
@@ -53,9 +54,18 @@ def _config(lora: Lora, task: str):
     )
 
 
-def merged(model: Model) -> Model:
-    """A plain transformers model: the policy's adapter folded into the weights it adapts."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+def merged(model: Model, base: Callable[[], Model] | None = None) -> Model:
+    """A plain transformers model: the adapter folded into the weights it adapts; where these are rounded to
+    bf16 into those of `base()`, the same in float32."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    if base is not None and model.get_base_model().dtype == torch.bfloat16:
+        from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+        trained = get_peft_model_state_dict(model, save_embedding_layers=False)
+        model = get_peft_model(base(), model.peft_config["default"])
+        set_peft_model_state_dict(model, trained)
+    return model.merge_and_unload()
 
 
 @contextlib.contextmanager
@@ -129,7 +139,8 @@ def scorers_on(
     if rm is None:
         _add(policy, "value", _config(value_lora, "CAUSAL_LM"))
         width = hidden_width(policy)
-        head = nn.Linear(width, 1, bias=False, dtype=policy.dtype)
+        dtype = torch.promote_types(policy.dtype, torch.float32)
+        head = nn.Linear(width, 1, bias=False, dtype=dtype)
         nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1))
         return None, AdapterScorer(policy, "value", head, 0.0)
     config, weights, head_weight = _read_adapter(rm)

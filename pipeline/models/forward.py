@@ -137,10 +137,15 @@ def _active(model: Model) -> contextlib.AbstractContextManager[None]:
 
 def _scores(model: Model, hidden: Tensor) -> Tensor:
     """The head's numbers (n,) for hidden states (n, d), less the stored bias."""
-    scores = score_head(model)(hidden).squeeze(-1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = in_full(score_head(model), hidden).squeeze(-1)
     shared = isinstance(model, AdapterScorer)
     return scores - (model.reward_bias if shared else reward_bias(inner(model).config))
+
+
+def in_full(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """A scalar head's numbers (n, 1) in float32 at least, whatever its trunk (n, d) computes in."""
+    out = head(hidden.to(head.weight.dtype))
+    return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
 def reward_bias(config: PreTrainedConfig) -> float:

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
+from pipeline.config.schema import Dtype
 from pipeline.data.template import prepare_tokenizer
 from pipeline.errors import UserError
 from pipeline.models.encoder_decoder import set_decoder_prefix
@@ -114,10 +115,13 @@ def _pad_apart_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 def load_policy(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, dtype: Dtype = "fp32"
 ) -> PreTrainedModel:
-    """Language model in float32, dropout off, with a generation config free of sampling rules.
+    """Language model, dropout off, with a generation config free of sampling rules.
 
     Truncated sampling or penalties that a model ships with (top-k 50, repetition penalty, beams) would
     make the rollout distribution differ from the one PPO computes logprobs of (trl#6789).
@@ -126,7 +130,7 @@ def load_policy(
     if tokenizer is not None:
         check_vocabulary(path, config, tokenizer)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = _load_weights(kind, path)
+    model = _load_weights(kind, path, dtype)
     shipped = model.generation_config
     model.generation_config = GenerationConfig(**{name: getattr(shipped, name) for name in _KEPT})
     if tokenizer is not None:
@@ -178,36 +182,44 @@ def check_reward(path: str | Path) -> PreTrainedConfig:
     return config
 
 
-def load_reward(path: str | Path) -> PreTrainedModel:
-    """Sequence classifier with one output, float32, dropout off."""
-    return _ready(_load_weights(_classifier(check_reward(path)), path))
+def load_reward(path: str | Path, dtype: Dtype = "fp32") -> PreTrainedModel:
+    """Sequence classifier with one output, dropout off; a linear head on its trunk is in float32."""
+    model = _load_weights(_classifier(check_reward(path)), path, dtype)
+    if isinstance(head := getattr(model, "score", None), nn.Linear):
+        head.float()
+    return _ready(model)
 
 
 def _classifier(config: PreTrainedConfig) -> Any:
     return EncoderDecoderScorer if config.is_encoder_decoder else AutoModelForSequenceClassification
 
 
-def reward_from_policy(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The policy's trunk with a fresh scalar head, drawn with std 1/sqrt(d + 1) (arXiv 2403.17031).
+def reward_from_policy(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: Dtype = "fp32"
+) -> PreTrainedModel:
+    """The policy's trunk with a fresh scalar head in float32, drawn with std 1/sqrt(d + 1) (arXiv
+    2403.17031).
 
     Draws from the global generator: seed it first.
     """
     config = check_policy(path)
     check_vocabulary(path, config, tokenizer)
-    model = _load_weights(_classifier(config), path, fresh="score.weight", num_labels=1)
+    model = _load_weights(_classifier(config), path, dtype, fresh="score.weight", num_labels=1)
     fit_tokenizer(model, tokenizer)
-    head = score_head(model)
+    head = score_head(model).float()
     nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     model.config.reward_bias = 0.0
     return _ready(model)
 
 
-def _load_weights(kind: Any, path: str | Path, fresh: str = "", **kwargs: Any) -> PreTrainedModel:
-    """A model in float32; UserError if the file lacks a weight other than the `fresh` one.
+def _load_weights(
+    kind: Any, path: str | Path, dtype: Dtype, fresh: str = "", **kwargs: Any
+) -> PreTrainedModel:
+    """A model, read weight by weight into a dtype; UserError if the file lacks a weight other than the `fresh` one.
 
     transformers would draw it at random.
     """
-    told = {"dtype": torch.float32, "output_loading_info": True}
+    told = {"dtype": DTYPES[dtype], "output_loading_info": True}
     model, info = _load(kind, path, **told, **kwargs)
     if lacking := sorted(set(info["missing_keys"]) - {fresh}):
         raise UserError(

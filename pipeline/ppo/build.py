@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import PPOConfig, Reward
+from pipeline.config.schema import Dtype, PPOConfig, Reward
 from pipeline.data.forms import load_texts
 from pipeline.data.literals import text_ids
 from pipeline.data.template import template_hash, tokenizer_hash
@@ -62,8 +62,10 @@ def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) 
     accelerator = launch.accelerator()
     launch.check_supported(accelerator.distributed_type)
     tokenizer = load_tokenizer(sft)
-    policy = add_lora(load_policy(sft, tokenizer), config.lora, "CAUSAL_LM")
-    terms = _Terms(rm, tokenizer, accelerator.device, config.rollout_batch_size or 64)
+    dtype = config.dtype if config.lora else "fp32"
+    policy = add_lora(load_policy(sft, tokenizer, dtype), config.lora, "CAUSAL_LM")
+    at_once = config.rollout_batch_size or 64
+    terms = _Terms(rm, tokenizer, accelerator.device, at_once, config.dtype)
     if config.shared_base:
         value: Model | None = _on_shared_base(policy, config, rm, terms)
     else:
@@ -77,7 +79,7 @@ def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) 
         config,
         tokenizer,
         policy=policy,
-        reference=None if config.lora else load_policy(sft, tokenizer),
+        reference=None if config.lora else load_policy(sft, tokenizer, config.dtype),
         value=value,
         score=weighted_sum([(r.weight, terms.build(r)) for r in sequence_terms]),
         token_score=token_sum([(r.weight, token_function(r.function or "")) for r in token_terms]),
@@ -128,8 +130,10 @@ class _Terms:
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
         batch_size: int,
+        dtype: Dtype = "fp32",
     ):
         self.rm, self.tokenizer, self.device, self.batch_size = rm, tokenizer, device, batch_size
+        self.dtype = dtype
         self._models: dict[str, Score] = {}
 
     def add(self, name: str, model: nn.Module) -> None:
@@ -152,7 +156,7 @@ class _Terms:
     def _model(self, name: str) -> Score:
         path = self.rm if name == "rm" else name
         assert path is not None, "the stage makes `rm` a parent when a reward names it"
-        model, own = load_reward(path), load_tokenizer(path)
+        model, own = load_reward(path, self.dtype), load_tokenizer(path)
         fit_tokenizer(model, own)
         return self._score(model.requires_grad_(False), own)
 
@@ -186,7 +190,8 @@ def _value(
     """
     if config.value == "shared":
         return None
-    model = load_reward(rm) if rm is not None else reward_from_policy(sft, tokenizer)
+    dtype = config.dtype if config.value_lora else "fp32"
+    model = load_reward(rm, dtype) if rm else reward_from_policy(sft, tokenizer, dtype)
     return add_lora(model, config.value_lora, "SEQ_CLS")
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import PPOConfig
 from pipeline.models.forward import (
+    in_full,
     layout,
     of_predictions,
     response_logprobs,
@@ -49,7 +50,8 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value = value
         if value is None:
-            self.value_head = nn.Linear(hidden_width(policy), 1, dtype=policy.dtype)
+            dtype = torch.promote_types(policy.dtype, torch.float32)
+            self.value_head = nn.Linear(hidden_width(policy), 1, dtype=dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
@@ -84,8 +86,7 @@ class PolicyAndValue(nn.Module):
 
     def _head(self, hidden: Tensor) -> Tensor:
         """(n, d) -> (n,)"""
-        values = self.value_head(hidden).squeeze(-1)
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        return in_full(self.value_head, hidden).squeeze(-1)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Trainable parameters of the policy; of a shared base, those of its own adapter."""

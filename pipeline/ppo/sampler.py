@@ -42,7 +42,7 @@ class PolicySampler:
     ):
         self.config, self.policy, self.accelerator = config, policy, accelerator
         self.stop, self.pad = stops(tokenizer, config.stop_tokens), pad_id(tokenizer)
-        self.mismatch = MISMATCH["fp32" if config.precision == "fp32" else "half"]
+        self.mismatch = MISMATCH["half" if config.rounds() else "fp32"]
         self.forced_lengths: Tensor | None = None
         """(B,) lengths that all responses get, to time equal work."""
 

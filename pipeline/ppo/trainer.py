@@ -33,6 +33,9 @@ from pipeline.ppo.rollout import Query, Rollout, everywhere, generator, queries_
 from pipeline.ppo.sampler import PolicySampler, Sampler
 from pipeline.process import launch
 
+TOLERANCE = {False: 1e-3, True: 0.25}
+"""Nats a token that two passes of the same weights may differ by, computed in float32 or rounded to bf16."""
+
 
 class PPO:
     """Proximal policy optimisation of a causal language model against a score.
@@ -121,7 +124,8 @@ class PPO:
         )
         gates.sampler_is_the_policy(rollout, self.sampler, self.iteration, self._all_sum)
         if self.iteration == 0:
-            gates.starts_at_reference(old, reference, mask, self._tolerance)
+            rounded = self.config.dtype != "fp32" or self.config.rounds()
+            gates.starts_at_reference(old, reference, mask, TOLERANCE[rounded])
         return rollout
 
     def episodes(self, queries: list[Query], responses: list[list[int]]) -> Episodes:
@@ -299,7 +303,7 @@ class PPO:
                 outputs.logprobs.detach(),
                 rollout.old_logprobs,
                 rollout.response_mask,
-                self._tolerance,
+                TOLERANCE[self.config.rounds()],
                 self.iteration,
             )
         return losses(outputs, batch, self.config)
@@ -343,7 +347,3 @@ class PPO:
     def _at_once(self, episodes: int) -> int:
         """Episodes per forward pass where no gradient is kept: no more than in the update."""
         return self.config.micro_batch_size or max(1, episodes // self.config.minibatches)
-
-    @property
-    def _tolerance(self) -> float:
-        return 1e-3 if self.config.precision == "fp32" else 0.25
