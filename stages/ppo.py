@@ -111,10 +111,11 @@ def _short_enough(queries: list[Query], config: PPOConfig) -> list[Query]:
 
 
 def _check_room(ppo: PPO, queries: list[Query]) -> None:
-    """UserError when the model has too few places for a prompt and its response."""
+    """UserError when the model has too few places for a prompt and its response, and the EOS that a reward
+    model reads after one that was cut off."""
     policy, new = ppo.networks.policy, ppo.config.max_new_tokens
     longest = max(len(query.ids) for query in queries)
-    if (room := layout(policy).room(policy, longest)) < new:
+    if (room := layout(policy).room(policy, longest) - 1) < new:
         raise UserError(
             f"ppo: a prompt of {longest} tokens leaves {max(room, 0)} places of the model's "
             f"{places(policy)} for its response; lower max_new_tokens ({new}) or max_prompt_length"

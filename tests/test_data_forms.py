@@ -249,7 +249,10 @@ def test_answers_labelled_false_are_not_learnt():
         load_demonstrations(KTO[1:2])
 
 
-@pytest.mark.parametrize(("good", "bad"), [(1, 0), (1.0, 0.0), ("True", "False"), ("1", "0")])
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [(1, 0), (1.0, 0.0), ("True", "False"), ("1", "0"), (1, -1), ("desirable", "undesirable")],
+)
 def test_a_label_may_be_a_number_or_a_text_as_in_csv(good, bad):
     rows = [
         {"prompt": "q", "completion": "a", "label": good},

@@ -1,6 +1,7 @@
 """Encoder-decoders: their passes against stock ones, what their decoders read first, their trainers."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import (
     MarianTokenizer,
     MBart50Tokenizer,
     MBartTokenizer,
+    NllbTokenizer,
     TrainerCallback,
 )
 
@@ -32,7 +34,7 @@ from pipeline.models.adapters import add_lora
 from pipeline.models.decoding import decoder
 from pipeline.models.encoder_decoder import set_decoder_prefix
 from pipeline.models.forward import response_logprobs, response_scores, score_sequences
-from pipeline.models.generation import sample, stops
+from pipeline.models.generation import generate, sample, stops
 from pipeline.models.loading import load_policy, load_reward, load_tokenizer, reward_from_policy
 from pipeline.models.scorer import EncoderDecoderScorer
 from pipeline.models.sequences import Sequences
@@ -175,6 +177,59 @@ def test_languages_go_where_a_model_expects_them(kind, encoder, start):
         set_decoder_prefix(model, tokenizer)
 
 
+@pytest.mark.parametrize("name", ["source_language", "target_language"])
+@pytest.mark.parametrize("kind", [MBartTokenizer, MBart50Tokenizer, NllbTokenizer])
+def test_a_language_that_a_tokenizer_does_not_have_is_refused(kind, name, tmp_path):
+    if kind is NllbTokenizer:
+        kind = functools.partial(kind, merges=[])
+    table = {piece: i for i, (piece, _) in enumerate(PIECES)}
+    tokenizer = kind(vocab=table if isinstance(kind, functools.partial) else PIECES)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no language klingon; it has .*deu_Latn|de_DE"):
+        load_tokenizer(tmp_path, **{name: "klingon"})
+    tiny_models.tokenizer().save_pretrained(tmp_path / "none")
+    with pytest.raises(UserError, match="has no languages: leave out klingon"):
+        load_tokenizer(tmp_path / "none", **{name: "klingon"})
+
+
+@pytest.mark.parametrize("words", ["{{ message['content'] }}", "{{ 'always this' }}"])
+def test_a_template_without_the_reply_is_refused(words, tmp_path):
+    template = "{% for message in messages %}{% if message['role'] == 'user' %}" + words
+    (tmp_path / "t.jinja").write_text(template + "{% endif %}{% endfor %}")
+    with pytest.raises(UserError, match="leaves out the assistant's words"):
+        prepare_tokenizer(tiny_models.tokenizer(), tmp_path / "t.jinja")
+
+
+def test_two_tables_of_embeddings_do_not_grow():
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.add_tokens(["w99"])
+    for kind in tiny_models.SEQ2SEQ:
+        loading.fit_tokenizer(tiny_models.seq2seq(kind), tokenizer)
+    apart = tiny_models.seq2seq("bart", tie_word_embeddings=False)
+    with pytest.raises(
+        UserError, match="a table of 29 embeddings each, which cannot grow to the 30"
+    ):
+        loading.fit_tokenizer(apart, tokenizer)
+
+
+def test_a_text_that_a_reward_model_has_no_places_for_is_told():
+    for model, response in ((tiny_models.seq2seq_reward("bart"), 63), (tiny_models.reward(), 24)):
+        prompt = [7] * 41
+        assert len(score_sequences(model, [prompt], [[8] * (response - 1)], 0)) == 1
+        with pytest.raises(UserError, match=f"a reward model for 64 tokens, and 41 and {response}"):
+            score_sequences(model, [prompt], [[8] * response], 0)
+
+
+def test_a_response_that_is_cut_off_leaves_a_place_for_the_end_that_is_scored():
+    model, tokenizer = tiny_models.seq2seq("bart"), tiny_models.tokenizer()
+    torch.manual_seed(0)
+    responses = generate(model, tokenizer, PROMPTS * 8, max_new_tokens=200)
+    longest = max(len(response.ids) for response in responses)
+    assert longest == 61 and not all(response.ended for response in responses)
+    scored = [[*r.ids, *([] if r.ended else [4])] for r in responses]
+    assert len(score_sequences(tiny_models.seq2seq_reward("bart"), PROMPTS * 8, scored, 0)) == 32
+
+
 def test_a_tokenizer_of_two_languages_cuts_a_reply_by_the_one_that_is_written(tmp_path):
     texts = {"source": "hello world good morning", "target": "hallo welt guten morgen"}
     vocabulary = {"</s>": 0, "<unk>": 1}
@@ -291,7 +346,10 @@ def renamed(folder, **changes):
         ({"architectures": ["BartForSequenceClassification"]}, "does not predict the next token"),
         ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "a T5EncoderModel, which does"),
         ({"architectures": ["EncoderDecoderScorer"]}, "a EncoderDecoderScorer, which does not"),
-        ({"model_type": "whisper"}, "whisper models read no text, or write none"),
+        (
+            {"model_type": "whisper"},
+            "whisper is none of the encoder-decoders that are known to work",
+        ),
         ({"vocab_size": 20}, "a vocabulary of 20, and a tokenizer of 29 words"),
     ],
     ids=str,

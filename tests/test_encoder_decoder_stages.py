@@ -115,7 +115,7 @@ def test_a_prompt_that_leaves_no_place_for_its_response_is_refused_before_it_is_
         )
         queries = made.queries([r["prompt"] for r in row])
         with (
-            contextlib.nullcontext() if fits else pytest.raises(UserError, match="leaves 22 places")
+            contextlib.nullcontext() if fits else pytest.raises(UserError, match="leaves 21 places")
         ):
             ppo._check_room(made, queries)
 

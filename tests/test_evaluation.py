@@ -14,7 +14,7 @@ import tiny_models
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.schema import Data
 from pipeline.errors import UserError
-from pipeline.evaluation import report
+from pipeline.evaluation import likelihoods, report
 from pipeline.evaluation.__main__ import main, run_evaluation
 from pipeline.evaluation.evaluate import labels, references
 from pipeline.evaluation.judges import load_judge
@@ -183,8 +183,15 @@ def test_what_does_not_fit_the_models_context_is_left_out(tmp_path, capsys):
     assert result["prompts"] == 1 + 1
     assert "1 of 3 prompts are left out" in capsys.readouterr().out
     assert all(math.isfinite(model["perplexity"]) for model in result["models"].values())
-    with pytest.raises(UserError, match="no prompt fits in the models' context of 64 tokens"):
+    with pytest.raises(UserError, match="no prompt fits among the models' places"):
         run_evaluation(run, config(tmp_path, **keys, max_new_tokens=64))
+
+
+def test_an_encoder_decoder_has_places_for_a_prompt_and_as_many_for_its_response():
+    bart = tiny_models.seq2seq("bart")
+    assert likelihoods.room({"sft": bart}, 41) == 62
+    assert likelihoods.room({"sft": bart, "ppo": tiny_models.policy()}, 41) == 23
+    assert likelihoods.room({"sft": bart}, 65) == 0
 
 
 def test_scores_that_are_no_numbers_end_it_with_words(tmp_path, judge):

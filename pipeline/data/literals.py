@@ -63,6 +63,15 @@ def token_ids(tokenizer: Any, text: str, reply: bool = False) -> list[int]:
     return list(_twin(tokenizer, _state(tokenizer)).encode(spelled, add_special_tokens=False).ids)
 
 
+def around(tokenizer: Any, target: bool = False) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and after a text; `target`: one that a decoder writes."""
+    given = {"text_target" if target else "text": "a"}
+    whole = tokenizer(**given)["input_ids"]
+    bare = tokenizer(**given, add_special_tokens=False)["input_ids"]
+    at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:at], whole[at + len(bare) :]
+
+
 def has_special(tokenizer: Any, text: str) -> bool:
     """Whether a rendering of marked messages has a special token, of the template's then."""
     return _specials(tokenizer, _state(tokenizer))[0].search(text) is not None

@@ -16,7 +16,8 @@ _UNREAD = {
 }
 """Columns that, where they are filled, say that the text is not the whole example -> what to do."""
 
-_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_LABELS = dict.fromkeys("true 1 1.0 yes good chosen desirable".split(), True)
+_LABELS |= dict.fromkeys("false 0 0.0 -1 -1.0 no bad rejected undesirable".split(), False)
 
 _EMPTY = ("", "[]", "{}", "null")
 
@@ -50,8 +51,8 @@ def _filled(value: Any) -> bool:
 
 
 def label_of(values: dict[str, Any]) -> bool | None:
-    """What an unpaired row's `label` says of its answer, as KTO's data has it: true or false, 1 or 0, or
-    those as text, as CSV has them. None for anything else."""
+    """What an unpaired row's `label` says of its answer, as KTO's data has it: true or false, 1 or 0,
+    1 or -1, those as text, or a word for them. None for anything else."""
     return _LABELS.get(str(values.get("label")).strip().lower())
 
 

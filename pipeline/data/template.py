@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.literals import has_special, marked, special_ids, token_ids
+from pipeline.data.literals import around, has_special, marked, special_ids, token_ids
 from pipeline.data.messages import THINKING_BLOCK, Message, message
 from pipeline.errors import UserError
 from pipeline.process.progress import say
@@ -40,8 +40,8 @@ ENCODER_TEMPLATE = (
     "{%% endfor %%}"
     "{%% if add_generation_prompt %%}{{ %(end)s }}{%% endif %%}"
 )
-"""For encoder-decoders without a template: the words alone, turns parted by EOS, and around them what the
-tokenizer puts around a text; then the reply, which the decoder writes."""
+"""For encoder-decoders without a template: the words alone, turns parted by EOS, in what the tokenizer puts
+around a text; then the reply."""
 
 DATE = datetime.date(2024, 7, 26)
 """Today, to a template that asks: the day that Llama 3.2's own falls back to."""
@@ -72,7 +72,12 @@ def prepare_tokenizer(
     elif not tokenizer.chat_template:
         tokenizer.chat_template = _bos(tokenizer) + DEFAULT_TEMPLATE
     tokenizer.chat_template = _dated(tokenizer)
-    encode_responses(tokenizer, [message("user", "a")], ["b"])
+    asked = [message("user", "a")]
+    encode_responses(tokenizer, asked, ["b"])
+    if _PROBE not in _reply(tokenizer, _render(tokenizer, asked, True), asked, _PROBE):
+        raise UserError(
+            "chat template: it leaves out the assistant's words: nothing could be learnt"
+        )
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -257,15 +262,6 @@ def _dated(tokenizer: Any) -> str:
             "chat template: write the date in the place of strftime_now (chat_template)"
         )
     return dated
-
-
-def around(tokenizer: Any, target: bool = False) -> tuple[list[int], list[int]]:
-    """Ids that the tokenizer puts before and after a text; `target`: one that a decoder writes."""
-    given = {"text_target" if target else "text": "a"}
-    whole = tokenizer(**given)["input_ids"]
-    bare = tokenizer(**given, add_special_tokens=False)["input_ids"]
-    at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[:at], whole[at + len(bare) :]
 
 
 def _encoder_template(tokenizer: Any) -> str:

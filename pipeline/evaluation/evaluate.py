@@ -20,10 +20,10 @@ from pipeline.evaluation import metrics, tallies
 from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.evaluation.likelihoods import (
     check_texts,
-    context,
     demonstrations,
     kl_to_sft,
     perplexity,
+    room,
     texts,
 )
 from pipeline.evaluation.rankings import Scored, measure, read_scored
@@ -75,7 +75,7 @@ def evaluate(
             raise UserError(f"eval: group_by: no prompt of the split {split} has a {key!r}")
     models = load_policies(stages, tokenizer, "eval")
     check_texts(config, models)
-    asked = _that_fit(asked, context(models), config.max_new_tokens)
+    asked = _that_fit(asked, models, config.max_new_tokens)
     reward = load_reward(stages["rm"].path).to(device.device()) if "rm" in stages else None
     exam = Exam(config, tokenizer, judge, reward)
     generated = {name: exam.answers(name, model, asked) for name, model in models.items()}
@@ -88,7 +88,7 @@ def evaluate(
         "comparisons": _comparisons(answers, groups),
     }
     for key, read in (("perplexity", demonstrations), ("text_perplexity", texts)):
-        pairs = read(config, tokenizer, context(models))
+        pairs = read(config, tokenizer, models)
         for name, model in models.items() if pairs else ():
             result["models"][name][key] = perplexity(model, pairs, pad_id(tokenizer))
     if config.reference is not None:
@@ -119,10 +119,10 @@ def ask(config: EvalConfig, split: Split, tokenizer: PreTrainedTokenizerBase) ->
     )
 
 
-def _that_fit(asked: Asked, size: int, new: int) -> Asked:
-    """Prompts that leave room for `new` tokens in a context of `size`; the others are said and left out."""
-    fit = [i for i, ids in enumerate(asked.ids) if len(ids) + new <= size]
-    left = f"in the models' context of {size} tokens beside max_new_tokens {new}"
+def _that_fit(asked: Asked, models: dict[str, nn.Module], new: int) -> Asked:
+    """Prompts that leave room for `new` tokens and their end; the others are said and left out."""
+    fit = [i for i, ids in enumerate(asked.ids) if room(models, len(ids)) > new]
+    left = f"among the models' places beside max_new_tokens {new}"
     if not fit:
         raise UserError(f"eval: no prompt fits {left}")
     if long := len(asked.ids) - len(fit):

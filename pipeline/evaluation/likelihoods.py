@@ -1,7 +1,5 @@
 """Log-likelihoods under each policy: KL to SFT, and perplexities of held-out data."""
 
-import sys
-
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +10,9 @@ from pipeline.data.literals import text_ids
 from pipeline.data.template import encode_demonstration
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics
+from pipeline.models.causal import places
 from pipeline.models.encoder_decoder import is_encoder_decoder
-from pipeline.models.forward import LOGITS_AT_ONCE, response_logprobs
+from pipeline.models.forward import LOGITS_AT_ONCE, layout, response_logprobs
 from pipeline.models.generation import Response
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import pad_id
@@ -23,10 +22,9 @@ Pair = tuple[list[int], list[int]]
 """Tokens that are given, and tokens whose likelihood is asked."""
 
 
-def context(models: dict[str, nn.Module]) -> int:
-    """Tokens that every model has positions for."""
-    sizes = [getattr(m.config, "max_position_embeddings", None) for m in models.values()]
-    return min((size for size in sizes if size), default=sys.maxsize)
+def room(models: dict[str, nn.Module], prompt: int) -> int:
+    """Tokens that every model has places for after a prompt of so many."""
+    return min(layout(model).room(model, prompt) for model in models.values())
 
 
 def check_texts(config: EvalConfig, models: dict[str, nn.Module]) -> None:
@@ -55,27 +53,33 @@ def kl_to_sft(
 
 
 def demonstrations(
-    config: EvalConfig, tokenizer: PreTrainedTokenizerBase, limit: int
+    config: EvalConfig, tokenizer: PreTrainedTokenizerBase, models: dict[str, nn.Module]
 ) -> list[Pair]:
-    """Held-out demonstrations that fit a context of `limit` tokens: prompts and last turns."""
+    """Held-out demonstrations that the models have places for: prompts and last turns."""
     if config.demonstrations is None:
         return []
     items = load_demonstrations(config.demonstrations)[: config.demonstrations_limit]
     pairs = [encode_demonstration(tokenizer, item.messages) for item in items]
-    found = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= limit]
+    found = [pair for pair in pairs if len(pair[1]) <= room(models, len(pair[0]))]
     if not found:
-        raise UserError(f"eval: demonstrations: none fits the models' context of {limit} tokens")
+        raise UserError(f"eval: demonstrations: none fits the models' {_sizes(models)} tokens")
     return found
 
 
-def texts(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Pair]:
-    """Held-out pretraining texts with their EOS, cut to `limit` tokens at most.
+def _sizes(models: dict[str, nn.Module]) -> str:
+    return " or ".join(map(str, sorted({places(model) for model in models.values()})))
+
+
+def texts(
+    config: EvalConfig, tokenizer: PreTrainedTokenizerBase, models: dict[str, nn.Module]
+) -> list[Pair]:
+    """Held-out pretraining texts with their EOS, cut to what the models have places for.
 
     Tokenised as PPO-ptx does it: without BOS, so the first token is given and not predicted.
     """
     if config.pretraining is None:
         return []
-    most = min(config.pretraining_max_length, limit)
+    most = min(config.pretraining_max_length, room(models, 0))
     rows = [
         [*text_ids(tokenizer, text), tokenizer.eos_token_id][:most]
         for text in load_texts(config.pretraining)[: config.pretraining_limit]

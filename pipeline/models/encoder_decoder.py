@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.data.template import around
+from pipeline.data.literals import around
 from pipeline.errors import UserError
 from pipeline.models.causal import head_at, places
 from pipeline.models.packing import Model, inner
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import to_the_left
+
+KINDS = ("bart", "mbart", "m2m_100", "marian", "pegasus", "t5", "mt5", "umt5")
+"""`model_type` of those that went through all stages; others differ in what their passes take and give."""
 
 
 def is_encoder_decoder(model: Model) -> bool:
@@ -27,6 +30,13 @@ def is_encoder_decoder(model: Model) -> bool:
 def decoder_prefix(config: PreTrainedConfig) -> list[int]:
     """What the decoder reads before any response."""
     return getattr(config, "decoder_prefix", None) or [config.decoder_start_token_id]
+
+
+def one_table(model: Model) -> bool:
+    """Whether encoder and decoder look words up in the same embeddings."""
+    sides = (inner(model).get_encoder(), inner(model).get_decoder())
+    one, other = (side.get_input_embeddings().weight for side in sides)
+    return one is other
 
 
 def set_decoder_prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

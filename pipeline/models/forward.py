@@ -168,11 +168,19 @@ def score_sequences(
     A classifier that pools otherwise (an encoder such as DeBERTa) scores the sequence its own way.
     """
     device = next(model.parameters()).device
+    linear = _scores_hidden_states(model)
+    for prompt, response in (
+        zip(map(len, prompts), map(len, responses), strict=True) if linear else ()
+    ):
+        if response > layout(model).room(model, prompt):
+            raise UserError(
+                f"a reward model for {causal.places(model)} tokens, and {prompt} and {response} to score"
+            )
     scores: list[float] = []
     for start in tracked(range(0, len(prompts), batch_size), progress):
         rows = slice(start, start + batch_size)
         with torch.no_grad():
-            if _scores_hidden_states(model):
+            if linear:
                 s = Sequences.of(prompts[rows], responses[rows], pad_token_id)
                 scores += final_scores(model, s.to(device)).tolist()
             else:

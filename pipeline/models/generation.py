@@ -201,7 +201,9 @@ def generate(
     for start in tracked(range(0, len(prompts), batch_size), progress):
         queries, mask = left_pad(prompts[start : start + batch_size], pad)
         width = queries.shape[1]
-        room = layout(model).room(model, width)
+        room = (
+            layout(model).room(model, width) - 1
+        )  # a reward model reads an EOS after what is cut off
         if room < 1:
             raise UserError(f"a prompt of {width} tokens, a model for {places(model)}")
         sampled = sample(

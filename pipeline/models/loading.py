@@ -27,12 +27,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from pipeline.config.schema import Dtype
+from pipeline.data.literals import around
 from pipeline.data.template import prepare_tokenizer
 from pipeline.errors import UserError
-from pipeline.models.encoder_decoder import set_decoder_prefix
+from pipeline.models import encoder_decoder
 from pipeline.models.forward import score_head
 from pipeline.models.packing import pack_if_possible
 from pipeline.models.scorer import EncoderDecoderScorer
@@ -88,10 +88,16 @@ def _is_encoder_decoder(path: str | Path) -> bool:
 def _set_language(tokenizer: PreTrainedTokenizerBase, name: str, code: str) -> None:
     if not hasattr(tokenizer, name):
         raise UserError(f"{type(tokenizer).__name__} has no languages: leave out {code}")
-    known = getattr(tokenizer, "lang_code_to_id", {})
-    if known and code not in known:
-        raise UserError(f"{type(tokenizer).__name__} has no language {code}; {', '.join(known)}")
-    setattr(tokenizer, name, code)
+    try:
+        setattr(tokenizer, name, code)
+        before, after = around(tokenizer, target=name == "tgt_lang")
+    except KeyError:  # M2M100's own way to say so
+        before, after = [tokenizer.unk_token_id], []
+    if tokenizer.unk_token_id in (*before, *after):
+        known = ", ".join(
+            getattr(tokenizer, "lang_code_to_id", None) or tokenizer.all_special_tokens
+        )
+        raise UserError(f"{type(tokenizer).__name__} has no language {code}; it has {known}")
 
 
 def _pad_apart_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -153,8 +159,11 @@ def check_policy(path: str | Path) -> PreTrainedConfig:
     names = config.architectures or []
     if config.is_encoder_decoder:
         known, wanted = _SEQ2SEQ, "an encoder-decoder's ...ForConditionalGeneration"
-        if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-            raise UserError(f"{path}: {config.model_type} models read no text, or write none")
+        if config.model_type not in encoder_decoder.KINDS:
+            raise UserError(
+                f"{path}: {config.model_type} is none of the encoder-decoders that are known to work: "
+                f"{', '.join(encoder_decoder.KINDS)}"
+            )
     else:
         known, wanted = _CAUSAL, "a ...ForCausalLM or ...LMHeadModel"
     if names and not any(known.search(name) for name in names):
@@ -267,15 +276,25 @@ def check_vocabulary(
 
 
 def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the model agree with the tokenizer on size, padding, end, and where a decoder begins."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    """Make the model agree with the tokenizer on size, padding, end, and where a decoder begins.
+
+    UserError for tokens that were added where encoder and decoder have tables of their own, for
+    transformers would put one in the place of the other.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        if model.config.is_encoder_decoder and not encoder_decoder.one_table(model):
+            raise UserError(
+                f"{type(model).__name__}: encoder and decoder have a table of {rows} embeddings each, which "
+                f"cannot grow to the {len(tokenizer)} words of the tokenizer; give it no new tokens"
+            )
         model.resize_token_embeddings(len(tokenizer))
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
             config.pad_token_id = tokenizer.pad_token_id
             config.eos_token_id = tokenizer.eos_token_id
     if model.config.is_encoder_decoder:
-        set_decoder_prefix(model, tokenizer)
+        encoder_decoder.set_decoder_prefix(model, tokenizer)
 
 
 _DROPS = ("dropout", "pdrop", "dropout_rate", "layerdrop")
