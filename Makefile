@@ -82,10 +82,12 @@ endif
 ifneq ($(ENGINE),$(patsubst configs/engines/%.yaml,%,$(wildcard configs/engines/$(ENGINE).yaml)))
 $(error ENGINE=$(ENGINE): no configs/engines/$(ENGINE).yaml)
 endif
-# A run remembers what it was made with (pipeline/handoff/remembered.py).
+FROM_DIR := $(if $(FROM),$(if $(findstring /,$(FROM)),$(FROM),$(CKPT)/$(FROM)))
+# A run remembers what it was made with (pipeline/handoff/remembered.py); a new one that borrows begins with
+# what the other remembers.
 ifeq ($(origin RECIPE),undefined)
-RECIPE := $(or $(shell sed -n 's/^ \{1,\}"recipe": "configs.\([A-Za-z0-9._-]*\)",*$$/\1/p' \
-	$(call quote,$(CKPT)/$(RUN)/run.json) 2>/dev/null),tiny)
+RECIPE := $(or $(firstword $(shell sed -n 's/^ \{1,\}"recipe": "configs.\([A-Za-z0-9._-]*\)",*$$/\1/p' \
+	$(call quote,$(CKPT)/$(RUN)/run.json) $(call quote,$(FROM_DIR)/run.json) 2>/dev/null)),tiny)
 endif
 ifneq ($(call plain,RECIPE),)
 $(error RECIPE=$(value RECIPE): a recipe is the name of a folder in configs)
@@ -95,7 +97,6 @@ endif
 export RLHF_CHECKPOINTS := $(CKPT)
 RUN_DIR := $(CKPT)/$(RUN)
 BASE_DIR := $(CKPT)/base/$(RECIPE)
-FROM_DIR := $(if $(FROM),$(if $(findstring /,$(FROM)),$(FROM),$(CKPT)/$(FROM)))
 BASE_CONFIG := configs/$(RECIPE)/base.yaml
 EVAL_CONFIG := $(or $(EVAL),configs/$(RECIPE)/eval.yaml)
 

@@ -147,6 +147,14 @@ def test_a_run_borrows_with_from(tmp_path):
     assert "--run checkpoints/b --recipe configs/tiny --from 'checkpoints/a'" in lines[0]
 
 
+def test_a_run_that_borrows_begins_with_the_recipe_of_its_lender(tmp_path):
+    make_all(tmp_path, "a")
+    shutil.copytree("configs/tiny", "configs/other")
+    note(Path("checkpoints/a"), "sft", Made(config="x"), Path("configs/other"), None)
+    assert "--recipe configs/other --from 'checkpoints/a'" in dry("ppo", "RUN=b", "FROM=a")[0]
+    assert "--recipe configs/tiny " in dry("ppo", "RUN=b", "FROM=a", "RECIPE=tiny")[0]
+
+
 def test_an_engine_wraps_ppo_alone(tmp_path):
     engines = tmp_path / "configs" / "engines"
     engines.mkdir()

@@ -299,6 +299,29 @@ def test_a_run_remembers_whom_it_borrows_from():
     assert planning.to_run(planning.stale(asked, ["ppo"]))[0] == "ppo"
 
 
+def test_a_run_that_borrows_begins_with_the_recipe_of_its_lender():
+    everything()
+    other = write("configs/other/ppo.yaml", "prompts: {path: prompts.jsonl}\n").parent
+    note(RUN, "sft", Made(config="configs/other/sft.yaml"), other, None)
+    assert Asked(Path("checkpoints/b"), borrow=RUN).recipe == other
+    assert Asked(Path("checkpoints/b"), RECIPE, borrow=RUN).recipe == RECIPE
+
+
+def test_what_is_what_was_asked_for_is_remembered_under_the_recipe_that_asks():
+    """Made with a file of its own under one recipe, asked for with the same file under another."""
+    everything()
+    mine = write("mine/ppo.yaml", Path("configs/tiny/ppo.yaml").read_text())
+    note(RUN, "ppo", Made(config=mine.as_posix()), RECIPE, None)
+    other = write("configs/other/ppo.yaml", mine.read_text() + "seed: 9\n").parent
+    for name in ("sft", "rm", "eval"):
+        write(f"configs/other/{name}.yaml", Path(f"configs/tiny/{name}.yaml").read_text())
+    words = ["--run", str(RUN), "--recipe", str(other), "--ppo", str(mine), "--plan", "ppo"]
+    status.main(words)
+    note(RUN, "eval", Made(config="configs/other/eval.yaml"), other, None)
+    assert Asked(RUN, other).of("ppo").config == "mine/ppo.yaml"
+    assert planning.stale(Asked(RUN), ["ppo"]).reasons["ppo"] is None
+
+
 def test_another_recipe_is_not_mixed_with_the_one_that_is_remembered():
     everything()
     other = write("configs/other/sft.yaml", Path("configs/tiny/sft.yaml").read_text()).parent

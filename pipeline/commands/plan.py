@@ -165,11 +165,13 @@ def check_replaced(plan: Plan) -> None:
 
 
 def remember_what_fits(plan: Plan) -> None:
-    """A stage that is what was asked for and that nobody remembers, its `run.json` lost, is remembered."""
+    """A stage that is what was asked for is remembered as such: nobody remembers it, its `run.json` lost, or
+    it was made from another file or under another recipe that says the same."""
     for step in steps.stages():
-        if plan.reasons.get(step, "") is None and step not in plan.asked.memory.steps:
+        made = plan.asked.of(step)
+        if plan.reasons.get(step, "") is None and plan.asked.memory.steps.get(step) != made:
             if is_published(plan.run / step):
-                note(plan.run, step, plan.asked.of(step), plan.asked.recipe, plan.asked.borrow)
+                note(plan.run, step, made, plan.asked.recipe, plan.asked.borrow)
 
 
 # --- why ------------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ class Asked:
         only = self.recipe and self.recipe.as_posix()
         made = self.memory.steps.items()
         self._kept = {name: m for name, m in made if only in (None, m.of_recipe)}
-        self.recipe = self.recipe or Path(self.memory.recipe or DEFAULT_RECIPE)
+        lender = recall(self.borrow).recipe if self.borrow is not None else None
+        self.recipe = self.recipe or Path(self.memory.recipe or lender or DEFAULT_RECIPE)
         self.lent = self.borrow is None and self.memory.borrow is not None
         """Nobody named the run that is borrowed from: this one was made so, and stays so."""
         if self.lent:
