@@ -116,6 +116,17 @@ def test_a_shared_base_learns_what_four_models_learn(run):
             torch.testing.assert_close(p, by_name[name], rtol=1e-2, atol=2e-3)
 
 
+def test_networks_on_one_base_take_turns_in_one_process(run):
+    ppo = shared(run)
+    assert len(ppo.passes) == 2 and len(ppo.networks.passes(2)) == 1
+    s = ppo.rollout(QUERIES)
+    outputs = [network(s, 1.0) for network in ppo.passes]
+    assert [out.values is None for out in outputs] == [True, False]
+    together = ppo.networks(s, 1.0)
+    assert torch.equal(outputs[0].logprobs, together.logprobs)
+    assert torch.equal(outputs[1].values, together.values)
+
+
 def test_one_base_serves_all_and_only_the_adapters_train(run):
     ppo = shared(run)
     base = {n: p.clone() for n, p in ppo.networks.named_parameters() if "lora_" not in n}

@@ -4,14 +4,14 @@ ids (B, W) and their mask hold the real tokens of a row without a gap; models th
 `pipeline.models.packing`) see the real tokens alone.
 """
 
-import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pipeline.models.packing import Model, inner, pack, packs, trunk
 from pipeline.models.sequences import Sequences
@@ -121,15 +121,12 @@ def _output_at(
     return out.logits, out
 
 
-@contextlib.contextmanager
-def head_at(bare: Model, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def head_at(bare: Model, pick: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """Within, the vocabulary's head sees what `pick` takes, (n, d), of the states (B, W, d) it is given;
     a model's own scaling and bias stay in force."""
-    hook = bare.get_output_embeddings().register_forward_pre_hook(
+    return bare.get_output_embeddings().register_forward_pre_hook(
         lambda _, states: (pick(states[0]),), prepend=True
     )
-    with hook:
-        yield
 
 
 def hidden_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:

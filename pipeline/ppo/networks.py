@@ -55,11 +55,16 @@ class PolicyAndValue(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def passes(self) -> list[nn.Module]:
+    def passes(self, processes: int = 1) -> list[nn.Module]:
         """Modules whose `Outputs` together are the losses' inputs, each a graph of its own: networks
-        that share no parameter take turns, so that the activations of one are in memory at a time."""
+        that share nothing that trains take turns, so that the activations of one are in memory at a time.
+
+        Of several processes each waits for every gradient of a module, on a shared base the other's too.
+        """
         shared = {id(p) for p in self.policy.parameters()}
-        if self.value is None or any(id(p) in shared for p in self.value.parameters()):
+        if self.value is None or (
+            processes > 1 and any(id(p) in shared for p in self.value.parameters())
+        ):
             return [self]
         return [PolicyPass(self.policy), ValuePass(self.value)]
 

@@ -81,7 +81,8 @@ class PPO:
             groups, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
         )
         self.networks = networks.to(self.device)
-        *self.passes, self.optimizer = self.accelerator.prepare(*networks.passes(), optimizer)
+        passes = networks.passes(self.accelerator.num_processes)
+        *self.passes, self.optimizer = self.accelerator.prepare(*passes, optimizer)
         self.total_steps = config.iterations * config.ppo_epochs * config.minibatches
         rate = functools.partial(
             maths.lr_factor, self.total_steps, config.warmup_ratio, config.schedule
