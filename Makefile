@@ -51,6 +51,15 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	then echo $$p; break; fi; done)
 
+# A misspelt variable would do nothing.
+TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET FORCE SEEDS ARGS SIZE DEVICE ITERATIONS THREADS ENGINE CKPT PYTHON \
+	VENV TORCH_INDEX SHELL MAKEFLAGS MAKELEVEL
+ifneq ($(filter-out $(KNOWN),$(TYPED)),)
+$(error $(firstword $(filter-out $(KNOWN),$(TYPED)))= does nothing: variables are written in capitals (make help), \
+	settings of a config as SET="ppo.seed=3 rm.epochs=2")
+endif
+
 # --- helpers ----------------------------------------------------------------
 
 define NEWLINE
@@ -141,12 +150,6 @@ endif
 ifneq ($(and $(filter clean,$(MAKECMDGOALS)),$(filter-out clean,$(MAKECMDGOALS))),)
 $(error clean stands alone: what has to run is decided before it)
 endif
-SMALL := $(strip $(foreach v,run recipe from sft rm ppo eval set force engine ckpt seeds args,\
-	$(if $(filter command,$(firstword $(origin $(v)))),$(v)=)))
-ifneq ($(SMALL),)
-$(error $(SMALL) does nothing: variables are written in capitals)
-endif
-
 PLAN :=
 ifneq ($(ASKED),)
 ifneq ($(READY),)

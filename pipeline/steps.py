@@ -180,7 +180,10 @@ def overrides(name: str, settings: Iterable[str]) -> list[str]:
         owner, _, rest = key.partition(".")
         owned = owner in TABLE and TABLE[owner].kind in ("stage", "result") and bool(rest)
         if not equals or not key:
-            problems.append(f"{word}: not of the form key=value")
+            problems.append(
+                f"{word}: not of the form key=value; no blanks around =, and quotes around a value that "
+                "has some: SET=\"ppo.rewards='[{model: rm}]'\""
+            )
         elif owned:
             problems += _unknown(rest, [owner], word)
             mine += [f"{rest}={value}"] if owner == name else []

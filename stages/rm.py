@@ -19,7 +19,7 @@ from trl import RewardConfig as TRLConfig
 from pipeline.config.schema import Data, RMConfig
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.lengths import over_limit
-from pipeline.data.literals import tell_spelled
+from pipeline.data.literals import tell_spelled, tell_unknown
 from pipeline.data.messages import message, prompt_text
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.splits import split_by_prompt
@@ -204,6 +204,7 @@ def _encode(
     what = f"rm: {name} responses"
     all_texts = ([m["content"] for m in r.messages] + r.responses for r in rankings)
     tell_spelled(f"rm: {name}", tokenizer, (text for texts in all_texts for text in texts))
+    tell_unknown(what, tokenizer, _apart(rows)[1])
     long = over_limit(what, lengths, "max_length", config.max_length, too_long)
     if long or same or empty:
         say(

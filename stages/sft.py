@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from pipeline.config.schema import SFTConfig
 from pipeline.data.forms import Demonstration, load_demonstrations
 from pipeline.data.lengths import over_limit
-from pipeline.data.literals import tell_spelled
+from pipeline.data.literals import tell_spelled, tell_unknown
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
     encode_demonstration,
@@ -167,6 +167,7 @@ def _encode(
             rows.append({"prompt": prompt, "response": response})
     limit, what = config.max_length, f"sft: {name} examples"
     tell_spelled(what, tokenizer, (m["content"] for item in items for m in item.messages))
+    tell_unknown(what, tokenizer, (row["prompt"] + row["response"] for row in rows))
     dropped = over_limit(what, lengths, "max_length", limit, too_long)
     return [row for row in rows if len(row["prompt"]) + len(row["response"]) <= limit], dropped
 

@@ -86,10 +86,28 @@ def test_a_special_token_that_words_spell_is_told_by_the_stages(capsys):
     assert tokenizer.convert_ids_to_tokens(rows[0]["response"])[-3:] == ["w2", "<unk>", "<end>"]
     compared = load_rankings([{"prompt": "w1 <end>", "chosen": "w2 <end>", "rejected": "w3"}])
     rm._encode(tokenizer, compared, RMConfig())
-    assert capsys.readouterr().out.splitlines() == [
+    assert [line for line in capsys.readouterr().out.splitlines() if "<unk>" not in line] == [
         "sft: held-out examples: special tokens are spelled 6 times (<bot>, <end>); read as plain text",
         "rm: held-out: special tokens are spelled 2 times (<end>); read as plain text",
     ]
+
+
+def test_text_that_a_tokenizer_cannot_spell_is_counted(capsys):
+    tokenizer = tiny_models.tokenizer()
+    rows = load_demonstrations([{"prompt": "w1 你好", "completion": "w2"}] * 3)
+    sft._encode(tokenizer, rows, SFTConfig(model="none"))
+    rm._encode(
+        tokenizer, load_rankings([{"prompt": "w1", "chosen": "您好", "rejected": "w3"}]), RMConfig()
+    )
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(
+        "sft: held-out examples: 3 of 18 tokens are <unk>: this tokenizer cannot"
+    )
+    assert told[1].startswith("rm: held-out responses: 1 of 4 tokens are <unk>")
+    sft._encode(
+        tokenizer, load_demonstrations([{"prompt": "w1", "completion": "w2"}]), SFTConfig(model="x")
+    )
+    assert capsys.readouterr().out == ""
 
 
 def test_rewards_and_judges_see_no_thinking():

@@ -198,6 +198,8 @@ def test_mistakes_stop_make_before_anything_runs(word):
     [
         (["sft", "rmm"], "rmm: no such target"),
         (["sft", "run=b"], "run= does nothing: variables are written in capitals"),
+        (["sft", "RECPIE=b"], "RECPIE= does nothing"),
+        (["sft", "sft.epochs=3"], "sft.epochs= does nothing"),
         (["clean", "sft"], "clean stands alone"),
     ],
 )

@@ -77,3 +77,11 @@ def test_padding_gets_a_token_of_its_own(tmp_path):
     tiny_models.tokenizer(pad_is_eos=True).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("model", [tiny_models.policy(), tiny_models.seq2seq("bart")])
+def test_a_folder_without_a_tokenizer_is_refused(model, tmp_path):
+    """transformers would make one of five tokens up for a BART."""
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="there is no tokenizer; save the model's own there"):
+        load_tokenizer(tmp_path)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -316,6 +317,21 @@ def test_a_run_that_is_not_there_is_told_with_those_that_are(tmp_path):
     for main in (show_status.main, chat.main, evaluate):
         with pytest.raises(UserError, match=told):
             main(["--run", "checkpoints/nosuch"])
+
+
+def test_an_evaluation_of_a_misspelt_run_trains_nothing(tmp_path, capsys):
+    make_all(tmp_path, "b")
+    for goals, told in (("eval", "no such run"), ("report", "no such run"), ("ppo", "")):
+        show_status.main(["--run", "checkpoints/bb", "--recipe", str(CONFIGS), "--plan", goals])
+        assert told in capsys.readouterr().err
+
+
+def test_status_leaves_out_a_stage_that_later_ones_did_without(tmp_path, capsys):
+    make_all(tmp_path, "b")
+    shutil.rmtree(tmp_path / "checkpoints" / "b" / "rm")
+    assert show_status._left_out(Path("checkpoints/b"), None, "rm")
+    (Path("checkpoints/b") / ".work" / "rm").mkdir(parents=True)
+    assert not show_status._left_out(Path("checkpoints/b"), None, "rm")
 
 
 def test_looking_changes_nothing(tmp_path, capsys):

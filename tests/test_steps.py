@@ -16,6 +16,7 @@ from pipeline.config.schema import Data, StageConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import record, report
 from pipeline.handoff import artifacts, lineage
+from pipeline.handoff.found import need_first
 from pipeline.handoff.remembered import Asked, Made, note, recall
 from pipeline.process.files import jsonl, write_atomically
 from pipeline.steps import Step
@@ -397,6 +398,19 @@ def test_status_shows_what_is_borrowed(capsys):
     shown = capsys.readouterr().out
     assert "borrowed from checkpoints/tiny" in shown
     assert "not made yet" not in shown.partition("eval")[0]
+
+
+def test_a_stage_that_was_begun_and_stopped_is_not_called_borrowed(capsys):
+    everything()
+    b = Path("checkpoints/b")
+    note(b, "ppo", Asked(b, RECIPE).of("ppo"), RECIPE, RUN)
+    (b / ".work" / "ppo" / "step-00000005").mkdir(parents=True)
+    status.main(["--run", str(b)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "borrowed" in next(line for line in lines if line.startswith("sft"))
+    assert "interrupted after step-00000005" in next(x for x in lines if x.startswith("ppo"))
+    with pytest.raises(UserError, match="make its ppo: make ppo RUN=b"):
+        need_first(b, {}, "nothing to see")
 
 
 def test_a_run_whose_lender_is_gone_says_so_and_is_not_made_anew_unasked(capsys):

@@ -54,6 +54,8 @@ class Plan:
         own = self.forced | (self.goals & begun)
         if self.borrow is None or step not in steps.stages() or step in own:
             return False
+        if (self.run / ".work" / step).is_dir():  # begun here, and stopped
+            return False
         if self.asked.lent and not is_published(self.borrow / step):
             return False
         return not is_published(self.run / step)

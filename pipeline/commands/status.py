@@ -22,7 +22,7 @@ from pipeline.commands.plan import (
 from pipeline.config.load import AddSettings
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import is_published, lock_path, read_manifest
-from pipeline.handoff.found import check_there
+from pipeline.handoff.found import check_there, runs
 from pipeline.handoff.remembered import Asked, recall
 from pipeline.process.files import Lock
 
@@ -50,7 +50,7 @@ def _state(plan: Plan, step: str) -> str:
             with Lock(lock):
                 pass
         except UserError as error:
-            return "running, " + str(error).rpartition("by ")[2]
+            return "running, " + str(error).rpartition("by ")[2].partition(",")[0]
     if plan.borrowed(step):
         return f"borrowed from {plan.borrow}"
     reason = plan.reasons[step]
@@ -117,11 +117,16 @@ def plan_of(args: argparse.Namespace, goals: Iterable[str]) -> Plan:
     return stale(asked, goals, force, base)
 
 
-def _elsewhere(run: Path, borrow: str | None, name: str) -> bool:
-    """Whether a stage is there in the run that is borrowed from, and not here."""
-    if borrow is None or name not in steps.stages() or is_published(run / name):
+def _left_out(run: Path, borrow: str | None, name: str) -> bool:
+    """Whether a stage is not this run's own: it is there in the run that is borrowed from, or a later one
+    was made without it."""
+    names = list(steps.stages())
+    if name not in names or is_published(run / name) or (run / ".work" / name).is_dir():
         return False
-    return is_published(Path(borrow) / name)
+    later = names[names.index(name) + 1 :]
+    return bool(borrow and is_published(Path(borrow) / name)) or any(
+        is_published(run / other) for other in later
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -131,11 +136,15 @@ def main(argv: list[str] | None = None) -> None:
         check_there(args.run)
         # an evaluation that the recipe does not have is no mistake here
         borrow = args.borrow or recall(args.run).borrow
-        mine = [n for n in steps.TABLE if n != "eval" and not _elsewhere(args.run, borrow, n)]
+        mine = [n for n in steps.TABLE if n != "eval" and not _left_out(args.run, borrow, n)]
         show(plan_of(args, mine))
         return
     try:
-        plan = plan_of(args, args.plan.split())
+        goals = args.plan.split()
+        looks = all(steps.TABLE[name].kind in ("result", "page") for name in goals)
+        if looks and not args.borrow and runs(args.run.parent):
+            check_there(args.run)  # what is looked at is there, or misspelt
+        plan = plan_of(args, goals)
         check_used(plan)
         check_replaced(plan)
         remember_what_fits(plan)

@@ -92,6 +92,17 @@ def tell_spelled(what: str, tokenizer: Any, texts: Iterable[str]) -> None:
         say(f"{what}: special tokens are spelled {len(found)} times ({names}); read as plain text")
 
 
+def tell_unknown(what: str, tokenizer: Any, rows: Iterable[Sequence[int]]) -> None:
+    """Say how many tokens are the unknown one, which stands for whatever a tokenizer cannot spell."""
+    counts = [(row.count(tokenizer.unk_token_id), len(row)) for row in map(list, rows)]
+    unknown, tokens = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+    if unknown and tokenizer.unk_token_id != tokenizer.eos_token_id:
+        say(
+            f"{what}: {unknown} of {tokens} tokens are {tokenizer.unk_token}: this tokenizer cannot spell "
+            "some of the text, and nobody can learn it"
+        )
+
+
 def _other_name(token: str) -> str:
     return f"{_MARK}{token}"
 

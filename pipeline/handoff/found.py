@@ -8,7 +8,7 @@ from typing import Any
 from pipeline import steps
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import MANIFEST, content_hash
-from pipeline.handoff.remembered import command, make_command
+from pipeline.handoff.remembered import command, make_command, recall
 from pipeline.process.files import read_jsonl
 
 
@@ -66,15 +66,21 @@ def need_first(run: Path, stages: dict[str, Stage], why: str) -> None:
         check_there(run)
         if told := lost(run).get(first):
             raise UserError(f"{run}: {told}; {remedy(run, first)}")
-        raise UserError(f"{run}: {why}; make its first stage: {command(run, first)}")
+        begun = [name for name in steps.stages() if name in recall(run).steps]
+        goal = begun[-1] if begun else first
+        raise UserError(f"{run}: {why}; make its {goal}: {command(run, goal)}")
+
+
+def runs(root: Path) -> list[str]:
+    """Names of the runs in a folder of checkpoints."""
+    begun = ("run.json", *steps.stages())
+    return sorted({path.parent.name for name in begun for path in root.glob(f"*/{name}")})
 
 
 def check_there(run: Path) -> None:
     """UserError that names the runs there are when this is none of them."""
     if not run.is_dir():
-        begun = ("run.json", *steps.stages())
-        folders = {path.parent for name in begun for path in run.parent.glob(f"*/{name}")}
-        there = ", ".join(sorted(folder.name for folder in folders)) or "none yet"
+        there = ", ".join(runs(run.parent)) or "none yet"
         make = command(run, next(iter(steps.stages())))
         raise UserError(f"{run}: no such run; there are: {there} (a new one: {make})")
 

@@ -69,6 +69,7 @@ def load_tokenizer(
     The languages are what a model that translates among several reads and writes, as its tokenizer names
     them; UserError where it does not.
     """
+    _check_tokenizer_files(Path(path))
     tokenizer = _load(AutoTokenizer, path)
     for name, code in (("src_lang", source_language), ("tgt_lang", target_language)):
         if code is not None:
@@ -76,6 +77,16 @@ def load_tokenizer(
     prepare_tokenizer(tokenizer, chat_template, _is_encoder_decoder(path))
     _pad_apart_from_eos(tokenizer)
     return tokenizer
+
+
+def _check_tokenizer_files(path: Path) -> None:
+    """UserError for a folder of a model without a tokenizer: transformers makes one up of a handful of
+    special tokens."""
+    known = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken", "*.tekken*", "tekken*")
+    if path.is_dir() and not any(next(path.glob(name), None) for name in known):
+        raise UserError(
+            f"{path}: there is no tokenizer; save the model's own there (save_pretrained)"
+        )
 
 
 def _is_encoder_decoder(path: str | Path) -> bool:
@@ -165,7 +176,7 @@ def check_policy(path: str | Path) -> PreTrainedConfig:
                 f"{', '.join(encoder_decoder.KINDS)}"
             )
     else:
-        known, wanted = _CAUSAL, "a ...ForCausalLM or ...LMHeadModel"
+        known, wanted = _CAUSAL, "a ...ForCausalLM, ...LMHeadModel or ...ForConditionalGeneration"
     if names and not any(known.search(name) for name in names):
         raise UserError(
             f"{path}: a {', '.join(names)}, which does not predict the next token; give a language "

@@ -133,7 +133,9 @@ class Lock:
             except OSError:
                 holder = os.read(file, 32).decode(errors="replace").strip() or "unknown"
                 os.close(file)
-                raise UserError(f"{self.path}: in use by process {holder}") from None
+                raise UserError(
+                    f"{self.path}: in use by process {holder}, which is at the same thing; wait for its end"
+                ) from None
             if self._is_current(file):
                 self._file = file
             else:
