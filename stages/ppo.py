@@ -57,7 +57,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
         _check_room(ppo, queries)
         said = (m["content"] for prompt in prompts for m in prompt.messages)
         tell_spelled("ppo: prompts", ppo.tokenizer, said)
-        stream = PromptStream(queries, config.batch_size, config.seed)
+        stream = PromptStream(queries, config.batch_size, config.seed, config.samples_per_prompt)
         watch = Watch(config, ppo, queries, stage.tracker)
 
         _resume(ppo, stage)

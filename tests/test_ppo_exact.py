@@ -15,7 +15,7 @@ import torch
 import tiny_models
 from pipeline.config.schema import PPOConfig
 from pipeline.ppo.rewards import Episodes
-from pipeline.ppo.rollout import Query, Rollout
+from pipeline.ppo.rollout import PromptStream, Query, Rollout
 from pipeline.ppo.trainer import PPO
 
 EOS = 4
@@ -64,7 +64,7 @@ def make(policy_model=None, value_model=None, kind="llama", **changes) -> PPO:
         policy=copy.deepcopy(policy),
         # another reference than the policy, so that the KL is not zero
         reference=draw(5, torch.float64),
-        value=None if config.value == "shared" else copy.deepcopy(value),
+        value=None if config.value == "shared" or not config.critic() else copy.deepcopy(value),
         score=lambda episodes: SCORES[: len(episodes.prompts)],
     )
 
@@ -309,3 +309,88 @@ def test_scores_reach_the_reward_with_the_sampled_tokens():
     assert closed != rollout.response_ids()  # one was cut off, and is read with the end it lacks
     assert seen[0].queries == QUERIES and seen[0].response_ids == closed
     assert seen[0].prompts == ["p0", "p1", "p2", "p3"] and seen[0].rows[2] == {"n": 2}
+
+
+# --- advantages against other responses to the same prompt -----------------------------------------
+
+
+GROUPED = {
+    "rloo": {"advantages": "rloo", "samples_per_prompt": 2},
+    "grpo": {"advantages": "grpo", "samples_per_prompt": 2, "kl_penalty": "k3"},
+}
+
+
+def grouped_reference_step(kind: str):
+    """The policy after one step of REINFORCE leave-one-out or GRPO on two pairs of episodes."""
+    policy, ref = (tiny_models.policy(seed, torch.float64) for seed in (0, 5))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, eps=1e-5, weight_decay=0.0)
+    old, frozen, rewards = [], [], []
+    for i in range(4):
+        with torch.no_grad():
+            old.append([x.item() for x in logprobs_alone(policy, QUERIES[i], RESPONSES[i], 0.7)])
+            frozen.append([x.item() for x in logprobs_alone(ref, QUERIES[i], RESPONSES[i], 0.7)])
+        reward = float(torch.tensor(SCORES[i])) - (0.0 if RESPONSES[i][-1] == EOS else 1.0)
+        if kind == "rloo":
+            reward -= 0.1 * sum(a - b for a, b in zip(old[i], frozen[i], strict=True))
+        rewards.append(reward)
+    loss, tokens = 0.0, sum(map(len, RESPONSES))
+    for i in range(4):
+        mine, other = rewards[i], rewards[i ^ 1]
+        deviation = abs(mine - other) / math.sqrt(2)  # of two, over n - 1
+        advantage = mine - other if kind == "rloo" else (mine - other) / 2 / (deviation + 1e-4)
+        new = logprobs_alone(policy, QUERIES[i], RESPONSES[i], 0.7)
+        for t, logp in enumerate(new):
+            ratio = (logp - old[i][t]).exp()
+            loss = loss + max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+            if kind == "grpo":
+                away = frozen[i][t] - logp
+                loss = loss + 0.1 * (away.exp() - 1 - away)
+    (loss / tokens).backward()
+    norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm()
+    for p in policy.parameters():
+        p.grad *= min(1.0, 0.5 / (norm + 1e-6))
+    optimizer.step()
+    return policy
+
+
+@pytest.mark.parametrize("micro", [None, 1, 3])
+@pytest.mark.parametrize("kind", GROUPED)
+def test_an_update_without_a_value_network_equals_the_reference(kind, micro):
+    ppo = make(**GROUPED[kind], value_learning_rate=None, micro_batch_size=micro, value_model=None)
+    metrics = ppo.update(recorded(ppo, 1, 2))
+    assert_same(ppo.networks.policy, grouped_reference_step(kind))
+    assert not ppo.networks.value_parameters()
+    assert not [name for name in metrics if "value" in name or "explained" in name]
+
+
+def test_a_group_whose_rewards_are_all_the_same_pushes_nowhere():
+    for kind in GROUPED:
+        ppo = make(**GROUPED[kind], value_learning_rate=None, kl_coef=0.0)
+        rollout = replace(
+            recorded(ppo), scores=torch.ones(4), ended=torch.ones(4, dtype=torch.bool)
+        )
+        assert ppo.update(rollout)["policy/grad_norm"] == pytest.approx(0, abs=1e-12)
+
+
+def test_every_prompt_of_a_batch_comes_samples_times_and_in_one_process():
+    stream = PromptStream([Query([i]) for i in range(6)], 8, seed=1, samples=2)
+    whole = [stream.batch(number) for number in range(3)]
+    ids = [[query.ids[0] for query in batch] for batch in whole]
+    assert all(batch[::2] == batch[1::2] for batch in ids)
+    first = [i for batch in ids for i in batch][:12]
+    assert sorted(first) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]  # one epoch
+    assert stream.batch(1, 0, 2) + stream.batch(1, 1, 2) == whole[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"advantages": "rloo"}, "samples_per_prompt of 2 or more"),
+        ({**GROUPED["grpo"], "kl_penalty": "k1"}, "kl_penalty k3"),
+        ({**GROUPED["rloo"], "value_lora": {}}, "no value network"),
+        ({"samples_per_prompt": 3}, "does not divide by samples_per_prompt 3"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(changes, told):
+    with pytest.raises(ValueError, match=told):
+        PPOConfig(**{**CONFIG, "value_learning_rate": None, **changes})

@@ -439,8 +439,14 @@ class PPOConfig(StageConfig):
     """End an iteration's updates once the approximate KL to the rollout policy (nats per token) exceeds this."""
     kl_limit: Annotated[float, Field(gt=0)] | None = None
     """Stop the run, publishing what was reached, once objective/kl (nats per response) exceeds this."""
+    advantages: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae = by a value network; the others need none, but several samples a prompt: rloo = the reward less the
+    mean of the others' (arXiv 2402.14740), grpo = standard deviations from the group's mean, and the KL
+    penalty in the loss (arXiv 2402.03300). Losses are means over the tokens of the batch in all three."""
+    samples_per_prompt: Positive = 1
+    """Responses to each prompt of a batch; batch_size counts responses and must divide by it."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount of later rewards, per token."""
+    """Discount of later rewards, per token; with gae."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     """GAE's lambda (arXiv 1506.02438): 1 = least bias, 0 = least variance."""
     clip_range: Annotated[float, Field(gt=0)] = 0.2
@@ -451,8 +457,8 @@ class PPOConfig(StageConfig):
     """Weight of the value loss."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of an entropy bonus."""
-    whiten_advantages: bool = True
-    """Mean 0 and variance 1 over the real tokens of the whole rollout."""
+    whiten_advantages: bool | None = None
+    """Mean 0 and variance 1 over the real tokens of the whole rollout; none = with gae alone."""
     whiten_rewards: bool = False
     """Divide token rewards by their standard deviation, mean kept (hurts in practice; off)."""
     scale_scores: bool = False
@@ -538,6 +544,15 @@ class PPOConfig(StageConfig):
             f"batch_size {self.batch_size} does not divide by minibatches {self.minibatches}": (
                 self.batch_size % self.minibatches
             ),
+            f"batch_size {self.batch_size} does not divide by samples_per_prompt "
+            f"{self.samples_per_prompt}": self.batch_size % self.samples_per_prompt,
+            f"advantages: {self.advantages} compares responses to one prompt: samples_per_prompt "
+            "of 2 or more": not self.critic() and self.samples_per_prompt < 2,
+            f"advantages: {self.advantages} has no value network: no shared_base, value_lora, "
+            "value_learning_rate": not self.critic()
+            and (self.shared_base or self.value_lora or self.value_learning_rate is not None),
+            "advantages: grpo has its penalty in the loss, where k1 has no gradient: kl_penalty k3 "
+            "or k2": self.kl_in_loss() and self.kl_penalty == "k1",
             "ptx_coef > 0 and ptx_data go together": (self.ptx_coef > 0) != bool(self.ptx_data),
             "sampler_correction needs old_logprobs: recompute": sampled and self.sampler_correction,
             "vllm needs old_logprobs: recompute": sampled and self.vllm,
@@ -564,6 +579,18 @@ class PPOConfig(StageConfig):
         """The value network's learning rate at its highest."""
         own = self.value_learning_rate
         return self.learning_rate if own is None else own
+
+    def critic(self) -> bool:
+        """Whether there is a value function."""
+        return self.advantages == "gae"
+
+    def kl_in_loss(self) -> bool:
+        """Whether the KL penalty is a term of the loss, and not of the rewards."""
+        return self.advantages == "grpo"
+
+    def whitens(self) -> bool:
+        """Whether advantages are whitened over the whole rollout."""
+        return self.critic() if self.whiten_advantages is None else self.whiten_advantages
 
     def rounds(self) -> bool:
         """Whether the policy computes in bf16."""

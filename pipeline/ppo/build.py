@@ -109,16 +109,17 @@ def _check_models(config: PPOConfig, sft: Path) -> None:
 
 
 def check_divides(config: PPOConfig) -> None:
-    """UserError unless every process gets as many episodes of each minibatch."""
+    """UserError unless every process gets as many episodes of each minibatch, and whole groups."""
     processes = launch.world_size()
-    unit = config.minibatches * processes
-    if config.batch_size % unit:
-        below = config.batch_size // unit * unit
-        fit = " or ".join(str(size) for size in (below, below + unit) if size)
-        raise UserError(
-            f"ppo: batch_size {config.batch_size} does not divide by minibatches "
-            f"{config.minibatches} x {processes} processes; {fit} would"
-        )
+    for key in ("minibatches", "samples_per_prompt"):
+        unit = getattr(config, key) * processes
+        if config.batch_size % unit:
+            below = config.batch_size // unit * unit
+            fit = " or ".join(str(size) for size in (below, below + unit) if size)
+            raise UserError(
+                f"ppo: batch_size {config.batch_size} does not divide by {key} "
+                f"{getattr(config, key)} x {processes} processes; {fit} would"
+            )
 
 
 class _Terms:
@@ -186,9 +187,9 @@ def _value(
 ) -> nn.Module | None:
     """The value network: the run's reward model to start from, else the SFT trunk with a new head.
 
-    None for a head on the policy's trunk.
+    None for a head on the policy's trunk, or no value function at all.
     """
-    if config.value == "shared":
+    if config.value == "shared" or not config.critic():
         return None
     dtype = config.dtype if config.value_lora else "fp32"
     model = load_reward(rm, dtype) if rm else reward_from_policy(sft, tokenizer, dtype)

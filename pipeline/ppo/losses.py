@@ -25,6 +25,7 @@ class Minibatch:
     tokens: Tensor  # real tokens of the step, over all processes and micro-batches
     ptx: PtxBatch | None
     first: bool  # the policy is still the one that sampled
+    kl_coef: float = 0.0  # of a KL penalty in the loss, where it is not in the rewards
 
     def rows(self, episodes: slice) -> "Minibatch":
         """A micro-batch of it."""
@@ -58,6 +59,9 @@ def _policy(
     loss, clipped = maths.clipped_policy_loss(
         ratio, batch.advantages, mask, config.clip_range, _sampler_weights(rollout, config)
     )
+    if batch.kl_coef:
+        kl = maths.kl_estimate(logprobs, rollout.ref_logprobs, config.kl_penalty)
+        loss = loss + batch.kl_coef * maths.masked_sum(kl, mask)
     entropy = maths.masked_sum(entropies, mask)
     new, ratio = logprobs.detach(), ratio.detach()
     log_ratio = torch.where(mask, new - rollout.old_logprobs, 0.0)

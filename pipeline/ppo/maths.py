@@ -124,6 +124,26 @@ def gae(
     return advantages, returns
 
 
+def masked_row_sums(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) -> (B,) over real tokens."""
+    return torch.where(mask, x, 0.0).sum(dim=1)
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """RLOO (arXiv 2402.14740): each reward less the mean of the others of its group; (groups, K)."""
+    others = rewards.shape[1] - 1
+    return rewards - (rewards.sum(dim=1, keepdim=True) - rewards) / others
+
+
+def standardised(rewards: Tensor) -> Tensor:
+    """GRPO (arXiv 2402.03300): each reward as standard deviations from its group's mean; (groups, K).
+
+    A group whose rewards are all the same pushes nowhere.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
+
+
 # --- losses -------------------------------------------------------------------------------------
 
 

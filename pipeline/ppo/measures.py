@@ -38,6 +38,7 @@ def of_rollout(
     non_score = -kl_coef * torch.where(mask, penalty, 0.0).sum(dim=1)
     mean_advantage = maths.masked_mean(advantages, mask, all_sum)
     spread = maths.masked_mean((advantages - mean_advantage).square(), mask, all_sum).sqrt()
+    explained = maths.explained_variance(rollout.values, returns, mask, all_sum)
     return {
         "objective/kl": mean(torch.where(mask, kl, 0.0).sum(dim=1)),
         "objective/scores": mean(rollout.scores + dense),
@@ -52,9 +53,7 @@ def of_rollout(
             repeated_ngrams(rollout.response_ids()), mask.device, all_sum
         ),
         "val/num_eos_tokens": all_sum(rollout.ended.sum()).item(),
-        "val/explained_variance": maths.explained_variance(
-            rollout.values, returns, mask, all_sum
-        ).item(),
+        **({"val/explained_variance": explained.item()} if config.critic() else {}),
         "val/advantage_mean": mean_advantage.item(),
         "val/advantage_std": spread.item(),
     }
@@ -90,17 +89,18 @@ def of_update(total: dict[str, float]) -> dict[str, float]:
     ratio = total["ratio"] / tokens
     metrics = {
         "loss/policy_avg": total["policy_loss"] / tokens,
-        "loss/value_avg": total["value_loss"] / tokens,
         "policy/approxkl_avg": total["approxkl"] / tokens,
         "policy/clipfrac_avg": total["policy_clipped"] / tokens,
         "policy/entropy_avg": total["entropy"] / tokens,
         "policy/grad_norm": total["policy/grad_norm"] / steps,
-        "value/grad_norm": total["value/grad_norm"] / steps,
-        "val/clipfrac_avg": total["value_clipped"] / tokens,
         "val/ratio": ratio,
         "val/ratio_var": total["ratio_off"] / tokens - (ratio - 1) ** 2,
         "val/sampler_mismatch": total["mismatch"] / total["mismatch_tokens"],
     }
+    if "value_loss" in total:
+        metrics["loss/value_avg"] = total["value_loss"] / tokens
+        metrics["value/grad_norm"] = total["value/grad_norm"] / steps
+        metrics["val/clipfrac_avg"] = total["value_clipped"] / tokens
     if "ptx_tokens" in total:
         metrics["loss/ptx_avg"] = -total["ptx_likelihood"] / total["ptx_tokens"]
     return metrics

@@ -42,14 +42,16 @@ class PolicyAndValue(nn.Module):
     """A policy with its value function: a separate network, or a head on the policy's trunk.
 
     `value` is a sequence classifier (see `pipeline.models.forward.response_scores`), maybe on the policy's base, or
-    None for a head on the policy's trunk, which starts at zero.
+    None for a head on the policy's trunk, which starts at zero. Without a `critic` there is neither,
+    and every value is 0.
     """
 
-    def __init__(self, policy: Model, value: Model | None):
+    def __init__(self, policy: Model, value: Model | None, critic: bool = True):
         super().__init__()
         self.policy = policy
         self.value = value
-        if value is None:
+        self.critic = critic
+        if value is None and critic:
             dtype = torch.promote_types(policy.dtype, torch.float32)
             self.value_head = nn.Linear(hidden_width(policy), 1, dtype=dtype)
             nn.init.zeros_(self.value_head.weight)
@@ -61,6 +63,8 @@ class PolicyAndValue(nn.Module):
 
         Of several processes each waits for every gradient of a module, on a shared base the other's too.
         """
+        if not self.critic:
+            return [PolicyPass(self.policy)]
         shared = {id(p) for p in self.policy.parameters()}
         if self.value is None or (
             processes > 1 and any(id(p) in shared for p in self.value.parameters())
@@ -76,7 +80,7 @@ class PolicyAndValue(nn.Module):
         ptx: Sequences | None = None,
     ) -> Outputs:
         """Everything; `ptx` is a batch of pretraining text."""
-        if self.value is not None:
+        if self.value is not None or not self.critic:
             out = _of_policy(self.policy, s, temperature, entropy_grad, ptx)
             return out._replace(values=self.values(s))
         out, hidden = _of_responses(self.policy, s, temperature, entropy_grad, hidden=True)
@@ -85,6 +89,8 @@ class PolicyAndValue(nn.Module):
 
     def values(self, s: Sequences) -> Tensor:
         """Values (B, T) alone, without the policy's logits."""
+        if not self.critic:
+            return torch.zeros(s.response_mask.shape, device=s.response_mask.device)
         if self.value is not None:
             return response_scores(self.value, s)
         return spread(self._head(layout(self.policy).hidden(self.policy, s)), s.response_mask)
@@ -101,12 +107,15 @@ class PolicyAndValue(nn.Module):
 
     def value_parameters(self) -> list[nn.Parameter]:
         """Trainable parameters of the value function alone."""
+        if not self.critic:
+            return []
         module = self.value_head if self.value is None else self.value
         return [p for p in module.parameters() if p.requires_grad]
 
     def trained_by_network(self) -> dict[str, list[nn.Parameter]]:
         """Those of each network by name."""
-        return {"policy": self.policy_parameters(), "value": self.value_parameters()}
+        value = {"value": self.value_parameters()} if self.critic else {}
+        return {"policy": self.policy_parameters()} | value
 
     def trained(self) -> dict[str, Tensor]:
         """Trainable parameters by name: what training changes, and so what a saved state needs."""

@@ -96,20 +96,19 @@ class PromptStream:
     """Endless batches of queries: each epoch is a permutation drawn from (seed, epoch) alone.
 
     A batch is a function of its number, so a resumed run needs no stored position. Every process
-    takes its own slice of the global batch.
+    takes its own slice of the global batch. Of every prompt there are `samples` one after the other.
     """
 
-    def __init__(self, queries: list[Query], batch_size: int, seed: int):
-        self.queries, self.batch_size, self.seed = queries, batch_size, seed
+    def __init__(self, queries: list[Query], batch_size: int, seed: int, samples: int = 1):
+        self.queries, self.prompts, self.seed = queries, batch_size // samples, seed
+        self.samples = samples
 
     def batch(self, number: int, process: int = 0, processes: int = 1) -> list[Query]:
         """The `number`-th batch (from 0), this process's share of it."""
-        indices = self._indices(number * self.batch_size)
-        share = self.batch_size // processes
-        mine = [next(indices) for _ in range(self.batch_size)][
-            process * share : (process + 1) * share
-        ]
-        return [self.queries[i] for i in mine]
+        indices = self._indices(number * self.prompts)
+        share = self.prompts // processes
+        mine = [next(indices) for _ in range(self.prompts)][process * share : (process + 1) * share]
+        return [self.queries[i] for i in mine for _ in range(self.samples)]
 
     def _indices(self, position: int) -> Iterator[int]:
         epoch, offset = divmod(position, len(self.queries))

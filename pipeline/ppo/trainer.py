@@ -24,6 +24,7 @@ from pipeline.models.packing import pack_if_possible
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import left_pad, mask_from_lengths, pad_id
 from pipeline.ppo import gates, maths, measures
+from pipeline.ppo.advantages import advantages_and_returns
 from pipeline.ppo.ema import Ema
 from pipeline.ppo.losses import Minibatch, Sums, losses
 from pipeline.ppo.networks import Outputs, PolicyAndValue, autocast
@@ -71,11 +72,12 @@ class PPO:
         for model in (policy, reference, value):
             if model is not None:
                 pack_if_possible(model)
-        networks = PolicyAndValue(policy, value).eval()
+        networks = PolicyAndValue(policy, value, critic=config.critic()).eval()
         gates.something_to_train(networks.trained_by_network())
+        rates = {"policy": config.learning_rate, "value": config.value_lr()}
         groups = [
-            {"params": networks.policy_parameters(), "lr": config.learning_rate},
-            {"params": networks.value_parameters(), "lr": config.value_lr()},
+            {"params": parameters, "lr": rates[name]}
+            for name, parameters in networks.trained_by_network().items()
         ]
         optimizer = torch.optim.AdamW(
             groups, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
@@ -195,19 +197,15 @@ class PPO:
         """Optimise on one rollout; returns this iteration's metrics."""
         config, mask = self.config, rollout.response_mask
         scores = shaped_scores(rollout, config, self.scale, self._all_sum)
-        kl = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl_penalty)
-        rewards = maths.token_rewards(scores, kl, mask, self.kl_coef)
-        if rollout.token_scores is not None:
-            rewards = rewards + rollout.token_scores
-        if config.whiten_rewards:
-            rewards = maths.masked_whiten(rewards, mask, keep_mean=True, all_sum=self._all_sum)
-        advantages, returns = maths.gae(rewards, rollout.values, mask, config.gamma, config.lam)
+        advantages, returns = advantages_and_returns(
+            rollout, scores, self.kl_coef, config, self._all_sum
+        )
         metrics: dict[str, float] = measures.of_rollout(
             rollout, scores, advantages, returns, config, self.kl_coef, self._all_sum
         )
         metrics["episode"] = (self.iteration + 1) * config.batch_size
         metrics["lr"] = float(self.schedule.get_last_lr()[0])  # of the first step
-        if config.whiten_advantages:
+        if config.whitens():
             advantages = maths.masked_whiten(advantages, mask, all_sum=self._all_sum)
         rollout, advantages, returns = everywhere(self.accelerator, rollout, advantages, returns)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
@@ -252,7 +250,8 @@ class PPO:
         `first`: of its iteration, when the policy is still the one that sampled."""
         tokens = self._all_sum(rollout.response_mask.sum()).clamp(min=1)
         ptx = self._ptx_batch(len(rollout))
-        minibatch = Minibatch(rollout, advantages, returns, tokens, ptx, first)
+        kl_coef = self.kl_coef if self.config.kl_in_loss() else 0.0
+        minibatch = Minibatch(rollout, advantages, returns, tokens, ptx, first, kl_coef)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         slices = self._slices(len(rollout), self.config.micro_batch_size)
         for number, rows in enumerate(slices):
@@ -272,7 +271,7 @@ class PPO:
             f"{name}/grad_norm": clip_grad_norm_(parameters, self.config.max_grad_norm)
             for name, parameters in trained.items()
         }
-        seen = {"policy loss": summed["policy_loss"], "value loss": summed["value_loss"]}
+        seen = {f"{name} loss": summed[f"{name}_loss"] for name in trained}
         gates.finite_step(seen, norms, self.optimizer_steps)
         with gates.moves(trained, self.optimizer, self.optimizer_steps):
             self.optimizer.step()
