@@ -11,7 +11,7 @@
 #: SFT= RM= PPO=    another config file for one stage; EVAL= for the evaluation
 #: SET="k=v ..."    override keys: SET="ppo.kl_coef=0.02 seed=3"
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
-#: SEEDS="1 2 3"    seeds of `make seeds`; ARGS= further arguments of chat, overopt, seeds and test
+#: SEEDS="1 2 3"    seeds of `make seeds` and `make compare`; ARGS= further arguments of chat, overopt, seeds and test
 #: SIZE=S|M DEVICE= ITERATIONS= THREADS=   of `make bench`; ARGS="--cases fp32 sft" picks cases
 #: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
@@ -142,7 +142,7 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 	$(if $(FORCE),--force $(call quote,$(FORCE))) $(SETTINGS)
 
 # Told now and not when the goals before it are made, in hours.
-TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat overopt seeds bench \
+TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare overopt seeds bench \
 	status show-config clean
 ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
 $(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
@@ -245,6 +245,9 @@ chat: $(STAMP)  ## talk with the run's policy
 
 STUDY = --recipe $(RECIPE) --run $(RUN_DIR) $(SETTINGS) $(ARGS)
 VARIANT = $(if $(PPO),--ppo $(call quote,$(PPO))) $(BORROW)
+
+compare: $(STAMP)  ## PPO beside best-of-n, SFT on the best-ranked, DPO and RLOO, judged alike
+	exec $(PY) -m pipeline.evaluation.compare $(STUDY) $(if $(SEEDS),--seeds $(SEEDS))
 
 overopt: $(STAMP)  ## study over-optimisation: gold against proxy as KL grows
 	exec $(PY) -m pipeline.evaluation.overopt $(STUDY)

@@ -28,6 +28,7 @@ class Record:
     samples: list[dict[str, Any]]
     rankings: Measured | None  # what the reward model's scores say about its held-out rankings
     overopt: dict[str, Any]
+    compared: dict[str, Any]  # compare/compare.json
     bars: GateBars
     limits: AlarmLimits
     evaluable: bool  # whether `make eval` has a config for this run
@@ -65,6 +66,7 @@ def load_record(run: Path) -> Record:
         samples=samples,
         rankings=measure(held_out) if held_out else None,
         overopt=read_json(run / "overopt" / "overopt.json"),
+        compared=read_json(run / "compare" / "compare.json"),
         bars=config.gate_bars,
         limits=config.alarms,
         evaluable=evaluable,

@@ -17,6 +17,7 @@ from pipeline import steps
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
 from pipeline.evaluation import plots
+from pipeline.evaluation.compare import columns
 from pipeline.evaluation.rankings import Measured
 from pipeline.evaluation.record import Record, load_record, values
 from pipeline.evaluation.verdicts import conclusion, verdicts
@@ -94,6 +95,7 @@ def context(record: Record) -> dict[str, Any]:
         "against": record.result.get("rm"),
         "samples": samples(record),
         "studies": studies,
+        "compared": columns(record.compared.get("rows") or {}),
         "overopt_image": plots.root_kl(studies) if studies else "",
         "configs": {
             name: yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True)

@@ -128,8 +128,8 @@ def _portable(inputs: dict[str, str]) -> dict[str, str]:
 
 def page_sources(run: Path) -> list[Path]:
     """Files about a run, besides its artifacts, that a page shows."""
-    names = ("eval/test.json", "eval/validation.json", "overopt/overopt.json")
-    return [path for name in names if (path := run / name).is_file()]
+    names = ("eval/test", "eval/validation", "overopt/overopt", "compare/compare")
+    return [path for name in names if (path := run / f"{name}.json").is_file()]
 
 
 def deciding(kind: type[BaseModel] | None, config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,279 @@
+"""PPO beside what else the same SFT model, rankings and prompts could be used for: `make compare RUN=tiny`.
+
+Best-of-n by the reward model, SFT on the best-ranked responses, DPO (arXiv 2305.18290) and RLOO (arXiv
+2402.14740), judged alike. DPO's beta is chosen on validation prompts. What has been made is not made
+again. Writes RUN/compare/compare.{json,md}; the report shows them. With --seeds the runs are RUN-seedN.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.cli import reporting_errors
+from pipeline.config.evaluation import EvalConfig, Split
+from pipeline.config.load import load_config
+from pipeline.config.schema import Data, RMConfig
+from pipeline.data.messages import message
+from pipeline.data.rankings import Ranking, load_rankings
+from pipeline.data.splits import split_by_prompt
+from pipeline.errors import UserError
+from pipeline.evaluation import calls as steps
+from pipeline.evaluation.judges import load_judge
+from pipeline.handoff.artifacts import installed_packages
+from pipeline.handoff.found import find_stages, fresh_stages, read_json
+from pipeline.handoff.remembered import command
+from pipeline.process.files import jsonl, read_jsonl, write_atomically
+from pipeline.process.progress import say
+from pipeline.steps import overrides
+
+Row = dict[str, Any]
+"""Of one policy: judge, wins over SFT with an interval, rm_score, KL to SFT, ended, length, minutes."""
+
+COLUMNS = {
+    "judge": "judge",
+    "wins": "wins over SFT",
+    "wins_by_rm": "by the reward model",
+    "rm_score": "its score",
+    "kl": "KL to SFT",
+    "ended": "ends",
+    "length": "tokens",
+    "minutes": "minutes of training",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `make compare`."""
+    args = parser().parse_args(argv)
+    recipe, run, settings = steps.asked(args)
+    runs = [steps.sibling(run, f"seed{seed}") for seed in args.seeds] or [run]
+    config = load_config(EvalConfig, recipe / "eval.yaml", overrides("eval", settings))
+    studies = [Study(recipe, each, config, args.n, args.samples, args.betas) for each in runs]
+    tables = [study.table(args.split) for study in studies]
+    if args.seeds:
+        text = markdown(medians(tables), f"{run.name}: medians of {len(runs)} seeds")
+        write_atomically(run.with_name(f"{run.name}-compare.md"), text)
+        print(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of `make compare`."""
+    out = steps.parser("compare", __doc__)
+    out.add_argument("--seeds", type=int, nargs="*", default=[], help="runs RUN-seedN")
+    out.add_argument("--split", choices=["test", "validation"], default="test")
+    out.add_argument("--n", type=steps.count, default=4, help="of best-of-n")
+    out.add_argument("--samples", type=steps.count, default=4, help="RLOO's, of each prompt")
+    out.add_argument("--betas", type=float, nargs="+", default=[0.03, 0.1, 0.3], help="DPO's")
+    return out
+
+
+@dataclass
+class Policy:
+    """A model to judge, and the minutes of training that it took after SFT."""
+
+    path: Path
+    minutes: float
+    best_of: int = 1
+    """Answers of which the reward model picks one."""
+
+
+class Study:
+    """One run and its rivals."""
+
+    def __init__(
+        self, recipe: Path, run: Path, config: EvalConfig, n: int, samples: int, betas: list[float]
+    ):
+        self.recipe, self.run, self.config = recipe, run, config
+        self.n, self.samples, self.betas = n, samples, betas
+        self.stages, _ = fresh_stages(find_stages(run))
+        if missing := {"sft", "rm", "ppo"} - self.stages.keys():
+            raise UserError(
+                f"{run}: needs {', '.join(sorted(missing))} first: {command(run, 'ppo')}"
+            )
+        self.judge = load_judge(config.judge)
+        self.out = run / "compare"
+        self.made_from = {name: stage.manifest_sha256 for name, stage in self.stages.items()}
+
+    def table(self, split: Split) -> dict[str, Row]:
+        """Make what is missing, judge everything and write it down."""
+        path = self.out / "compare.json"
+        asked: dict[str, Any] = {
+            "split": split,
+            "eval": self.config.of_split(split).model_dump(mode="json"),
+            "n": self.n,
+            "samples": self.samples,
+            "betas": self.betas,
+            "made_from": self.made_from,
+        }
+        before = read_json(path)
+        if all(before.get(key) == value for key, value in asked.items()):
+            say(f"compare: up to date ({path})")
+            return before["rows"]
+        sft, ppo = self.stages["sft"].path, self.stages["ppo"].path
+        of_rm = minutes(self.stages["rm"].path)
+        policies = {
+            "SFT": Policy(sft, 0.0),
+            "PPO": Policy(ppo, of_rm + minutes(ppo)),
+            f"best of {self.n}": Policy(sft, of_rm, self.n),
+            "SFT on the best-ranked": self._best_ranked(),
+            "RLOO": self._rloo(of_rm),
+        }
+        by_beta = self._dpo()
+        chosen, tried = self._choice(by_beta)
+        policies[f"DPO, beta {chosen}"] = by_beta[chosen]
+        rows = judged(self, split, policies)
+        judge = None if self.judge is None else self.judge.name
+        facts = {"judge": judge, "dpo_on_validation": tried, "packages": installed_packages()}
+        text = markdown(rows, f"{self.run.name}, {split} prompts")
+        write_atomically(path.with_suffix(".md"), text)
+        whole = {**asked, **facts, "rows": rows}
+        write_atomically(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+        print(text)
+        return rows
+
+    def _stage(self, stage: str, name: str, **changes: Any) -> Path:
+        """A stage of a run of its own, with this run's config but for the changes."""
+        run = steps.sibling(self.run, f"compare-{name}")
+        config = {k: v for k, v in self.stages[stage].config.items() if k not in ("run", "stage")}
+        file = self.out / f"{name}.yaml"
+        text = yaml.safe_dump(config | changes, sort_keys=False, allow_unicode=True)
+        write_atomically(file, text)
+        borrow = None if stage == "sft" else self.run
+        steps.stage(stage, self.recipe, run, borrow=borrow, config=file)
+        return run / stage
+
+    def _best_ranked(self) -> Policy:
+        rows = []
+        for r in self._rankings():
+            best = r.responses[min(range(len(r.ranks)), key=r.ranks.__getitem__)]
+            rows.append({"messages": [*r.messages, message("assistant", best)]})
+        write_atomically(self.out / "best.jsonl", jsonl(rows))
+        data, sft = {"path": str(self.out / "best.jsonl")}, str(self.stages["sft"].path)
+        made = self._stage("sft", "best", model=sft, chat_template=None, data=data)
+        return Policy(made, minutes(made))
+
+    def _rloo(self, of_rm: float) -> Policy:
+        no_critic = dict.fromkeys(("value_lora", "value_learning_rate"))
+        ours = {"advantages": "rloo", "samples_per_prompt": self.samples, "shared_base": False}
+        made = self._stage("ppo", "rloo", **ours | no_critic | {"value": "separate"})
+        return Policy(made, of_rm + minutes(made))
+
+    def _rankings(self) -> list[Ranking]:
+        """Those that the reward model was trained on."""
+        rm, config = self.stages["rm"].path, RMConfig.model_validate(self.stages["rm"].config)
+        ranked = rm / "rankings.jsonl"
+        source = Data(path=str(ranked)) if ranked.is_file() else config.data
+        if source is None:
+            raise UserError(f"{rm}: its rankings came in memory and are not there to compare with")
+        return split_by_prompt(load_rankings(source), config.validation_fraction, config.seed)[0]
+
+    def _dpo(self) -> dict[str, Policy]:
+        """DPO's policies by beta."""
+        out = {}
+        for beta in (f"{beta:g}" for beta in self.betas):
+            folder = self.out / f"dpo-{beta}"
+            done = folder / "made_from.json"
+            if read_json(done) != self.made_from:
+                from pipeline.evaluation.dpo import train_dpo  # imports torch and TRL
+
+                train_dpo(self.stages, self._rankings(), float(beta), folder)
+                write_atomically(done, json.dumps(self.made_from))
+            out[beta] = Policy(folder, minutes(folder))
+        return out
+
+    def _choice(self, policies: dict[str, Policy]) -> tuple[str, dict[str, float]]:
+        """The name of the best by the judge (without one, by the reward model) on validation, and all grades."""
+        by = "rm_score" if self.judge is None else "judge"
+        split: Split = "test" if self.config.validation_prompts is None else "validation"
+        tried = {name: row[by] for name, row in judged(self, split, policies).items()}
+        return max(tried, key=tried.__getitem__), tried
+
+
+def minutes(folder: Path) -> float:
+    """Wall-clock minutes between the first and the last row of a record."""
+    times = [row["time"] for row in read_jsonl(folder / "metrics.jsonl")]
+    return (times[-1] - times[0]) / 60
+
+
+def judged(study: Study, split: Split, policies: dict[str, Policy]) -> dict[str, Row]:
+    """All policies on the same prompts and random numbers."""
+    from pipeline.evaluation import metrics  # these import torch
+    from pipeline.evaluation.evaluate import Exam, ask
+    from pipeline.evaluation.likelihoods import kl_to_sft
+    from pipeline.models import device
+    from pipeline.models.loading import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
+
+    quiet()
+    prepare_cpu(study.config.threads)
+    place = study.stages["sft"].path
+    tokenizer = load_tokenizer(place)
+    sft = load_policy(place, tokenizer).to(device.device())
+    asked = ask(study.config, split, tokenizer)
+    reward = load_reward(study.stages["rm"].path).to(device.device())
+    exam = Exam(study.config, tokenizer, study.judge, reward)
+    rows, before = {}, exam.graded(asked, exam.answers("SFT", sft, asked)).columns()
+    for name, policy in policies.items():
+        model = load_policy(policy.path, tokenizer).to(device.device())
+        if policy.best_of == 1:
+            responses = exam.answers(name, model, asked)
+            now = exam.graded(asked, responses).columns()
+            models = {"ppo": model, "sft": sft}
+            kl = kl_to_sft(study.config, models, tokenizer, asked.ids, responses)["ppo_vs_sft"]
+        else:
+            now = _picked(exam, model, asked, policy.best_of)
+            kl = metrics.kl_of_best_of_n(policy.best_of)
+        rows[name] = {
+            **{key: statistics.fmean(values) for key, values in now.items()},
+            "kl": kl,
+            "minutes": policy.minutes,
+        }
+        for grade, key in (("judge", "wins"), ("rm_score", "wins_by_rm")):
+            if grade in now:
+                found = metrics.win_rate(now[grade], before[grade])
+                rows[name] |= {key: found.rate, f"{key}_low": found.low, f"{key}_high": found.high}
+    return rows
+
+
+def _picked(exam: Any, model: Any, asked: Any, n: int) -> dict[str, Sequence[float]]:
+    """What the reward model likes best of n answers to each prompt."""
+    many = asked.at([i for i in range(len(asked.ids)) for _ in range(n)])
+    found = exam.graded(many, exam.answers(f"best of {n}", model, many)).columns()
+    scores = found["rm_score"]
+    best = [max(range(i, i + n), key=scores.__getitem__) for i in range(0, len(scores), n)]
+    return {name: [values[i] for i in best] for name, values in found.items()}
+
+
+def columns(rows: dict[str, Row]) -> dict[str, str]:
+    """Keys of the rows that a table shows, with their titles."""
+    return {k: title for k, title in COLUMNS.items() if any(k in row for row in rows.values())}
+
+
+def medians(tables: list[dict[str, Row]]) -> dict[str, Row]:
+    """Of all seeds; a policy is one whatever beta was chosen for it."""
+    merged: dict[str, list[Row]] = {}
+    for table in tables:
+        for name, row in table.items():
+            merged.setdefault(name.partition(",")[0], []).append(row)
+    return {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for name, rows in merged.items()
+    }
+
+
+def markdown(rows: dict[str, Row], title: str) -> str:
+    """A table with a row a policy."""
+    keys = columns(rows)
+    lines = [f"# {title}", "", "| | " + " | ".join(keys.values()) + " |", "|-|" + "-:|" * len(keys)]
+    for name, row in rows.items():
+        lines += [f"| {name} | " + " | ".join(f"{row[key]:.3f}" for key in keys) + " |"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    with reporting_errors():
+        main()
