@@ -165,7 +165,10 @@ class Study:
 
     def _rankings(self) -> list[Ranking]:
         """Those that the reward model was trained on."""
-        rm, config = self.stages["rm"].path, RMConfig.model_validate(self.stages["rm"].config)
+        rm, config = (
+            self.stages["rm"].path,
+            RMConfig.model_validate_json(json.dumps(self.stages["rm"].config)),
+        )
         ranked = rm / "rankings.jsonl"
         source = Data(path=str(ranked)) if ranked.is_file() else config.data
         if source is None:

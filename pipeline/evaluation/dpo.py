@@ -1,5 +1,6 @@
 """Direct preference optimisation (arXiv 2305.18290) by TRL's trainer, to compare PPO with."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -41,8 +42,8 @@ def train_dpo(stages: dict[str, Stage], rankings: list[Ranking], beta: float, ou
     adapters PPO's.
     """
     sft = stages["sft"].path
-    rm = RMConfig.model_validate(stages["rm"].config)
-    ppo = PPOConfig.model_validate(stages["ppo"].config)
+    rm = RMConfig.model_validate_json(json.dumps(stages["rm"].config))
+    ppo = PPOConfig.model_validate_json(json.dumps(stages["ppo"].config))
     silent = rm.wandb.model_copy(update={"mode": "disabled"})
     config = rm.model_copy(update={"learning_rate": ppo.learning_rate, "wandb": silent})
     quiet()
