@@ -31,6 +31,7 @@ from pipeline.data.template import (
     without_thinking,
 )
 from pipeline.errors import UserError, at
+from pipeline.evaluation.card import write_card
 from pipeline.evaluation.rankings import Scored, measure, write_scored
 from pipeline.feedback.comparisons import sampled_rankings
 from pipeline.handoff import checkpoint
@@ -131,6 +132,11 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         scored = _score(final, tokenizer, held_out_rows)
         gap = _padding_gap(final, tokenizer, held_out_rows)
         write_scored(stage.output, scored)
+        about = {
+            "demonstration_mean": _demonstration_mean(final, tokenizer, config, sft),
+            "padding_gap": gap,
+        }
+        write_card(stage.output, scored, about)
         after = measure(scored).metrics()
         stage.tracker.log(
             trainer.state.global_step, {f"validation/{k}": v for k, v in after.items()}
@@ -142,8 +148,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
                 "accuracy_before": before.accuracy.share,
                 **after,
                 "reward_bias": final.config.reward_bias,
-                "demonstration_mean": _demonstration_mean(final, tokenizer, config, sft),
-                "padding_gap": gap,
+                **about,
                 "prompts": len(training_rows),
                 "prompts_dropped": len(training) - len(training_rows),
                 "responses_too_long": too_long,

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pipeline import steps
 from pipeline.config.schema import AlarmLimits, GateBars, PPOConfig
 from pipeline.errors import UserError
+from pipeline.evaluation.card import card
 from pipeline.evaluation.rankings import Measured, measure, read_scored
 from pipeline.handoff.found import Stage, find_stages, fresh_stages, read_json
 from pipeline.handoff.remembered import FILE, Asked, command
@@ -27,6 +28,7 @@ class Record:
     result: dict[str, Any]  # eval/test.json, else eval/validation.json
     samples: list[dict[str, Any]]
     rankings: Measured | None  # what the reward model's scores say about its held-out rankings
+    card: dict[str, Any]  # of the reward model, see `pipeline.evaluation.card`
     overopt: dict[str, Any]
     compared: dict[str, Any]  # compare/compare.json
     bars: GateBars
@@ -65,6 +67,7 @@ def load_record(run: Path) -> Record:
         result=result,
         samples=samples,
         rankings=measure(held_out) if held_out else None,
+        card=card(held_out) if held_out else {},
         overopt=read_json(run / "overopt" / "overopt.json"),
         compared=read_json(run / "compare" / "compare.json"),
         bars=config.gate_bars,
