@@ -1,10 +1,9 @@
 """Over-optimisation on purpose: `python -m pipeline.evaluation.overopt --recipe tiny` (make overopt).
 
-PPO without a KL penalty, against the run's reward model, against a deliberately small one (its head
-alone is trained), and with --ensemble N against N reward models trained on the same rankings, less
-the variance of their scores (arXiv 2310.02743). Responses to fixed validation prompts, kept along the way, are judged
-afterwards, and best-of-n stands beside them: gold and proxy against the square root of KL, as in
-Gao et al. (arXiv 2210.10760). Writes RUN/overopt/overopt.{json,png}; the report shows them.
+PPO without a KL penalty, against the run's reward model and against a deliberately small one (its head
+alone is trained). Responses to fixed validation prompts, kept along the way, are judged afterwards, and
+best-of-n stands beside them: gold and proxy against the square root of KL, as in Gao et al. (arXiv
+2210.10760). Writes RUN/overopt/overopt.json, which the report shows.
 """
 
 import argparse
@@ -15,12 +14,11 @@ from typing import Any
 from pipeline.cli import reporting_errors
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import load_config
-from pipeline.config.schema import PPOConfig, RMConfig
+from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import Prompt, load_prompts
 from pipeline.data.messages import prompt_text
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
-from pipeline.evaluation import plots
 from pipeline.evaluation.judges import Judge, load_judge
 from pipeline.evaluation.record import values
 from pipeline.handoff.found import find_stages, fresh_stages, read_jsonl
@@ -39,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `make overopt`."""
     args = parser().parse_args(argv)
     recipe, run, settings = steps.asked(args)
-    study = Study(recipe, run, args.prompts, args.n, args.ensemble, settings)
+    study = Study(recipe, run, args.prompts, args.n, settings)
     curves = study.curves(args.iterations, args.points)
     say(f"overopt: {write(study.run, study.judge.name, curves)}; make report shows it")
 
@@ -54,20 +52,14 @@ def parser() -> argparse.ArgumentParser:
         ("n", 16, "largest n of best-of-n"),
     ):
         out.add_argument(f"--{name}", type=steps.count, default=default, help=what)
-    out.add_argument(
-        "--ensemble", type=int, default=0, help="reward models in an ensemble; 0 = no ensemble"
-    )
     return out
 
 
 class Study:
     """PPO runs without KL penalty beside a run, and best-of-n by their reward models."""
 
-    def __init__(
-        self, recipe: Path, run: Path, prompts: int, n: int, ensemble: int, settings: list[str]
-    ):
+    def __init__(self, recipe: Path, run: Path, prompts: int, n: int, settings: list[str]):
         self.recipe, self.run, self.n, self.settings = recipe, run, n, settings
-        self.ensemble = ensemble
         self.config = load_config(EvalConfig, recipe / "eval.yaml", overrides("eval", settings))
         judge = load_judge(self.config.judge)
         if judge is None:
@@ -91,35 +83,17 @@ class Study:
         """Run what has not been run yet and measure it."""
         full, small = steps.sibling(self.run, "overopt"), steps.sibling(self.run, "overopt-small")
         # the same rankings, but the SFT trunk stays as it is and only the head learns
-        self._reward_model(small, "head_only=true", "lora=null")
-        out: dict[str, list[Point]] = {}
-        for name, run in (("PPO", full), ("PPO, small reward model", small)):
-            out[name] = self._ppo(run, iterations, points)
-        if self.ensemble > 1:
-            run = steps.sibling(self.run, "overopt-ensemble")
-            members = f"rewards={json.dumps([self._members()])}"
-            out[f"PPO, {self.ensemble} reward models"] = self._ppo(run, iterations, points, members)
-        rewards = {"best of n": self.run / "rm", "best of n, small reward model": small / "rm"}
-        return out | best_of_n(self, rewards)
-
-    def _members(self) -> dict[str, Any]:
-        """The ensemble as a reward: the run's reward model and others that differ in their seed."""
-        config = load_config(RMConfig, self.recipe / "rm.yaml", overrides("rm", self.settings))
-        others = [steps.sibling(self.run, f"overopt-rm{i}") for i in range(2, self.ensemble + 1)]
-        for i, run in enumerate(others, start=1):
-            self._reward_model(run, f"seed={config.seed + 1000 * i}")
-        models = ["rm", *(str(run / "rm") for run in others)]
-        return {"models": models, "aggregate": "uncertainty", "uncertainty_coef": 5.0}
-
-    def _reward_model(self, run: Path, *changes: str) -> None:
-        """Another reward model from the run's rankings."""
-        words = [*self.settings, *changes]
+        words = [*self.settings, "head_only=true", "lora=null"]
         ranked = self.run / "rm" / "rankings.jsonl"
         if ranked.is_file():
             words += ["sampling=null", f"data={json.dumps({'path': str(ranked)})}"]
-        steps.stage("rm", self.recipe, run, *words, borrow=self.run)
+        steps.stage("rm", self.recipe, small, *words, borrow=self.run)
+        studies = {"PPO": full, "PPO, small reward model": small}
+        out = {name: self._ppo(run, iterations, points) for name, run in studies.items()}
+        rewards = {"best of n": self.run / "rm", "best of n, small reward model": small / "rm"}
+        return out | best_of_n(self, rewards)
 
-    def _ppo(self, run: Path, iterations: int | None, points: int, *changes: str) -> list[Point]:
+    def _ppo(self, run: Path, iterations: int | None, points: int) -> list[Point]:
         """Run PPO, unless it has run and answered these prompts at these points; its points."""
         config = load_config(PPOConfig, self.recipe / "ppo.yaml", overrides("ppo", self.settings))
         iterations = iterations or 2 * config.iterations
@@ -134,7 +108,6 @@ class Study:
             f"iterations={iterations}",
             f"sample_every={every}",
             f"sample_prompts={json.dumps({'path': str(self.prompts)})}",
-            *changes,
         ]
         wanted = {*range(0, iterations, every), iterations}
         for again in ((), ("--force",)):  # what was watched makes no finished stage out of date
@@ -204,11 +177,9 @@ def best_of_n(study: Study, rewards: dict[str, Path]) -> dict[str, list[Point]]:
 
 
 def write(run: Path, judge: str, curves: dict[str, list[Point]]) -> Path:
-    """RUN/overopt/overopt.json and .png; returns the picture's path."""
-    out = run / "overopt" / "overopt.png"
-    whole = {"judge": judge, "studies": curves}
-    write_atomically(out.with_suffix(".json"), json.dumps(whole, indent=1) + "\n")
-    plots.root_kl_file(curves, out)
+    """RUN/overopt/overopt.json; returns its path."""
+    out = run / "overopt" / "overopt.json"
+    write_atomically(out, json.dumps({"judge": judge, "studies": curves}, indent=1) + "\n")
     return out
 
 

@@ -8,7 +8,6 @@ import base64
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -51,20 +50,13 @@ def chart(draw: Callable[..., None], width: float = 3.9, height: float = 2.3) ->
     @functools.wraps(draw)
     def drawn(*args: Any, **more: Any) -> str:
         out = io.BytesIO()
-        picture = functools.partial(draw, *args, **more)
-        _save(picture, width, height, out, format="svg", transparent=True, metadata={"Date": None})
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(width, height), layout="constrained")
+            draw(*args, **more, axes=figure.add_subplot())
+            figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
 
     return drawn
-
-
-def _save(
-    draw: Callable[..., None], width: float, height: float, out: Path | io.BytesIO, **options: Any
-) -> None:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(axes=figure.add_subplot())
-        figure.savefig(out, **options)
 
 
 @chart
@@ -108,7 +100,8 @@ def scatter(points: Points, xlabel: str, ylabel: str, *, axes: Axes) -> None:
     axes.set_ylabel(ylabel)
 
 
-def _root_kl(studies: Mapping[str, Sequence[Mapping[str, float]]], *, axes: Axes) -> None:
+@functools.partial(chart, width=9.4, height=3.2)
+def root_kl(studies: Mapping[str, Sequence[Mapping[str, float]]], *, axes: Axes) -> None:
     """Judge (full) and score (dashed) of each study of `pipeline.evaluation.overopt` against the square
     root of KL."""
     for colour, (name, points) in zip(COLOURS, studies.items(), strict=False):
@@ -120,11 +113,3 @@ def _root_kl(studies: Mapping[str, Sequence[Mapping[str, float]]], *, axes: Axes
     axes.set_xlabel("square root of KL to SFT (nats per response)")
     axes.set_ylabel("judge (full), reward model (dashed)")
     axes.legend()
-
-
-root_kl = chart(_root_kl, width=9.4, height=3.2)
-
-
-def root_kl_file(studies: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """`root_kl` as a PNG file."""
-    _save(functools.partial(_root_kl, studies), 9.4, 4.2, path, dpi=150)
