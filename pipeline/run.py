@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from pipeline import steps
-from pipeline.config.load import config_hash
 from pipeline.config.schema import Data, PPOConfig, StageConfig
 from pipeline.data.sources import rows_from_memory
 from pipeline.errors import UserError
@@ -156,7 +155,6 @@ class StageRun:
         manifest = Manifest(
             stage=self.stage,
             config=self.config.model_dump(mode="json"),
-            config_hash=config_hash(self.config),
             inputs=self.inputs,
             tokenizer_hash=tokenizer_hash,
             template_hash=template_hash,

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pipeline.commands.show_config import documented
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import (
-    config_hash,
     differences,
     load_config,
     strict_yaml,
@@ -19,6 +18,7 @@ from pipeline.config.load import (
 from pipeline.config.schema import BaseConfig, PPOConfig, RMConfig, SFTConfig
 from pipeline.config.section import Section
 from pipeline.errors import UserError
+from pipeline.handoff.lineage import deciding
 from pipeline.steps import config_class, overrides, split_settings, stages
 
 SFT = "model: org/name\ndata: {path: org/data}\n"
@@ -252,22 +252,26 @@ def test_settings_are_split_as_a_shell_would():
         split_settings("a='x")
 
 
-# --- hash and show --------------------------------------------------------------------------------
+# --- what decides, and show --------------------------------------------------------------------------------
 
 
-def test_cosmetic_keys_do_not_change_the_hash(tmp_path):
+def told(config: SFTConfig) -> dict:
+    return deciding(SFTConfig, config.model_dump(mode="json"))
+
+
+def test_cosmetic_keys_decide_nothing(tmp_path):
     path = write(tmp_path, SFT)
     plain = load_config(SFTConfig, path)
     cosmetic = ["log_every=3", "save_every=7", "wandb.mode=offline", "threads=1"]
-    assert config_hash(load_config(SFTConfig, path, cosmetic)) == config_hash(plain)
-    assert config_hash(load_config(SFTConfig, path, ["learning_rate=2e-5"])) != config_hash(plain)
-    assert config_hash(plain.model_copy(update={"run": Path("x")})) == config_hash(plain)
+    assert told(load_config(SFTConfig, path, cosmetic)) == told(plain)
+    assert told(load_config(SFTConfig, path, ["learning_rate=2e-5"])) != told(plain)
+    assert told(plain.model_copy(update={"run": Path("x")})) == told(plain)
 
 
-def test_the_same_config_in_other_words_has_the_same_hash(tmp_path):
+def test_the_same_config_in_other_words_is_the_same(tmp_path):
     one = load_config(SFTConfig, write(tmp_path, SFT + "learning_rate: 1e-5\nseed: 1"))
     other = load_config(SFTConfig, write(tmp_path, "seed: 1\n" + SFT + "learning_rate: 0.00001"))
-    assert config_hash(one) == config_hash(other)
+    assert told(one) == told(other)
 
 
 def test_differences_name_old_and_new():

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import hashlib
 import json
 import math
 import os
@@ -47,13 +46,6 @@ def load_config(
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return config
-
-
-def config_hash(config: BaseModel) -> str:
-    """SHA-256 of the keys that decide the result; those in `cosmetic` do not."""
-    cosmetic: set[str] = getattr(config, "cosmetic", set())
-    keys = {k: v for k, v in config.model_dump(mode="json").items() if k not in cosmetic}
-    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -17,7 +17,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.config.load import config_hash
 from pipeline.config.schema import BaseConfig
 from pipeline.errors import UserError
 from pipeline.handoff.remembered import make_command
@@ -67,9 +66,7 @@ class Parent(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is and what it was made from."""
-
-    model_config = ConfigDict(extra="forbid")
+    """What an artifact is and what it was made from; of an older version, it may say more."""
 
     format_version: int = FORMAT_VERSION
     stage: str
@@ -77,7 +74,6 @@ class Manifest(BaseModel):
     """Relative POSIX path -> size and hash; filled by `publish`."""
     config: dict[str, Any] = {}
     """Resolved config."""
-    config_hash: str = ""
     inputs: dict[str, str] = {}
     """Data file -> SHA-256; hub id -> itself."""
     tokenizer_hash: str = ""
@@ -179,9 +175,8 @@ def settle(final: Path) -> None:
 
 def publish_directory(staging: Path, final: Path, config: BaseConfig) -> Path:
     """Publish what needs no frame of a stage: a base model."""
-    values, seal = config.model_dump(mode="json"), config_hash(config)
-    manifest = Manifest(stage=config.stage, config=values, config_hash=seal, seed=config.seed)
-    return publish(staging, final, manifest)
+    values = config.model_dump(mode="json")
+    return publish(staging, final, Manifest(stage=config.stage, config=values, seed=config.seed))
 
 
 def installed_packages() -> dict[str, str]:
