@@ -43,6 +43,10 @@ class Record:
         """Evaluation of one policy."""
         return (self.result.get("models") or {}).get(name) or {}
 
+    def policies(self) -> list[str]:
+        """Those that were evaluated, in the order they were made."""
+        return [name for name in steps.policies() if self.model(name)]
+
     def comparison(self, name: str) -> dict[str, Any]:
         """Evaluation of one policy against another, e.g. `ppo_vs_sft`."""
         return (self.result.get("comparisons") or {}).get(name) or {}

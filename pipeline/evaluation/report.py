@@ -20,25 +20,13 @@ from pipeline.evaluation import plots
 from pipeline.evaluation.compare import columns
 from pipeline.evaluation.rankings import Measured
 from pipeline.evaluation.record import Record, load_record, values
+from pipeline.evaluation.summary import formatted, summary_rows
 from pipeline.evaluation.verdicts import conclusion, verdicts
 from pipeline.handoff.lineage import identity
 from pipeline.handoff.remembered import command
 from pipeline.ppo.preflight import better_rule
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
-
-ROWS = (
-    ("judge", "Judge's grade", "{:.3f}"),
-    ("exact", "Exact match", "{:.1%}"),
-    ("token_f1", "Token F1", "{:.3f}"),
-    ("chrf", "chrF", "{:.1f}"),
-    ("ended", "Ends by itself", "{:.1%}"),
-    ("length", "Length, tokens", "{:.1f}"),
-    ("rm_score", "Reward model's score", "{:.3f}"),
-    ("perplexity", "Held-out perplexity", "{:.3f}"),
-    ("text_perplexity", "Perplexity of pretraining text", "{:.3f}"),
-)
-"""Evaluated quantity, its name, its format."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,7 +72,7 @@ def context(record: Record) -> dict[str, Any]:
         "conclusion": conclusion(found),
         "record": record,
         "evaluate": record.command("eval") if record.evaluable else "",
-        "models": _models(record),
+        "models": record.policies(),
         "summary": summary_rows(record),
         "comparisons": comparison_rows(record),
         "families": family_tables(record),
@@ -109,34 +97,6 @@ def context(record: Record) -> dict[str, Any]:
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def summary_rows(record: Record) -> list[tuple[str, list[str]]]:
-    """Name of a quantity and its value for each evaluated policy."""
-    names = _models(record)
-    models = [record.model(name) for name in names]
-    rows = [
-        (name, [_formatted(model.get(key), form) for model in models])
-        for key, name, form in ROWS
-        if any(key in model for model in models)
-    ]
-    kl = dict(record.result.get("kl") or {})
-    error = kl.pop("std_error", None)
-    spread = "" if error is None else f" ± {error:.2f}"
-    for key, value in kl.items():
-        policy, _, other = key.partition("_vs_")
-        cells = [f"{value:.2f}{spread}" if name == policy else "–" for name in names]
-        rows.append((f"KL to {other.upper()}, nats per response", cells))
-    return rows
-
-
-def _models(record: Record) -> list[str]:
-    """Policies that were evaluated, in the order they were made."""
-    return [name for name in steps.policies() if record.model(name)]
-
-
-def _formatted(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
-
-
 def comparison_rows(record: Record) -> list[dict[str, Any]]:
     """Win rates with their intervals, in the order of the stages."""
     return [
@@ -150,7 +110,7 @@ def comparison_rows(record: Record) -> list[dict[str, Any]]:
 def family_tables(record: Record) -> list[dict[str, Any]]:
     """For each group key a table: value, prompts, grades of every policy, and how often the last one wins
     over the one before it."""
-    models = _models(record)
+    models = record.policies()
     last = record.model(models[-1]) if models else {}
     grade = next((key for key in ("judge", "token_f1", "rm_score") if key in last), None)
     versus = record.comparison("_vs_".join(models[:-3:-1])).get("groups") or {}
@@ -160,8 +120,8 @@ def family_tables(record: Record) -> list[dict[str, Any]]:
         rates, rows = versus.get(key, {}), []
         for value, own in members.items():
             cells = [group.get(value, {}) for group in groups]
-            grades = [_formatted(cell.get(grade), "{:.2f}") for cell in cells]
-            exact = [_formatted(cell.get("exact"), "{:.0%}") for cell in cells]
+            grades = [formatted(cell.get(grade), "{:.2f}") for cell in cells]
+            exact = [formatted(cell.get("exact"), "{:.0%}") for cell in cells]
             rows.append((value, own["n"], grades, exact, rates.get(value)))
         has_exact = any(text != "–" for row in rows for text in row[3])
         rate = " over ".join(models[:-3:-1]) if rates else ""

@@ -1,4 +1,4 @@
-"""What a run reached, in one table: `python -m pipeline.evaluation.summary --run checkpoints/tiny`.
+"""What a run reached: `python -m pipeline.evaluation.summary --run checkpoints/tiny`.
 
 Printed at the end of `make sft rm ppo`; reads records only, so it takes a fraction of a second.
 """
@@ -13,12 +13,24 @@ from rich.text import Text
 from pipeline import steps
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
-from pipeline.evaluation.about import Verdict
 from pipeline.evaluation.record import Record, load_record
 from pipeline.evaluation.verdicts import conclusion, verdicts
 from pipeline.handoff.remembered import command
 
 COLOURS = {"good": "green", "watch": "yellow", "bad": "red"}
+
+ROWS = (
+    ("judge", "Judge's grade", "{:.3f}"),
+    ("exact", "Exact match", "{:.1%}"),
+    ("token_f1", "Token F1", "{:.3f}"),
+    ("chrf", "chrF", "{:.1f}"),
+    ("ended", "Ends by itself", "{:.1%}"),
+    ("length", "Length, tokens", "{:.1f}"),
+    ("rm_score", "Reward model's score", "{:.3f}"),
+    ("perplexity", "Held-out perplexity", "{:.3f}"),
+    ("text_perplexity", "Perplexity of pretraining text", "{:.3f}"),
+)
+"""Evaluated quantity, its name, its format."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,12 +51,16 @@ def main(argv: list[str] | None = None) -> None:
 def show(record: Record, console: Console) -> None:
     """The table, where things lie, and what to do next."""
     found = verdicts(record)
-    console.print(table(record, found))
+    console.print(Text(str(record.run), style="italic"))
+    if record.policies():
+        console.print(table(record))
     for problem in record.problems:
         console.print(Text(f"  ! {problem}", style="yellow"))
-    for verdict in (verdict for verdict in found if verdict.level != "good"):
-        for text in (f.text for f in verdict.findings if f.level == verdict.level):
-            console.print(Text(f"  {verdict.stage}: {text}", style=COLOURS[verdict.level]))
+    for verdict in found:
+        console.print(Text(f"{verdict.stage} ({verdict.level})", style=COLOURS[verdict.level]))
+        for finding in verdict.findings:
+            level = finding.level or "watch"
+            console.print(Text(f"  {level:<7}{finding.text}", style=COLOURS[level]))
     console.print(Text(f"  {conclusion(found)}"))
     for what, text in [*places(record), ("next", next_step(record))]:
         console.print(
@@ -52,20 +68,37 @@ def show(record: Record, console: Console) -> None:
         )
 
 
-def table(record: Record, found: list[Verdict]) -> Table:
-    """One block of lines a stage."""
-    out = Table(title=Text(str(record.run)), title_justify="left", show_edge=False, pad_edge=False)
-    for name in ("stage", "measured"):
-        out.add_column(name)
-    for name in ("before", "after"):
+def table(record: Record) -> Table:
+    """What was measured of every policy."""
+    out = Table("measured", show_edge=False, pad_edge=False)
+    for name in record.policies():
         out.add_column(name, justify="right")
-    for verdict in found:
-        about = steps.about(verdict.stage)
-        for i, line in enumerate(about.lines(record) if about else ()):
-            label = f"{verdict.stage} ({verdict.level})" if i == 0 else ""
-            out.add_row(Text(label, style=COLOURS[verdict.level]), *line)
-        out.add_section()
+    for name, cells in summary_rows(record):
+        out.add_row(name, *cells)
     return out
+
+
+def summary_rows(record: Record) -> list[tuple[str, list[str]]]:
+    """Name of a quantity and its value for each evaluated policy."""
+    names = record.policies()
+    models = [record.model(name) for name in names]
+    rows = [
+        (name, [formatted(model.get(key), form) for model in models])
+        for key, name, form in ROWS
+        if any(key in model for model in models)
+    ]
+    kl = dict(record.result.get("kl") or {})
+    error = kl.pop("std_error", None)
+    spread = "" if error is None else f" ± {error:.2f}"
+    for key, value in kl.items():
+        policy, _, other = key.partition("_vs_")
+        cells = [f"{value:.2f}{spread}" if name == policy else "–" for name in names]
+        rows.append((f"KL to {other.upper()}, nats per response", cells))
+    return rows
+
+
+def formatted(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
 
 
 def places(record: Record) -> list[tuple[str, str]]:

@@ -1,21 +1,17 @@
 """What the evaluation shows about each step, a module a step, named in the table of steps.
 
-Each has CHARTS (its curves in the report), lines(record) (its rows of the summary) and
-verdict(record, verdict) (its findings). Here are the words that several of them use.
+Each has CHARTS (its curves in the report) and verdict(record, verdict) (its findings). Here are the words
+that several of them use.
 """
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline import steps
-from pipeline.evaluation.record import Record
 from pipeline.ppo.preflight import Finding, Level
 
 RANK: dict[Level | None, int] = {None: 0, "good": 0, "watch": 1, "bad": 2}
 EOS_WATCH = 0.98
-
-Line = tuple[str, str, str]
-"""What, before, after."""
 
 
 class Chart(NamedTuple):
@@ -69,25 +65,3 @@ class Verdict:
         self.add(
             "bad" if versus["high"] < 0.5 else "watch" if versus["low"] <= 0.5 else "good", text
         )
-
-
-def graded(record: Record, before: str, after: str) -> list[Line]:
-    """Grades that the evaluation has of two policies."""
-    old, new = record.model(before), record.model(after)
-    rows = (
-        ("judge", "judge's grade", number),
-        ("chrf", "chrF", number),
-        ("exact", "exact match", share),
-        ("ended", "ends by itself", share),
-    )
-    return [(text, form(old.get(key)), form(new[key])) for key, text, form in rows if key in new]
-
-
-def number(value: float | None) -> str:
-    """Three significant digits; a dash for nothing."""
-    return "-" if value is None else f"{value:.3g}"
-
-
-def share(value: float | None) -> str:
-    """A share with three decimals."""
-    return "-" if value is None else f"{value:.3f}"

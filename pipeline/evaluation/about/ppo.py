@@ -3,7 +3,7 @@
 Drifts that end below SFT show a KL of tens of nats (arXiv 2210.10760).
 """
 
-from pipeline.evaluation.about import Chart, Line, Verdict, graded, number, share
+from pipeline.evaluation.about import Chart, Verdict
 from pipeline.evaluation.record import Record, ends
 from pipeline.ppo import alarms
 
@@ -30,16 +30,6 @@ CHARTS = [
         Chart("Score–length correlation", {"correlation": "objective/score_length_corr"}, 0.0),
     )
 ]
-
-
-def lines(record: Record) -> list[Line]:
-    """SFT against PPO."""
-    first, last = ends(record.curves["ppo"], "objective/scores") or (None, None)
-    found = [("score it optimises", number(first), number(last)), *graded(record, "sft", "ppo")]
-    if versus := record.comparison("ppo_vs_sft"):
-        interval = f"{share(versus['low'])} to {share(versus['high'])}"
-        found.append((f"win rate against SFT ({interval})", share(0.5), share(versus["rate"])))
-    return [*found, ("KL to SFT, nats per response", number(0.0), number(_kl(record)))]
 
 
 def _kl(record: Record) -> float | None:

@@ -5,7 +5,7 @@ Human comparisons let reward models reach .63 to .72 (arXiv 2403.17031, 2203.021
 
 from typing import Any
 
-from pipeline.evaluation.about import Chart, Line, Verdict, share
+from pipeline.evaluation.about import Chart, Verdict
 from pipeline.evaluation.record import Record
 from pipeline.ppo.preflight import above_length, better_rule, of_rm
 
@@ -19,31 +19,6 @@ CHARTS = [
         "Pairs ranked right", {"training": "train/accuracy", "held-out": "validation/accuracy"}, 0.5
     ),
 ]
-
-
-def lines(record: Record) -> list[Line]:
-    """Accuracies beside what length alone reaches."""
-    found = [
-        (
-            f"{what}, {pairs} {which}pairs",
-            f"{share(better_rule(longer)[1])} by length",
-            share(accuracy),
-        )
-        for what, which, pairs, longer, accuracy in _accuracies(record)
-    ]
-    return found or [("held-out rankings", "", "none")]
-
-
-def _accuracies(record: Record) -> list[tuple[str, str, int, float, float]]:
-    found = []
-    if own := record.rankings:
-        pairs, longer = own.accuracy.pairs, own.length_baseline
-        found.append(("accuracy", "held-out ", pairs, longer, own.accuracy.share))
-    against = record.result.get("rm") or {}
-    if against.get("accuracy") is not None:
-        longer, accuracy = against["length_baseline"], against["accuracy"]
-        found.append(("agrees with the judge", "", against["pairs"], longer, accuracy))
-    return found
 
 
 def verdict(record: Record, verdict: Verdict) -> None:

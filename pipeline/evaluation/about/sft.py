@@ -1,6 +1,6 @@
 """What the evaluation shows about supervised fine-tuning."""
 
-from pipeline.evaluation.about import Chart, Line, Verdict, graded, number
+from pipeline.evaluation.about import Chart, Verdict
 from pipeline.evaluation.record import Record
 from pipeline.ppo.preflight import of_sft
 
@@ -11,13 +11,6 @@ CHARTS = [
         {"training": "train/token_accuracy", "held-out": "validation/token_accuracy"},
     ),
 ]
-
-
-def lines(record: Record) -> list[Line]:
-    """Base model against SFT."""
-    metrics = record.stages["sft"].metrics
-    first, last = metrics.get("validation_perplexity_before"), metrics.get("validation_perplexity")
-    return [("held-out perplexity", number(first), number(last)), *graded(record, "base", "sft")]
 
 
 def verdict(record: Record, verdict: Verdict) -> None:
