@@ -172,20 +172,18 @@ class Exam:
         """Responses with every grade that somebody can give."""
         texts, ended = [r.text for r in responses], [r.ended for r in responses]
         answers = Answers(texts, [len(r.ids) for r in responses], ended)
-        exact, overlaps = None, []
+        exact = None
         if self.judge is not None:
             answers.grades["judge"] = self.judge.score(asked.texts, texts, asked.rows, ended)
             exact = self.judge.exact(asked.texts, texts, asked.rows)
         if self.config.reference is not None:
             wanted = references(asked.rows, self.config.reference)
-            overlaps = [metrics.token_overlap(*pair) for pair in zip(texts, wanted, strict=True)]
+            answers.grades["token_f1"] = list(map(metrics.token_f1, texts, wanted))
             exact = exact or list(map(metrics.exact_match, texts, wanted))
         if exact is not None:
             answers.grades["exact"] = exact
         if self.reward is not None:
             answers.grades["rm_score"] = self._scores(asked, responses)
-        for name in metrics.Overlap._fields if overlaps else ():
-            answers.grades[f"token_{name}"] = [getattr(overlap, name) for overlap in overlaps]
         return answers
 
     def _scores(self, asked: Asked, responses: list[Response]) -> list[float]:

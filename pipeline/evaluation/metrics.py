@@ -41,27 +41,12 @@ def exact_match(prediction: str, reference: str) -> bool:
     return tokens(prediction) == tokens(reference)
 
 
-class Overlap(NamedTuple):
-    """Shares in 0..1."""
-
-    precision: float
-    recall: float
-    f1: float
-
-
-def token_overlap(prediction: str, reference: str) -> Overlap:
-    """Precision, recall and F1 of the bags of tokens (SQuAD's F1, arXiv 1606.05250 section 6).
-
-    Two empty texts agree; an empty one and another do not.
-    """
+def token_f1(prediction: str, reference: str) -> float:
+    """F1 of the bags of tokens (SQuAD's, arXiv 1606.05250 section 6); two empty texts agree, one does not."""
     predicted, wanted = Counter(tokens(prediction)), Counter(tokens(reference))
     if not predicted or not wanted:
-        same = float(predicted == wanted)
-        return Overlap(same, same, same)
-    common = (predicted & wanted).total()
-    precision, recall = common / predicted.total(), common / wanted.total()
-    both = precision + recall
-    return Overlap(precision, recall, 2 * precision * recall / both if both else 0.0)
+        return float(predicted == wanted)
+    return 2 * (predicted & wanted).total() / (predicted.total() + wanted.total())
 
 
 def perplexity(nll: float, count: int) -> float:
@@ -199,10 +184,8 @@ def pair_accuracy_by_k(
 
 
 class CalibrationRow(NamedTuple):
-    """Pairs whose predicted probability lies in [low, high)."""
+    """Pairs of like predicted probability."""
 
-    low: float
-    high: float
     predicted: float
     observed: float
     pairs: int
@@ -218,15 +201,11 @@ def calibration(margins: Sequence[float], bins: int = 5) -> list[CalibrationRow]
     d = np.asarray(margins, dtype=float)
     p = 1 / (1 + np.exp(-np.abs(d)))
     won = np.where(d == 0, 0.5, (d > 0).astype(float))
-    edges = np.linspace(0.5, 1.0, bins + 1)
     which = np.minimum(((p - 0.5) * 2 * bins).astype(int), bins - 1)
-    rows = []
-    for b in np.unique(which):
-        low, high, predicted, observed = map(
-            float, (edges[b], edges[b + 1], p[which == b].mean(), won[which == b].mean())
-        )
-        rows.append(CalibrationRow(low, high, predicted, observed, int((which == b).sum())))
-    return rows
+    return [
+        CalibrationRow(float(p[mine].mean()), float(won[mine].mean()), int(mine.sum()))
+        for mine in (which == b for b in np.unique(which))
+    ]
 
 
 def calibration_error(rows: Sequence[CalibrationRow]) -> float:
@@ -244,17 +223,6 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     b = np.asarray(y, dtype=float) - np.mean(y)
     spread = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / spread if spread > 0 else 0.0
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Correlation of ranks; ties share their mean rank."""
-    return pearson(_mean_ranks(x), _mean_ranks(y))
-
-
-def _mean_ranks(x: Sequence[float]) -> list[float]:
-    _, inverse, counts = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((2 * last - counts + 1) / 2)[inverse].tolist()
 
 
 # --- best of n ----------------------------------------------------------------------------------

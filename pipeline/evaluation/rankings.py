@@ -47,7 +47,6 @@ class Measured:
     calibration_error: float
     """Of the Bradley-Terry probabilities."""
     pearson: float
-    spearman: float
     """Correlation of scores with length."""
     best_of_n: dict[int, float]
     points: list[tuple[int, float]]
@@ -100,7 +99,6 @@ def measure(items: Sequence[Scored]) -> Measured:
         calibration=table,
         calibration_error=metrics.calibration_error(table),
         pearson=metrics.pearson(y, x),
-        spearman=metrics.spearman(y, x),
         best_of_n=best_of_n(items),
         points=points,
     )

@@ -164,15 +164,14 @@ def charts(record: Record, stage: str) -> list[dict[str, str]]:
 def _ranking_charts(measured: Measured | None) -> list[dict[str, str]]:
     if measured is None:
         return []
-    table = [(row.predicted, row.observed, row.pairs) for row in measured.calibration]
     return [
         {
             "title": f"Calibration (mean error {measured.calibration_error:.3f})",
             "source": "bigger dots have more pairs",
-            "image": plots.calibration(table),
+            "image": plots.calibration(measured.calibration),
         },
         {
-            "title": f"Score against length (Pearson {measured.pearson:+.2f}, Spearman {measured.spearman:+.2f})",
+            "title": f"Score against length (correlation {measured.pearson:+.2f})",
             "source": "held-out responses",
             "image": plots.scatter(measured.points, "length, tokens", "score"),
         },

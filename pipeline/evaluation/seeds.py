@@ -28,6 +28,15 @@ from pipeline.steps import load, overrides
 Values = dict[str, dict[int, float]]
 """Name of a quantity -> seed -> value."""
 
+OF_POLICY = {
+    "judge": "judge",
+    "chrf": "chrF",
+    "exact": "exact",
+    "ended": "ends by itself",
+    "text_perplexity": "perplexity of pretraining text",
+}
+"""What a policy is compared by, and its name."""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make seeds`; ends with code 1 when a seed failed."""
@@ -143,56 +152,38 @@ def quantities(result: dict[str, Any]) -> dict[str, float]:
     """What one evaluation is compared by; quantities it lacks are left out."""
     models, kl = result.get("models") or {}, result.get("kl") or {}
     base, sft, ppo = (models.get(name) or {} for name in ("base", "sft", "ppo"))
-    labels = result.get("labels") or {}
-    rm, versus = result.get("rm") or {}, (result.get("comparisons") or {}).get("ppo_vs_sft") or {}
+    labels, rm = result.get("labels") or {}, result.get("rm") or {}
+    versus = (result.get("comparisons") or {}).get("ppo_vs_sft") or {}
     found = {
-        "base: judge": base.get("judge"),
-        "base: chrF": base.get("chrf"),
-        "base: perplexity of pretraining text": base.get("text_perplexity"),
-        "sft: judge": sft.get("judge"),
-        "sft: chrF": sft.get("chrf"),
-        "sft: exact": sft.get("exact"),
-        "sft: ends by itself": sft.get("ended"),
-        "sft: perplexity of pretraining text": sft.get("text_perplexity"),
+        f"{policy}: {what}": model.get(key)
+        for policy, model in (("base", base), ("sft", sft), ("ppo", ppo))
+        for key, what in OF_POLICY.items()
+    }
+    for key in ("chrf", "exact", "judge", "length"):
+        found[f"ppo: {OF_POLICY.get(key, key)}, change"] = _change(ppo, sft, key)
+    before, after = sft.get("text_perplexity"), ppo.get("text_perplexity")
+    found |= {
+        "ppo: perplexity of pretraining text, ratio to sft": after and before and after / before,
+        "ppo: win rate over sft": versus.get("rate"),
+        "ppo: KL to sft": kl.get("ppo_vs_sft"),
         "rm: agrees with judge": rm.get("accuracy"),
         "rm: length baseline there": rm.get("length_baseline"),
         "rm: accuracy on noisy labels": labels.get("accuracy"),
         "rm: ceiling of noisy labels": labels.get("ceiling"),
         "rm: length baseline on labels": labels.get("length_baseline"),
-        "ppo: win rate over sft": versus.get("rate"),
-        "ppo: chrF": ppo.get("chrf"),
-        "ppo: chrF, change": _change(ppo, sft, "chrf"),
-        "ppo: exact": ppo.get("exact"),
-        "ppo: exact, change": _change(ppo, sft, "exact"),
-        "ppo: judge": ppo.get("judge"),
-        "ppo: judge, change": _change(ppo, sft, "judge"),
-        "ppo: KL to sft": kl.get("ppo_vs_sft"),
-        "ppo: ends by itself": ppo.get("ended"),
-        "ppo: length, change": _change(ppo, sft, "length"),
-        "ppo: perplexity of pretraining text": ppo.get("text_perplexity"),
-        "ppo: perplexity of pretraining text, ratio to sft": _ratio(ppo, sft, "text_perplexity"),
     }
     for key, members in (ppo.get("groups") or {}).items():
         for value, part in members.items():
             before = sft["groups"][key][value]
             rate = versus.get("groups", {}).get(key, {}).get(value, {}).get("rate")
             found[f"{key} {value}: win rate"] = rate
-            found[f"{key} {value}: chrF, change"] = _change(part, before, "chrf")
-            found[f"{key} {value}: exact, change"] = _change(part, before, "exact")
-            found[f"{key} {value}: judge, change"] = _change(part, before, "judge")
+            for grade in ("chrf", "exact", "judge"):
+                found[f"{key} {value}: {OF_POLICY[grade]}, change"] = _change(part, before, grade)
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _change(after: dict[str, Any], before: dict[str, Any], key: str) -> float | None:
-    if key not in after or key not in before:
-        return None
-    return after[key] - before[key]
-
-
-def _ratio(after: dict[str, Any], before: dict[str, Any], key: str) -> float | None:
-    if key not in after or not before.get(key):
-        return None
-    return after[key] / before[key]
+    return after[key] - before[key] if key in after and key in before else None
 
 
 def markdown(values: Values, seeds: list[int]) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from pipeline.evaluation import metrics
@@ -90,23 +89,17 @@ def agreement(
     """A reward model against a judge on K candidates of each of P prompts; all (P, K).
 
     Accuracy on the pairs that the judge does not tie, with Wilson's interval (pairs of one prompt
-    hang together), the baseline "the longer one wins", and how far scores and grades follow length.
+    hang together), and the baseline "the longer one wins".
     """
     ranks = [[-g for g in grade] for grade in grades]
     accuracy = metrics.pair_accuracy(scores, ranks)
     low, high = metrics.clustered_wilson(*zip(*metrics.pair_points(scores, ranks), strict=True))
-    flat_scores, flat_grades = list(chain(*scores)), list(chain(*grades))
-    flat_lengths = [float(n) for n in chain(*lengths)]
     return {
         "pairs": accuracy.pairs,
         "accuracy": accuracy.share if accuracy.pairs else None,
         "accuracy_low": low,
         "accuracy_high": high,
         "length_baseline": metrics.pair_accuracy(lengths, ranks).share if accuracy.pairs else None,
-        "score_length_pearson": metrics.pearson(flat_scores, flat_lengths),
-        "score_length_spearman": metrics.spearman(flat_scores, flat_lengths),
-        "judge_length_pearson": metrics.pearson(flat_grades, flat_lengths),
-        "score_judge_pearson": metrics.pearson(flat_scores, flat_grades),
     }
 
 
