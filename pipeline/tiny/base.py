@@ -8,7 +8,6 @@ steps is fixed, never the seconds, so the same seed and thread count give the sa
 
 import json
 import math
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.process.progress import say
+from pipeline.process.progress import tracked
 from pipeline.tiny import world
 
 SPECIALS = ["<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -153,9 +152,8 @@ def train_base(out: Path, data: Path, seed: int, steps: int) -> Path:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
     )
-    started = time.perf_counter()
     model.train()
-    for step in range(steps):
+    for step in tracked(range(steps), "base"):
         batch = rows[order[step * BATCH : (step + 1) * BATCH]]  # (B, T)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
@@ -167,9 +165,6 @@ def train_base(out: Path, data: Path, seed: int, steps: int) -> Path:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            seconds = time.perf_counter() - started
-            say(f"base step {step + 1}/{steps} loss {loss.item():.3f} seconds {seconds:.1f}")
     model.generation_config.do_sample = True  # T = 1, no truncation, unless told otherwise
     model.generation_config.top_k = 0
     model.save_pretrained(out)

@@ -40,16 +40,21 @@ def text_of_facts(rng: random.Random, language: str, forbidden: set) -> str:
     return " ".join(parts)
 
 
+def told(case: Case, rng: random.Random, language: str, with_claim: bool) -> list[str]:
+    """A case and what answers it, maybe after a claim that is true or put right."""
+    parts = [case.input]
+    if with_claim:
+        claim = case.answer if rng.random() < 0.5 else spoil(case, rng)
+        parts += claimed(claim, case.answer, language)
+    return [*parts, *case.answer, STOPS[language]]
+
+
 def text_of_stories(rng: random.Random, language: str, forbidden: set) -> str:
-    """Short news with its headline, true or put right."""
+    """Short news with its headline."""
     parts = []
     for _ in range(2):
         case = draw_allowed("summary", rng, language, forbidden)
-        parts.append(case.input)
-        if rng.random() >= 0.5:
-            claim = case.answer if rng.random() < 0.5 else spoil(case, rng)
-            parts += claimed(claim, case.answer, language)
-        parts += [*case.answer, STOPS[language]]
+        parts += told(case, rng, language, rng.random() >= 0.5)
     return " ".join(parts)
 
 
@@ -88,11 +93,7 @@ def text_of_service(rng: random.Random, language: str, forbidden: set) -> str:
     parts = []
     for _ in range(3):
         case = draw_allowed("dialogue", rng, language, forbidden)
-        parts.append(case.input)
-        if rng.random() < 0.3:
-            claim = case.answer if rng.random() < 0.5 else spoil(case, rng)
-            parts += claimed(claim, case.answer, language)
-        parts += [*case.answer, STOPS[language]]
+        parts += told(case, rng, language, rng.random() < 0.3)
         if rng.random() < 0.4:
             parts.append(rng.choice(world.COURTESIES[language]))
         if rng.random() < 0.1:

@@ -20,7 +20,12 @@ from dataclasses import dataclass
 from pipeline.tiny import world
 
 SHARE, EXACT, WRONG, HEDGE, EXCESS, UNENDED = 1.5, 1.5, -1.0, -1.0, -0.25, -2.0
-COURTESY = (0.0, 1.0, 0.5, -0.5)  # by count; one less for each further word
+COURTESY = (
+    0.0,
+    1.0,
+    0.5,
+    -0.5,
+)  # by count: one is best, two a bit much; 1 less for each further word
 MAX_WRONG = 3
 
 _COURTEOUS = frozenset(word for words in world.COURTESIES.values() for word in words)
@@ -74,13 +79,12 @@ def _solve_dialogue(words: list[str], language: str) -> tuple[str, ...]:
     return world.served([kinds["number"], kinds["adjective"], kinds["thing"]], language)
 
 
-_SOLVERS = dict(
-    zip(
-        world.FAMILIES,
-        (_solve_question, _solve_summary, _solve_translation, _solve_dialogue),
-        strict=True,
-    )
-)
+_SOLVERS = {
+    "question": _solve_question,
+    "summary": _solve_summary,
+    "translation": _solve_translation,
+    "dialogue": _solve_dialogue,
+}
 
 
 def read(prompt: str, response: str) -> Reading:
@@ -105,19 +109,15 @@ def read(prompt: str, response: str) -> Reading:
     )
 
 
-def courtesy_value(count: int) -> float:
-    """One courteous word is best, two are a bit much, more annoy."""
-    last = len(COURTESY) - 1
-    return COURTESY[count] if count <= last else COURTESY[last] - (count - last)
-
-
 def value(reading: Reading, ended: bool = True) -> float:
     """The gold of a reply that was taken apart by `read`."""
+    last = len(COURTESY) - 1
+    courtesies = min(reading.courtesies, last)
     return (
         SHARE * reading.share
         + EXACT * reading.exact
         + WRONG * min(reading.wrong, MAX_WRONG)
-        + courtesy_value(reading.courtesies)
+        + (COURTESY[courtesies] - (reading.courtesies - courtesies))
         + HEDGE * reading.hedges
         + EXCESS * reading.excess
         + UNENDED * (not ended)

@@ -5,13 +5,8 @@ customer's order), each in English and in Chinese. Words are separated by spaces
 languages, so that a word-level tokenizer reads them. Beside them stands a fifth kind, the translation of
 whole sentences, in a world of its own (`pipeline.tiny.files`) whose prompts come with their references.
 
-Else the files hold no hidden answer: a prompt row is what a user would type, a demonstration is what
-an imperfect writer replied. What a good reply is lives in `pipeline.tiny.gold`, which works it
-out from the prompt's text.
-
-Held-out contents (validation and test) are drawn first, from seeds of their own; training rows
-and the base model's corpus skip them, so the splits are disjoint by content and not only by
-wording.
+Else the files hold no hidden answer: what a good reply is lives in `pipeline.tiny.gold`, which works it out
+from the prompt's text. A prompt row is what a user would type, a demonstration an imperfect writer's reply.
 """
 
 from __future__ import annotations
@@ -30,21 +25,17 @@ def _pairs(words: str) -> dict[str, str]:
 
 
 # English word -> Chinese word, by class. A word belongs to one class, and translation is word for word.
-NAMES = _pairs("tom 汤姆 anna 安娜 ben 本恩 lily 莉莉 sam 山姆 kate 凯特")
-PLACES = _pairs("paris 巴黎 rome 罗马 london 伦敦 berlin 柏林 madrid 马德里 tokyo 东京")
-THINGS = _pairs("apples 苹果 eggs 鸡蛋 books 书 flowers 花 cakes 蛋糕 cups 杯子 maps 地图 shoes 鞋")
-ADJECTIVES = _pairs("red 红 blue 蓝 green 绿 white 白 new 新 old 旧 small 小 big 大")
-VERBS = _pairs("bought 买了 sold 卖了 saw 看见 found 找到 lost 丢了 made 做了")
-NUMBERS = _pairs("two 两 three 三 four 四 five 五 six 六 ten 十")
-
 CLASSES = {
-    "name": NAMES,
-    "place": PLACES,
-    "thing": THINGS,
-    "adjective": ADJECTIVES,
-    "verb": VERBS,
-    "number": NUMBERS,
+    "name": _pairs("tom 汤姆 anna 安娜 ben 本恩 lily 莉莉 sam 山姆 kate 凯特"),
+    "place": _pairs("paris 巴黎 rome 罗马 london 伦敦 berlin 柏林 madrid 马德里 tokyo 东京"),
+    "thing": _pairs(
+        "apples 苹果 eggs 鸡蛋 books 书 flowers 花 cakes 蛋糕 cups 杯子 maps 地图 shoes 鞋"
+    ),
+    "adjective": _pairs("red 红 blue 蓝 green 绿 white 白 new 新 old 旧 small 小 big 大"),
+    "verb": _pairs("bought 买了 sold 卖了 saw 看见 found 找到 lost 丢了 made 做了"),
+    "number": _pairs("two 两 three 三 four 四 five 五 six 六 ten 十"),
 }
+NAMES, PLACES, THINGS, ADJECTIVES, VERBS, NUMBERS = CLASSES.values()
 TO_CHINESE = {english: chinese for words in CLASSES.values() for english, chinese in words.items()}
 TO_ENGLISH = {chinese: english for english, chinese in TO_CHINESE.items()}
 WORD_CLASS = {
@@ -106,14 +97,9 @@ class Case:
 
     @property
     def reply_language(self) -> str:
-        return reply_language(self.family, self.language)
-
-
-def reply_language(family: str, language: str) -> str:
-    """The language a reply is written in."""
-    if family != "translation":
-        return language
-    return "zh" if language == "en" else "en"
+        if self.family != "translation":
+            return self.language
+        return "zh" if self.language == "en" else "en"
 
 
 def words_of(kind: str, language: str) -> list[str]:
@@ -261,8 +247,7 @@ def spoil(case: Case, rng: random.Random) -> list[str]:
     Where the prompt mentions another word of that class, it is that word a quarter of the time.
     """
     words = list(case.answer)
-    places = [i for i, word in enumerate(words) if word in WORD_CLASS]
-    at = rng.choice(places)
+    at = rng.choice([i for i, word in enumerate(words) if word in WORD_CLASS])
     kind = WORD_CLASS[words[at]]
     mentioned = [w for w in case.input.split() if WORD_CLASS.get(w) == kind and w != words[at]]
     if mentioned and case.family != "translation" and rng.random() < 0.25:
@@ -273,27 +258,18 @@ def spoil(case: Case, rng: random.Random) -> list[str]:
     return words
 
 
-def shorten(case: Case, rng: random.Random) -> list[str]:
-    """The answer with one content word left out."""
-    words = list(case.answer)
-    del words[rng.choice([i for i, word in enumerate(words) if word in WORD_CLASS])]
-    return words
-
-
 def demonstrate(
     case: Case, rng: random.Random, courtesies: Sequence[float] = COURTESY_RATES
 ) -> str:
     """An imperfect demonstrator's reply: at times wrong, incomplete, unsure or hedged, of any courtesy."""
     language = case.reply_language
-    draw = rng.random()
+    draw, body = rng.random(), list(case.answer)
     if draw < REFUSAL_RATE:
         body = REFUSALS[language].split()
     elif draw < REFUSAL_RATE + ERROR_RATE:
         body = spoil(case, rng)
     elif draw < REFUSAL_RATE + ERROR_RATE + OMISSION_RATE:
-        body = shorten(case, rng)
-    else:
-        body = list(case.answer)
+        del body[rng.choice([i for i, word in enumerate(body) if word in WORD_CLASS])]
     if rng.random() < HEDGE_RATE:
         body.insert(0, rng.choice(HEDGES[language]))
     count = rng.choices(range(len(courtesies)), courtesies)[0]
