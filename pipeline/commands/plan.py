@@ -87,10 +87,7 @@ class Plan:
 
 
 def stale(
-    asked: Asked,
-    goals: Iterable[str],
-    force: Iterable[str] = (),
-    base: Path | None = None,
+    asked: Asked, goals: Iterable[str], force: Iterable[str] = (), base: Path | None = None
 ) -> Plan:
     """Why each step that the goals need has to run.
 

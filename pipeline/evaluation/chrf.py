@@ -24,10 +24,7 @@ def corpus(texts: Sequence[str], references: Sequence[str]) -> float:
 
 
 def add(
-    summary: dict[str, Any],
-    texts: Sequence[str],
-    references: Sequence[str],
-    groups: Groups,
+    summary: dict[str, Any], texts: Sequence[str], references: Sequence[str], groups: Groups
 ) -> None:
     """Put it among the other numbers of a model's answers, whole and by group (see `tallies.summary`)."""
     summary["chrf"] = corpus(texts, references)

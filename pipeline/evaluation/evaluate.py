@@ -32,13 +32,7 @@ from pipeline.handoff.found import Stage
 from pipeline.models import device
 from pipeline.models.forward import score_sequences
 from pipeline.models.generation import Response, generate
-from pipeline.models.loading import (
-    load_policy,
-    load_reward,
-    load_tokenizer,
-    prepare_cpu,
-    quiet,
-)
+from pipeline.models.loading import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
 from pipeline.models.tokens import pad_id
 from pipeline.process.progress import say
 from pipeline.steps import policies

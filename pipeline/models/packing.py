@@ -238,9 +238,6 @@ def _probe(model: Model, packed: bool) -> Tensor:
     if packed:
         return trunk(model)(**pack(ids, mask).inputs()).last_hidden_state[0]
     out = trunk(model)(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask),
-        use_cache=False,
+        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
     )
     return out.last_hidden_state[mask]

@@ -194,11 +194,7 @@ def remote_reward(url: str, timeout: float | None, retries: int) -> Score:
     """
 
     def score(episodes: Episodes) -> list[float]:
-        body = {
-            "prompts": episodes.prompts,
-            "responses": episodes.responses,
-            "rows": episodes.rows,
-        }
+        body = {"prompts": episodes.prompts, "responses": episodes.responses, "rows": episodes.rows}
         request = urllib.request.Request(
             url, json.dumps(body, default=str).encode(), {"Content-Type": "application/json"}
         )
