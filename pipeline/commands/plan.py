@@ -31,17 +31,8 @@ class Plan:
     reasons: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.run, self.borrow = self.asked.run, self.asked.borrow
         self.lost = found.lost(self.run)
-
-    @property
-    def run(self) -> Path:
-        """The run's directory."""
-        return self.asked.run
-
-    @property
-    def borrow(self) -> Path | None:
-        """The run whose stages are used when this one has not made its own."""
-        return self.asked.borrow
 
     def place(self, step: str) -> Path:
         """The directory that a step's output lies in, below which `Step.output` says more."""
@@ -68,9 +59,7 @@ class Plan:
         for _, _, kind, name in self.configs[step].references() if step in self.configs else ():
             if kind is Reads.MODEL and name in steps.stages():
                 names.add(name)
-            if (
-                self.base == Path(name) or self.base in Path(name).parents
-            ) and "base" in self.configs:
+            if "base" in self.configs and self.base in (Path(name), *Path(name).parents):
                 names.add("base")
         made = [name for name in steps.TABLE if name in names]
         return [name for name in made if name in self.configs or steps.TABLE[name].config is None]
@@ -173,9 +162,6 @@ def remember_what_fits(plan: Plan) -> None:
                 note(plan.run, step, made, plan.asked.recipe, plan.asked.borrow)
 
 
-# --- why ------------------------------------------------------------------------------------------
-
-
 def _reason(plan: Plan, step: str) -> str | None:
     if plan.borrowed(step):
         assert plan.borrow is not None
@@ -203,9 +189,6 @@ def _closure(plan: Plan, goals: Iterable[str]) -> set[str]:
             needed.add(step)
             pending += [] if plan.borrowed(step) else plan.needs(step)
     return needed
-
-
-# --- configs --------------------------------------------------------------------------------------
 
 
 def _load_all(asked: Asked) -> dict[str, Section]:

@@ -80,9 +80,6 @@ def _directory(plan: Plan, step: str) -> Path | None:
     return plan.borrow / step if plan.borrowed(step) and plan.borrow else plan.run / step
 
 
-# --- command line ---------------------------------------------------------------------------------
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments, as the Makefile gives them; an empty one is an absent one."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.commands.status")

@@ -60,9 +60,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return told
 
 
-# --- overrides ------------------------------------------------------------------------------------
-
-
 class AddSettings(argparse.Action):
     """`--set "seed=3 ppo.lam=1"`, as often as one likes; argparse itself would keep the last alone."""
 
@@ -92,9 +89,6 @@ def _override(raw: dict[str, Any], word: str) -> str | None:
             place[name] = {}
         place = place[at]
     return None
-
-
-# --- what is wrong, in words ----------------------------------------------------------------------
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
@@ -152,9 +146,6 @@ def _not_finite(value: Any, key: str = "") -> Iterator[str]:
     if isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _not_finite(inner, f"{key}.{name}" if key else str(name))
-
-
-# --- paths ----------------------------------------------------------------------------------------
 
 
 def checkpoints_root() -> Path:

@@ -6,6 +6,7 @@ are text, and tags, anchors and merges are refused.
 
 import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,17 @@ class _Loader(yaml.SafeLoader):
         self.duplicates: list[tuple[int, str]] = []  # line and words of each
 
     def compose_node(self, parent, index):
+        event: Any = self.peek_event()
         self.depth += 1
         if self.depth > _DEEPEST:
-            raise _refused(f"nested more than {_DEEPEST} levels deep", self.peek_event().start_mark)
-        node = self.checked_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def checked_node(self, parent, index):
-        event: Any = self.peek_event()
+            raise _refused(f"nested more than {_DEEPEST} levels deep", event.start_mark)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise _refused("anchors are not supported", event.start_mark)
         if event.tag is not None:  # `!!int` too: on a list it would be a lie
             raise _refused(f"tag {event.tag} refused", event.start_mark)
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -68,14 +66,11 @@ class _Loader(yaml.SafeLoader):
         return number
 
 
-def _resolve(kind: str, pattern: str, first: str) -> None:
+def _resolve(kind: str, pattern: str, first: Iterable[str]) -> None:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), list(first))
 
 
-_resolve("null", r"(?:~|null|Null|NULL|)$", "~nN")
-_Loader.yaml_implicit_resolvers.setdefault("", []).append(
-    ("tag:yaml.org,2002:null", re.compile("$"))
-)
+_resolve("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""])
 _resolve("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF")
 _resolve("int", r"[-+]?[0-9][0-9_]*$", "-+0123456789")
 _resolve(
@@ -100,10 +95,10 @@ def parse(text: str, where: str, problems: list[str] | None = None) -> Any:
         loader = _Loader(text)
         value = loader.get_single_data()
         told = [f"{where}:{line}: {said}" for line, said in sorted(loader.duplicates)]
-        if problems is None and told:
+        if problems is not None:
+            problems += told
+        elif told:
             raise UserError("\n".join(told))
-        problems = [] if problems is None else problems
-        problems += told
         return value
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -225,9 +225,6 @@ def _comparisons(answers: dict[str, Answers], groups: tallies.Groups) -> dict[st
     return out
 
 
-# --- the reward model against the judge -----------------------------------------------------------
-
-
 def labels(items: list[Scored], judge: Judge | None) -> dict[str, Any]:
     """A reward model against the labels of the rankings it was not trained on.
 

@@ -16,9 +16,6 @@ import numpy as np
 Z95 = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""
 
-# --- text against a reference -------------------------------------------------------------------
-
-
 _CJK = "\u2e80-\u2fff\u3001-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _CJK_CHARACTER = re.compile(f"[{_CJK}]")
 _PIECE = re.compile(f"[{_CJK}]|[^\\W{_CJK}]+(?:[.,'’-][^\\W{_CJK}]+)*|\\S")
@@ -54,9 +51,6 @@ def perplexity(nll: float, count: int) -> float:
     if count <= 0:
         raise ValueError("perplexity of no tokens")
     return math.exp(min(nll / count, 700.0))
-
-
-# --- intervals ----------------------------------------------------------------------------------
 
 
 class Interval(NamedTuple):
@@ -105,9 +99,6 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0, rounds: int = 2000) -
     return Interval(float(low), float(high))
 
 
-# --- one response against another ---------------------------------------------------------------
-
-
 class WinRate(NamedTuple):
     """How often the first beat the second; a tie is half a win."""
 
@@ -129,9 +120,6 @@ def win_rate(first: Sequence[float], second: Sequence[float]) -> WinRate:
     return WinRate(
         points / len(first), *wilson(points, len(first)), wins, ties, len(first) - wins - ties
     )
-
-
-# --- rankings -----------------------------------------------------------------------------------
 
 
 def untied_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
@@ -214,18 +202,12 @@ def calibration_error(rows: Sequence[CalibrationRow]) -> float:
     return sum(row.pairs * abs(row.predicted - row.observed) for row in rows) / total
 
 
-# --- correlation --------------------------------------------------------------------------------
-
-
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     """Linear correlation in -1..1; 0 when either does not vary."""
     a = np.asarray(x, dtype=float) - np.mean(x)
     b = np.asarray(y, dtype=float) - np.mean(y)
     spread = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / spread if spread > 0 else 0.0
-
-
-# --- best of n ----------------------------------------------------------------------------------
 
 
 def best_of_n(proxy: Sequence[float], gold: Sequence[float], n: int) -> float:

@@ -72,12 +72,8 @@ class Study:
             raise UserError(f"{run}: needs sft and rm first: {command(run, 'sft', 'rm')}")
         source = self.config.validation_prompts or self.config.prompts
         self.asked = load_prompts(source)[:prompts]
+        self.prompts = run / "overopt" / "prompts.jsonl"  # answered along the way
         write_atomically(self.prompts, jsonl(prompt.row for prompt in self.asked))
-
-    @property
-    def prompts(self) -> Path:
-        """File of the prompts that are answered along the way."""
-        return self.run / "overopt" / "prompts.jsonl"
 
     def curves(self, iterations: int | None, points: int) -> dict[str, list[Point]]:
         """Run what has not been run yet and measure it."""

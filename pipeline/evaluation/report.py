@@ -94,9 +94,6 @@ def context(record: Record) -> dict[str, Any]:
     }
 
 
-# --- evaluation -----------------------------------------------------------------------------------
-
-
 def comparison_rows(record: Record) -> list[dict[str, Any]]:
     """Win rates with their intervals, in the order of the stages."""
     return [
@@ -141,9 +138,6 @@ def samples(record: Record) -> list[dict[str, Any]]:
             answers[grades[1] > grades[0]]["better"] = True
         rows.append({"prompt": row["prompt"], "groups": row["groups"], "answers": answers})
     return rows
-
-
-# --- charts ---------------------------------------------------------------------------------------
 
 
 def charts(record: Record, stage: str) -> list[dict[str, str]]:

@@ -29,7 +29,7 @@ from pipeline.handoff.lineage import inputs_of
 from pipeline.models.device import device
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy
-from pipeline.process.files import jsonl, sha256, write_atomically
+from pipeline.process.files import jsonl, read_if_whole, sha256, write_atomically
 from pipeline.process.progress import track
 
 RECORD = ".to_rank.json"
@@ -50,16 +50,13 @@ def sampled_rankings(
     return load_rankings(Data(path=str(ranked)))
 
 
-# --- people -----------------------------------------------------------------------------------------
-
-
 def _ranked_by_people(
     config: RMConfig, sft: Path, tokenizer: PreTrainedTokenizerBase, ranked: Path
 ) -> None:
     """Take the ranks that people have added, or write the samples and stop until they have."""
     assert config.sampling and config.to_rank
     kept, record = config.to_rank, config.to_rank.with_name(RECORD)
-    origin, known = _origin(config, sft), _read(record)
+    origin, known = _origin(config, sft), read_if_whole(record)
     if kept.exists() and known.get("origin") != origin and known.get("file") == sha256(kept):
         kept.unlink()  # nobody has touched it, and this config samples something else
     if not kept.exists():
@@ -95,18 +92,8 @@ def _origin(config: RMConfig, sft: Path) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def _read(record: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(record.read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
 def _as_it_is(kept: Path) -> str:
     return f'To train on a ranked file as it is: SET="rm.sampling=null rm.data.path={kept}"'
-
-
-# --- a labeler --------------------------------------------------------------------------------------
 
 
 def _ranked_by_labeler(
@@ -137,9 +124,6 @@ def _ranked_by_labeler(
     os.replace(unfinished, ranked)
 
 
-# --- what came back ---------------------------------------------------------------------------------
-
-
 def _check(ranked: Path, keys: list[str]) -> None:
     """UserError unless the file holds the samples of these keys, each once, and good ranks for all."""
     source = Data(path=str(ranked))
@@ -165,11 +149,9 @@ def _unlike(rows: list[Row], keys: list[str]) -> str | None:
             missing[key] -= 1
         else:
             foreign.append(row)
-    told = (
-        [f"{len(foreign)} lines are no samples or repeat one: {_places(foreign)}"]
-        if foreign
-        else []
-    )
+    told = []
+    if foreign:
+        told.append(f"{len(foreign)} lines are no samples or repeat one: {_places(foreign)}")
     if number := missing.total():
         told.append(f"{number} of {len(keys)} samples are missing or changed")
     return ", ".join(told) or None
@@ -185,9 +167,6 @@ def _without_ranks(rows: list[Row]) -> str | None:
 def _places(rows: list[Row]) -> str:
     shown = ", ".join(row.where.rpartition(":")[2] for row in rows[:20])
     return f"lines {shown}" + (" ..." if len(rows) > 20 else "")
-
-
-# --- sampling ---------------------------------------------------------------------------------------
 
 
 def _sample(

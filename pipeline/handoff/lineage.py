@@ -28,7 +28,7 @@ from pipeline.handoff import artifacts, datafiles, sources
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.found import find_stages, fresh_stages, read_json
 from pipeline.handoff.remembered import make_command
-from pipeline.process.files import sha256, write_atomically
+from pipeline.process.files import read_if_whole, sha256, write_atomically
 
 _WORTH_CACHING = 1_000_000  # bytes; a smaller file is hashed as fast as it is looked up
 _SETTLED = 2.0  # seconds; a younger file may still change within one tick of its time stamp
@@ -64,11 +64,6 @@ class Identity:
         return _PAGE_MARK.format(html.escape(json.dumps(asdict(self))))
 
 
-def place_of(name: str, run: Path) -> Path:
-    """The file that exists once a step is made (of a base: `run` is its own directory)."""
-    return run / steps.TABLE[name].output
-
-
 def why_stale(name: str, config: BaseModel | None, run: Path) -> str | None:
     """Why a step has to run, in words; None when it has not. Reads no weights.
 
@@ -85,7 +80,8 @@ def why_stale(name: str, config: BaseModel | None, run: Path) -> str | None:
 def recorded(name: str, run: Path, output: Path | None = None) -> Identity | None:
     """What a step's result says it was made from; None when there is none. `output`: another file of
     the same kind."""
-    step, place = steps.TABLE[name], output or place_of(name, run)
+    step = steps.TABLE[name]
+    place = output or run / step.output
     if step.kind in ("base", "stage"):
         if not is_published(place.parent):
             return None
@@ -116,7 +112,8 @@ def identity(name: str, config: BaseModel | None, run: Path) -> Identity:
         fresh, _ = fresh_stages(find_stages(run))
         parents = {n: stage.manifest_sha256 for n, stage in fresh.items()}
     if step.kind == "page":
-        inputs = _hashed(page_sources(run))
+        shown = ("eval/test", "eval/validation", "overopt/overopt", "compare/compare")
+        inputs = _hashed([path for name in shown if (path := run / f"{name}.json").is_file()])
     else:
         inputs = inputs_of(config) if isinstance(config, Section) else {}
     return Identity(values, parents, _portable(inputs))
@@ -124,12 +121,6 @@ def identity(name: str, config: BaseModel | None, run: Path) -> Identity:
 
 def _portable(inputs: dict[str, str]) -> dict[str, str]:
     return {portable(name): value for name, value in inputs.items()}
-
-
-def page_sources(run: Path) -> list[Path]:
-    """Files about a run, besides its artifacts, that a page shows."""
-    names = ("eval/test", "eval/validation", "overopt/overopt", "compare/compare")
-    return [path for name in names if (path := run / f"{name}.json").is_file()]
 
 
 def deciding(kind: type[BaseModel] | None, config: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +254,7 @@ def _hashed(paths: list[Path]) -> dict[str, str]:
     """Path -> SHA-256, of big files remembered by what changes with every write (`st_ctime` too, which
     nobody can set back)."""
     store = checkpoints_root() / ".cache" / "hashes.json"
-    known = _load(store)
+    known = read_if_whole(store)
     before = dict(known)
     hashes = {}
     for path in paths:
@@ -277,10 +268,3 @@ def _hashed(paths: list[Path]) -> dict[str, str]:
         with contextlib.suppress(OSError):  # where nothing may be written, hashed again next time
             write_atomically(store, json.dumps(known, indent=0))
     return hashes
-
-
-def _load(store: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(store.read_text()))
-    except (OSError, ValueError):
-        return {}

@@ -130,18 +130,16 @@ class PackedDecoder(Decoder):
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        place = self.place
-        end = place.columns + 1
+        end = self.place.columns + 1
+        whole = torch.ones(len(tokens), 1, 1, end, dtype=torch.bool, device=tokens.device)
         out = self.model(
             input_ids=tokens[:, None],
             position_ids=self.filled[:, None],
-            attention_mask=_all(len(tokens), end, tokens.device)
-            if self.visible is None
-            else self.visible[:, :, :, :end],
+            attention_mask=whole if self.visible is None else self.visible[:, :, :, :end],
             past_key_values=self.cache,
             use_cache=True,
         )
-        place.columns = end
+        self.place.columns = end
         self.filled = self.filled + 1
         return out.logits[:, -1]
 
@@ -152,10 +150,6 @@ class PackedDecoder(Decoder):
         for layer in self.cache.layers:
             layer.move(rows)  # type: ignore[attr-defined]
         self.place.rows = len(rows)
-
-
-def _all(rows: int, columns: int, device: torch.device) -> Tensor:
-    return torch.ones(rows, 1, 1, columns, dtype=torch.bool, device=device)
 
 
 def survivors(ended: Tensor) -> Tensor:

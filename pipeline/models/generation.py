@@ -201,9 +201,8 @@ def generate(
     for start in tracked(range(0, len(prompts), batch_size), progress):
         queries, mask = left_pad(prompts[start : start + batch_size], pad)
         width = queries.shape[1]
-        room = (
-            layout(model).room(model, width) - 1
-        )  # a reward model reads an EOS after what is cut off
+        # a reward model reads an EOS after what is cut off
+        room = layout(model).room(model, width) - 1
         if room < 1:
             raise UserError(f"a prompt of {width} tokens, a model for {places(model)}")
         sampled = sample(
@@ -216,12 +215,7 @@ def generate(
             pad_id=pad,
             greedy=greedy,
         )
-        rows = zip(
-            sampled.responses.tolist(),
-            sampled.lengths.tolist(),
-            sampled.ended.tolist(),
-            strict=True,
-        )
-        for row, length, ended in rows:
+        columns = (sampled.responses, sampled.lengths, sampled.ended)
+        for row, length, ended in zip(*(column.tolist() for column in columns), strict=True):
             out.append(Response(row[:length], response_text(tokenizer, row[:length]), ended))
     return out

@@ -65,9 +65,6 @@ def pack(ids: Tensor, mask: Tensor) -> Packed:
     )
 
 
-# --- attention ------------------------------------------------------------------------------------
-
-
 class _ToRows(torch.autograd.Function):
     """(N, H, D) tokens -> (B * L, H, D), sequence by sequence; padding repeats the last token."""
 
@@ -142,9 +139,6 @@ AttentionInterface.register(IMPLEMENTATION, packed_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
-# --- which models can -----------------------------------------------------------------------------
-
-
 def packs(model: Model) -> bool:
     """Whether the model's forward passes are packed."""
     return inner(model).config._attn_implementation == IMPLEMENTATION
@@ -179,7 +173,7 @@ def enable_packing(model: Model) -> str | None:
         gap = (_probe(model, packed=True) - padded).abs().max() / padded.abs().max()
     except (
         Exception
-    ) as error:  # whatever a model's own code may raise on a layout it does not expect
+    ) as error:  # a model's own code may raise anything on a layout it does not expect
         reason = f"its attention refused: {type(error).__name__}"
     else:
         tolerance = 1e-4 if padded.dtype in (torch.float32, torch.float64) else 0.05
@@ -213,12 +207,8 @@ def _unpackable(model: Model) -> str | None:
         return "its attention is its own"
     if "position_ids" not in inspect.signature(trunk(model).forward).parameters:
         return "it takes no position ids"
-    windows = getattr(config, "sliding_window", None) and getattr(
-        config, "use_sliding_window", True
-    )
-    if windows or any(
-        kind != "full_attention" for kind in getattr(config, "layer_types", None) or []
-    ):
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if window or set(getattr(config, "layer_types", None) or []) - {"full_attention"}:
         return "sliding windows or another attention than full"
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if {"dynamic", "longrope"} & {str(value) for value in ropes.values()}:

@@ -53,9 +53,6 @@ TokenScore = Callable[[Episodes], list[list[float]]]
 """One float per response token of each episode."""
 
 
-# --- models --------------------------------------------------------------------------------------
-
-
 def model_reward(model: nn.Module, pad: int, batch_size: int) -> Score:
     """A reward model with the policy's tokenizer: it reads the tokens that were sampled, or those of the words
     after thinking."""
@@ -99,9 +96,6 @@ def ensemble(members: Sequence[Score], aggregate: str, uncertainty_coef: float) 
         return [combine(scores) for scores in zip(*columns, strict=True)]
 
     return score
-
-
-# --- callables and services ----------------------------------------------------------------------
 
 
 def load_function(name: str) -> Callable:
@@ -156,7 +150,7 @@ def _call(function: Callable, arguments: tuple, name: str, timeout: float | None
 
     def work():
         result = function(*arguments)
-        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        return asyncio.run(result) if inspect.iscoroutine(result) else result
 
     if timeout is None:
         return work()
@@ -176,10 +170,6 @@ def _call(function: Callable, arguments: tuple, name: str, timeout: float | None
         if answer.done():
             raise  # the function's own
         raise UserError(f"rewards: {name} took longer than its timeout of {timeout} s") from error
-
-
-async def _awaited(value):
-    return await value
 
 
 _FAILURES = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
@@ -223,9 +213,6 @@ def _checked(values, count: int, name: str) -> list[float]:
     if len(numbers) != count:
         raise UserError(f"rewards: {name}: {len(numbers)} numbers where {count} were needed")
     return numbers
-
-
-# --- sums ----------------------------------------------------------------------------------------
 
 
 def weighted_sum(terms: Sequence[tuple[float, Score]]) -> Score:

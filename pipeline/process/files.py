@@ -46,6 +46,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_if_whole(path: Path) -> dict[str, Any]:
+    """An object of a JSON file; {} without one, or of a damaged one."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
 def sync(path: Path) -> None:
     """Have a file or a folder's entries on disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -112,9 +112,6 @@ def say(words: list[str] | tuple[str, ...], language: str) -> list[str]:
     return list(words) if language == "en" else [TO_CHINESE[word] for word in words]
 
 
-# --- sentences ----------------------------------------------------------------------------------
-
-
 FACT_CLASSES = ("name", "place", "verb", "number", "adjective", "thing")
 # What a question asks for, and what it is called.
 ASKED = {
@@ -159,9 +156,6 @@ def reply_to_question(asked: str, word: str, language: str) -> tuple[str, ...]:
 def served(words: Sequence[str], language: str) -> tuple[str, ...]:
     """The words that answer an order."""
     return tuple(phrase("served", language, *words).split())
-
-
-# --- prompts ------------------------------------------------------------------------------------
 
 
 def draw_question(rng: random.Random, language: str) -> Case:
@@ -236,9 +230,6 @@ def draw_cases(
         cases.append(case)
     rng.shuffle(cases)
     return cases
-
-
-# --- demonstrators ------------------------------------------------------------------------------
 
 
 def spoil(case: Case, rng: random.Random) -> list[str]:

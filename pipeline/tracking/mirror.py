@@ -160,8 +160,6 @@ class Mirror:
             artifact.add_file(str(directory / MANIFEST), policy="immutable")
         run.log_artifact(artifact, aliases=["latest", _alias(directory)])
 
-    # --- helpers ----------------------------------------------------------------------------------
-
     def _put(self, job: Job) -> None:
         if self._thread.is_alive():
             self._jobs.put(job)
