@@ -119,10 +119,7 @@ class _Isolated:
 
 @dataclass
 class Room:
-    """The models of a run, loaded once.
-
-    A base model that cannot be loaded (its hub is not reachable) is said and left out.
-    """
+    """The models of a run, loaded once; a base model that cannot be loaded is said and left out."""
 
     stages: dict[str, Stage]
     max_new_tokens: int

@@ -76,10 +76,7 @@ def stage(
     borrow: Path | None = None,
     config: Path | None = None,
 ) -> None:
-    """Make a stage of a run; one that is up to date says so and is left.
-
-    `borrow`: another run whose earlier stages are used; `config`: a file instead of the recipe's.
-    """
+    """Make a stage of a run unless it is up to date, from the earlier stages of `borrow` or its own."""
     words = ["--config", str(config or recipe / f"{name}.yaml"), "--run", str(run)]
     words += ["--from", str(borrow)] if borrow is not None else []
     call(f"stages.{name}", *words, *settings)

@@ -57,10 +57,7 @@ class Judge:
 
 
 def load_judge(name: str | None) -> Judge | None:
-    """The judge called `package.module`; None for none.
-
-    UserError when it cannot be imported or has no `score`.
-    """
+    """The judge called `package.module`, None for none; UserError when it is not to be had."""
     if name is None:
         return None
     try:

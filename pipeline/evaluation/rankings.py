@@ -71,10 +71,7 @@ class Measured:
 
 
 def measure(items: Sequence[Scored]) -> Measured:
-    """Measure scored rankings, beside the baseline "the longer one wins"; ValueError without a pair.
-
-    UserError when a score is no number.
-    """
+    """Measure scored rankings; ValueError without a pair, UserError when a score is no number."""
     scores, ranks = [i.scores for i in items], [i.ranks for i in items]
     lengths = [[float(n) for n in i.lengths] for i in items]
     if bad := sum(not math.isfinite(score) for row in scores for score in row):

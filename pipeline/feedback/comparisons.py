@@ -39,10 +39,7 @@ RECORD = ".to_rank.json"
 def sampled_rankings(
     config: RMConfig, sft: Path, tokenizer: PreTrainedTokenizerBase, work: Path
 ) -> list[Ranking]:
-    """Rankings of the SFT model's own responses; kept in `work` for a restart.
-
-    UserError when people have to rank them first, or when what a labeler or they made does not fit.
-    """
+    """Rankings of the SFT model's own responses, kept in `work`; UserError when people have to rank them first."""
     ranked = work / "rankings.jsonl"
     if not ranked.exists():
         by = _ranked_by_people if config.to_rank else _ranked_by_labeler

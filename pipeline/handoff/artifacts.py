@@ -192,10 +192,7 @@ def installed_packages() -> dict[str, str]:
 
 
 def read(directory: Path | str, stage: str | None = None) -> Manifest:
-    """The manifest of a published directory, after every file was found as it says.
-
-    UserError names the file that is missing, changed or does not belong, and how to rebuild.
-    """
+    """The manifest of a published directory, all of whose files are as it says; UserError names one that is not."""
     directory = Path(directory)
     before = _state(directory)
     try:

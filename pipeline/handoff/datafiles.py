@@ -43,10 +43,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def files(name: str) -> tuple[list[Path], list[str]]:
-    """The files behind a name that is no hub id, and what lies beside them in their folder unread.
-
-    UserError: nothing there, or a kind of file that is not read, with what to do.
-    """
+    """The files behind a name that is no hub id, and what lies beside them unread; UserError with a remedy."""
     path = Path(name)
     if "://" in name:
         hub = _HUB_URL.match(name)
@@ -96,10 +93,7 @@ def _shown(names: list[str]) -> str:
 
 
 def nearest(path: Path) -> str:
-    """What lies beside a path that is not there and is named almost so, else what is missing of it.
-
-    Endings do not count: all data files are near to each other by them.
-    """
+    """What lies beside a path that is not there and is named almost so, endings aside; else what is missing."""
     parent = path
     while not parent.is_dir():
         missing, parent = parent, parent.parent

@@ -41,10 +41,7 @@ class Stage:
 
 
 def find_stages(run: Path) -> dict[str, Stage]:
-    """Stages of a run in order, earlier ones where later ones say they took them from.
-
-    A run that borrowed another's SFT or reward model (`FROM=`) is thus shown whole.
-    """
+    """Stages of a run in order, earlier ones where later ones say they took them from (`FROM=`)."""
     found: dict[str, Stage] = {}
     for name in reversed(steps.stages()):
         path = run / name

@@ -38,10 +38,7 @@ def states(work: Path) -> list[Path]:
 
 
 def publish(written: Path, work: Path, step: int, keep: int = 2) -> Path:
-    """Seal the directory `written` and put it in its place, then prune to the last `keep`.
-
-    Killed at any moment, the states that were there before are still whole.
-    """
+    """Seal the directory `written`, put it in its place and prune; killed at any moment, earlier ones are whole."""
     final = directory_of(work, step)
     faults.at("mid-write", step)
     seal(written)

@@ -111,10 +111,7 @@ def load_function(name: str) -> Callable:
 
 
 def function_reward(name: str, timeout: float | None = None) -> Score:
-    """A callable of (prompts, responses, rows) -> floats, plain or `async def`.
-
-    A call that takes longer than `timeout` seconds ends the run with an error that names it.
-    """
+    """A callable of (prompts, responses, rows) -> floats, plain or async; UserError after `timeout` seconds."""
     function = load_function(name)
 
     def score(episodes: Episodes) -> list[float]:

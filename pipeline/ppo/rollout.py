@@ -47,10 +47,7 @@ def queries_of(
 
 @dataclass
 class Rollout(Sequences):
-    """B episodes, with all that an update needs of them.
-
-    The response mask is made once, from lengths, and never changes its meaning.
-    """
+    """B episodes, with all that an update needs of them; the response mask never changes its meaning."""
 
     ended: Tensor  # (B,) bool, a stop token was sampled
     scores: Tensor  # (B,) from the reward, before any rule

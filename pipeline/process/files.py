@@ -85,10 +85,7 @@ def remove(directory: Path) -> None:
 
 
 def hide(directory: Path) -> Path:
-    """Move a folder, if there is one, to the name from which it is to be removed; returns that.
-
-    What a killed process left under that name goes first.
-    """
+    """Move a folder, if it is there, to the name it is removed from, where a killed process's goes first."""
     gone = directory.with_name(f".{directory.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):

@@ -137,10 +137,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train_base(out: Path, data: Path, seed: int, steps: int) -> Path:
-    """Train the base on `data/corpus.jsonl`.
-
-    Model and tokenizer go into `out` as a plain transformers directory, which is returned.
-    """
+    """Train the base on `data/corpus.jsonl`; model and tokenizer go into `out`, as transformers has them."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)

@@ -1,8 +1,4 @@
-"""The tiny world as files.
-
-Held-out contents are drawn first, from seeds of their own; training rows and the base model's text
-skip them.
-"""
+"""The tiny world as files; held-out contents are drawn first, and all the others skip them."""
 
 import random
 from pathlib import Path

@@ -130,10 +130,7 @@ def score(
     rows: list[dict] | None = None,
     ended: list[bool] | None = None,
 ) -> list[float]:
-    """Gold of each reply. `prompts` are user turns; `ended` says which replies closed with EOS.
-
-    `rows` is the common signature of reward functions in this project; nothing in it is read.
-    """
+    """Gold of each reply to a user turn; `ended` says which closed with EOS, `rows` are not read."""
     finished = [True] * len(prompts) if ended is None else ended
     replies = zip(prompts, responses, finished, strict=True)
     return [value(read(prompt, response), end) for prompt, response, end in replies]

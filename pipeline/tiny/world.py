@@ -233,10 +233,7 @@ def draw_cases(
 
 
 def spoil(case: Case, rng: random.Random) -> list[str]:
-    """The answer with one content word exchanged for another of its class.
-
-    Where the prompt mentions another word of that class, it is that word a quarter of the time.
-    """
+    """The answer with one content word wrong: a quarter of the time one of its class in the prompt."""
     words = list(case.answer)
     at = rng.choice([i for i, word in enumerate(words) if word in WORD_CLASS])
     kind = WORD_CLASS[words[at]]

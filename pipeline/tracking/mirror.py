@@ -136,10 +136,7 @@ class Mirror:
         )
 
     def _log_artifact(self, run: Any, directory: Path, manifest: Manifest) -> None:
-        """An artifact made from its parents and its data: its manifest, its files when asked to.
-
-        The manifest names each file with its hash; data is never sent, its hashes are.
-        """
+        """Its parents, hashes of its data and its manifest, which names each file; the files when asked to."""
         import wandb
 
         if self.mode == "online":  # offline `use_artifact` raises
