@@ -6,8 +6,8 @@ import pytest
 
 import small_run
 from pipeline.config.schema import AlarmLimits, PPOConfig
+from pipeline.evaluation.about import verdicts
 from pipeline.evaluation.record import load_record
-from pipeline.evaluation.verdicts import verdicts
 from pipeline.ppo.alarms import Alarms, meanings, ringing
 from pipeline.ppo.measures import repeated_ngrams
 from test_ppo_exact import RESPONSES, evaluated, make, recorded

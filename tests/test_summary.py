@@ -12,7 +12,7 @@ from rich.console import Console
 import small_run
 from pipeline.config.schema import GateBars
 from pipeline.errors import UserError
-from pipeline.evaluation import record, summary, verdicts
+from pipeline.evaluation import about, record, summary
 from pipeline.handoff import found
 from pipeline.handoff.remembered import Made, command, note
 from pipeline.ppo.preflight import of_sft
@@ -51,7 +51,7 @@ def judged(run, **changes) -> None:
 
 
 def level_of(run, stage: str) -> str:
-    return {v.stage: v.level for v in verdicts.verdicts(record.load_record(run))}[stage]
+    return {v.stage: v.level for v in about.verdicts(record.load_record(run))}[stage]
 
 
 def test_before_any_evaluation_it_tells_what_the_stages_recorded(run):
@@ -150,7 +150,7 @@ def test_over_optimisation_is_named(run):
     lost = {"rate": 0.3, "low": 0.2, "high": 0.4, "groups": {}}
     by_rm = {"rate": 0.9, "low": 0.8, "high": 0.95, "groups": {}}
     judged(run, comparisons={"ppo_vs_sft": lost, "ppo_vs_sft_by_rm": by_rm})
-    texts = [f.text for v in verdicts.verdicts(record.load_record(run)) for f in v.findings]
+    texts = [f.text for v in about.verdicts(record.load_record(run)) for f in v.findings]
     assert any(text.startswith("Over-optimised") for text in texts)
 
 
@@ -164,7 +164,7 @@ def rewrite(run, stage: str, **metrics) -> None:
 
 def test_too_few_pairs_are_said_to_be_too_few(run):
     """Of four pairs three are right, and the longer one wins in two: nobody can tell that from chance."""
-    rm = next(v for v in verdicts.verdicts(record.load_record(run)) if v.stage == "rm")
+    rm = next(v for v in about.verdicts(record.load_record(run)) if v.stage == "rm")
     assert rm.level == "watch"
     assert rm.findings[0].text.startswith("accuracy is 0.75 on 4 pairs")
     assert "the 0.5 of 'the longer one wins': too few pairs to tell" in rm.findings[0].text
@@ -173,8 +173,8 @@ def test_too_few_pairs_are_said_to_be_too_few(run):
 
 def test_a_reward_model_no_better_than_length_is_bad_and_the_summary_says_why(run):
     rewrite(run, "rm", accuracy=0.52, accuracy_low=0.49, pairs=900, length_baseline=0.41)
-    found = verdicts.verdicts(record.load_record(run))
-    assert verdicts.conclusion(found).startswith("Bad: Reward model. Later stages build on it")
+    found = about.verdicts(record.load_record(run))
+    assert about.conclusion(found).startswith("Bad: Reward model. Later stages build on it")
     out = " ".join(printed(run).split())
     assert "rm (bad)" in out
     assert (
@@ -189,7 +189,7 @@ def test_an_sft_that_ppo_refuses_is_not_good_and_the_bar_is_the_runs_own(run, tm
     judged(run)
     rewrite(run, "sft", eos_share=0.05, format=0.9)
     judged(run)
-    sft = verdicts.verdicts(record.load_record(run))[0]
+    sft = about.verdicts(record.load_record(run))[0]
     refused = [f.text for f in of_sft(record.load_record(run).stages["sft"].metrics, GateBars())
                if f.level == "bad"]  # fmt: skip
     assert sft.level == "bad" and [f.text for f in sft.findings if f.level == "bad"] == refused
@@ -205,7 +205,7 @@ def test_an_alarms_limit_is_the_verdicts_bar_too(tmp_path):
     for limit, level in ((40.0, "good"), (2.0, "bad")):
         run = small_run.make_run(tmp_path / str(limit), ppo={"alarms": {"kl": limit}})
         judged(run)
-        ppo = verdicts.verdicts(record.load_record(run))[-1]
+        ppo = about.verdicts(record.load_record(run))[-1]
         [kl] = [f for f in ppo.findings if f.text.startswith("KL to SFT is 2.34")]
         assert kl.level == level
         assert f"bad above {limit:.3g}" in kl.text
@@ -214,7 +214,7 @@ def test_an_alarms_limit_is_the_verdicts_bar_too(tmp_path):
 def test_responses_that_do_not_end_and_a_far_policy_are_bad(run):
     models = {"sft": {"ended": 0.4, "length": 8.0}, "ppo": {"ended": 0.97, "length": 20.0}}
     judged(run, models=models, kl={"ppo_vs_sft": 60.0, "std_error": 1.0}, comparisons={})
-    found = {v.stage: v for v in verdicts.verdicts(record.load_record(run))}
+    found = {v.stage: v for v in about.verdicts(record.load_record(run))}
     assert found["sft"].level == "bad"
     levels = [(f.level, f.text[:12]) for f in found["ppo"].findings]
     assert ("bad", "KL to SFT is") in levels
@@ -226,7 +226,7 @@ def test_a_family_that_got_worse_is_named(run):
     groups = {"family": {"odd": {"rate": 0.2, "low": 0.1, "high": 0.3}}}
     versus = {"rate": 0.7, "low": 0.6, "high": 0.8, "groups": groups}
     judged(run, comparisons={"ppo_vs_sft": versus})
-    texts = [f.text for v in verdicts.verdicts(record.load_record(run)) for f in v.findings]
+    texts = [f.text for v in about.verdicts(record.load_record(run)) for f in v.findings]
     assert "family odd: wins only 20% against SFT, worse than even." in texts
 
 
@@ -268,7 +268,7 @@ def test_a_judge_on_few_pairs_cannot_tell_either(run):
     assert level_of(run, "rm") == "watch"
     many = {**few, "accuracy": 0.45, "accuracy_high": 0.5, "pairs": 900}
     judged(run, rm={**many, "length_baseline": 0.5, "best_of_n": best})
-    found = verdicts.verdicts(record.load_record(run))
+    found = about.verdicts(record.load_record(run))
     rm = next(v for v in found if v.stage == "rm")
     assert [f.text[:22] for f in rm.findings if f.level == "bad"] == [
         "It agrees with the jud",

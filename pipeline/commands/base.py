@@ -21,7 +21,7 @@ from pipeline.process.progress import say
 
 
 def build(config: BaseConfig, out: Path) -> Path:
-    """Build the configured base model and publish it at `out`; UserError when something else is there."""
+    """Build the configured base model and publish it at `out`; UserError when it is taken."""
     from pipeline.models.loading import prepare_cpu, quiet  # imports torch
 
     check_free(out)
@@ -43,7 +43,7 @@ def _tiny(config: BaseConfig, out: Path) -> None:
 
 
 def _bart(config: BaseConfig, out: Path) -> None:
-    """The world's translations and a small BART that has learnt nothing, or such a one for the rows of `data`."""
+    """The world's translations and a small BART that has learnt nothing, or one for the rows of `data`."""
     from pipeline.tiny import base, files
 
     if config.data is None:

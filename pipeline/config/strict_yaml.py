@@ -85,7 +85,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.floating)
 
 
 def parse(text: str, where: str, problems: list[str] | None = None) -> Any:
-    """The value of a YAML text; UserError `where:line: reason`. Duplicate keys go into `problems` if given."""
+    """The value of a YAML text; UserError `where:line: reason`. Duplicate keys may go to `problems`."""
     if len(text) > _LONGEST:
         raise UserError(f"{where}: {len(text)} characters are too many for a config")
     try:

@@ -35,7 +35,7 @@ def add(
 
 
 def reward(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-    """chrF of each response against its row's `reference`, else `output`; UserError for a row with neither."""
+    """chrF of each response against its row's `reference`, else `output`; UserError without both."""
     pairs = zip(responses, rows, strict=True)
     return [sentence_chrf(response, [_reference(row)]).score for response, row in pairs]
 

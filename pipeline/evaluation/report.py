@@ -17,11 +17,11 @@ from pipeline import steps
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
 from pipeline.evaluation import plots
+from pipeline.evaluation.about import conclusion, verdicts
 from pipeline.evaluation.compare import columns
 from pipeline.evaluation.rankings import Measured
 from pipeline.evaluation.record import Record, load_record, values
 from pipeline.evaluation.summary import formatted, summary_rows
-from pipeline.evaluation.verdicts import conclusion, verdicts
 from pipeline.handoff.lineage import identity
 from pipeline.handoff.remembered import command
 from pipeline.ppo.preflight import better_rule

@@ -13,8 +13,8 @@ from rich.text import Text
 from pipeline import steps
 from pipeline.cli import reporting_errors
 from pipeline.errors import UserError
+from pipeline.evaluation.about import conclusion, verdicts
 from pipeline.evaluation.record import Record, load_record
-from pipeline.evaluation.verdicts import conclusion, verdicts
 from pipeline.handoff.remembered import command
 
 COLOURS = {"good": "green", "watch": "yellow", "bad": "red"}

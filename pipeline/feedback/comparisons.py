@@ -30,7 +30,7 @@ from pipeline.models.device import device
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy
 from pipeline.process.files import jsonl, read_if_whole, sha256, write_atomically
-from pipeline.process.progress import track
+from pipeline.process.progress import tracked
 
 RECORD = ".to_rank.json"
 """Beside `RUN/to_rank.jsonl`: what was sampled, from what, and the hash of the file as it was written."""
@@ -39,7 +39,7 @@ RECORD = ".to_rank.json"
 def sampled_rankings(
     config: RMConfig, sft: Path, tokenizer: PreTrainedTokenizerBase, work: Path
 ) -> list[Ranking]:
-    """Rankings of the SFT model's own responses, kept in `work`; UserError when people have to rank them first."""
+    """Rankings of the SFT model's own responses, kept in `work`; UserError until people have made them."""
     ranked = work / "rankings.jsonl"
     if not ranked.exists():
         by = _ranked_by_people if config.to_rank else _ranked_by_labeler
@@ -177,33 +177,24 @@ def _sample(
     columns = dict.fromkeys(name for p in prompts for name in p.row if name not in replaced)
     sizes = _sizes(sampling.k, len(prompts), seed)
     rows: list[dict] = []
-    with track(len(prompts), "sampling comparisons") as bar:
-        for start in range(0, len(prompts), sampling.batch_size):
-            batch = prompts[start : start + sampling.batch_size]
-            counts = sizes[start : start + sampling.batch_size]
-            ids = [encode_prompt(tokenizer, p.messages) for p in batch]
-            repeated = [row for row, k in zip(ids, counts, strict=True) for _ in range(k)]
-            responses = iter(
-                generate(
-                    policy,
-                    tokenizer,
-                    repeated,
-                    max_new_tokens=sampling.max_new_tokens,
-                    temperature=sampling.temperature,
-                    batch_size=len(repeated),
-                )
-            )
-            for prompt, k in zip(batch, counts, strict=True):
-                own = [next(responses) for _ in range(k)]
-                rows.append(
-                    {name: prompt.row.get(name) for name in columns}
-                    | {
-                        "prompt": prompt.messages,
-                        "responses": [response.text for response in own],
-                        "ended": [response.ended for response in own],
-                    }
-                )
-            bar.advance(len(batch))
+    for start in tracked(range(0, len(prompts), sampling.batch_size), "sampling comparisons"):
+        batch = prompts[start : start + sampling.batch_size]
+        counts = sizes[start : start + sampling.batch_size]
+        ids = [encode_prompt(tokenizer, p.messages) for p in batch]
+        repeated = [row for row, k in zip(ids, counts, strict=True) for _ in range(k)]
+        responses = generate(
+            policy,
+            tokenizer,
+            repeated,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            batch_size=len(repeated),
+        )
+        for prompt, k in zip(batch, counts, strict=True):
+            own, responses = responses[:k], responses[k:]
+            row = {name: prompt.row.get(name) for name in columns}
+            row |= {"prompt": prompt.messages, "responses": [r.text for r in own]}
+            rows.append(row | {"ended": [r.ended for r in own]})
     return rows
 
 

@@ -192,7 +192,7 @@ def installed_packages() -> dict[str, str]:
 
 
 def read(directory: Path | str, stage: str | None = None) -> Manifest:
-    """The manifest of a published directory, all of whose files are as it says; UserError names one that is not."""
+    """The manifest of a published directory whose files are as it says; UserError names one that is not."""
     directory = Path(directory)
     before = _state(directory)
     try:

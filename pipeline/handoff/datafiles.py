@@ -43,7 +43,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def files(name: str) -> tuple[list[Path], list[str]]:
-    """The files behind a name that is no hub id, and what lies beside them unread; UserError with a remedy."""
+    """The files behind a name that is no hub id, and what lies beside them; UserError with a remedy."""
     path = Path(name)
     if "://" in name:
         hub = _HUB_URL.match(name)
@@ -93,7 +93,7 @@ def _shown(names: list[str]) -> str:
 
 
 def nearest(path: Path) -> str:
-    """What lies beside a path that is not there and is named almost so, endings aside; else what is missing."""
+    """What is named almost like a path that is not there, endings aside; else what is missing of it."""
     parent = path
     while not parent.is_dir():
         missing, parent = parent, parent.parent

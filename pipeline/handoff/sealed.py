@@ -38,7 +38,7 @@ def states(work: Path) -> list[Path]:
 
 
 def publish(written: Path, work: Path, step: int, keep: int = 2) -> Path:
-    """Seal the directory `written`, put it in its place and prune; killed at any moment, earlier ones are whole."""
+    """Seal `written`, put it in its place and prune; killed at any moment, earlier states are whole."""
     final = directory_of(work, step)
     faults.at("mid-write", step)
     seal(written)

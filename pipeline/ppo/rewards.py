@@ -111,7 +111,7 @@ def load_function(name: str) -> Callable:
 
 
 def function_reward(name: str, timeout: float | None = None) -> Score:
-    """A callable of (prompts, responses, rows) -> floats, plain or async; UserError after `timeout` seconds."""
+    """A callable of (prompts, responses, rows) -> floats, plain or async; UserError after `timeout` s."""
     function = load_function(name)
 
     def score(episodes: Episodes) -> list[float]:

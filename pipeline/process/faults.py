@@ -48,7 +48,7 @@ _planned: dict[tuple[str, int], list[str]] = {}  # (phase, step) -> actions
 
 
 def setup(stage: str, known: Mapping[str, Collection[str]]) -> None:
-    """Plan this stage's faults from the environment; `known`: stage -> its phases. UserError says what exists."""
+    """Plan this stage's faults from the environment; `known`: stage -> phases, told by the UserError."""
     _planned.clear()
     for word in filter(None, os.environ.get(VARIABLE, "").split(",")):
         owner, phase, step, action = _parse(word.strip(), known)

@@ -85,7 +85,7 @@ def remove(directory: Path) -> None:
 
 
 def hide(directory: Path) -> Path:
-    """Move a folder, if it is there, to the name it is removed from, where a killed process's goes first."""
+    """Move a folder, if it is there, to the name it is removed from, in the place of an older one."""
     gone = directory.with_name(f".{directory.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):

@@ -137,7 +137,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train_base(out: Path, data: Path, seed: int, steps: int) -> Path:
-    """Train the base on `data/corpus.jsonl`; model and tokenizer go into `out`, as transformers has them."""
+    """Train the base on `data/corpus.jsonl`; model and tokenizer go into `out`, which is returned."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)

@@ -136,7 +136,7 @@ class Mirror:
         )
 
     def _log_artifact(self, run: Any, directory: Path, manifest: Manifest) -> None:
-        """Its parents, hashes of its data and its manifest, which names each file; the files when asked to."""
+        """Its parents, hashes of its data, its manifest with each file's; files only when asked to."""
         import wandb
 
         if self.mode == "online":  # offline `use_artifact` raises
