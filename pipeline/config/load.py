@@ -28,11 +28,7 @@ def load_config(
     overrides: Iterable[str] = (),
     others: Mapping[str, type[BaseModel]] = MappingProxyType({}),
 ) -> Config:
-    """Read a config file, put `a.b=c` overrides over it and check it.
-
-    UserError lists every problem at once as `file: key: reason`, with the nearest known key;
-    `others` are configs, by name, that a misplaced key may belong to.
-    """
+    """A config file with `a.b=c` overrides, checked; UserError lists all problems, `others` may have a lost key."""
     path = Path(path)
     problems: list[str] = []
     raw = strict_yaml.read_mapping(path, problems)

@@ -73,10 +73,7 @@ def _sizes(models: dict[str, nn.Module]) -> str:
 def texts(
     config: EvalConfig, tokenizer: PreTrainedTokenizerBase, models: dict[str, nn.Module]
 ) -> list[Pair]:
-    """Held-out pretraining texts with their EOS, cut to what the models have places for.
-
-    Tokenised as PPO-ptx does it: without BOS, so the first token is given and not predicted.
-    """
+    """Held-out pretraining texts with EOS, cut to the models' places; no BOS, so the first token is given."""
     if config.pretraining is None:
         return []
     most = min(config.pretraining_max_length, room(models, 0))

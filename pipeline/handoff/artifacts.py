@@ -262,10 +262,7 @@ def manifest_hash(directory: Path) -> str:
 
 
 def content_hash(manifest: dict[str, Any]) -> str:
-    """SHA-256 of what an artifact holds: of the hashes of its files, but not of when and how long.
-
-    Made twice from the same things it is the same, and what was made from it stays up to date.
-    """
+    """SHA-256 of what an artifact holds, but not of when and how long: made again of the same, it is the same."""
     files = {n: entry["sha256"] for n, entry in manifest["files"].items() if n not in RECORDS}
     held = [manifest[key] for key in ("stage", "tokenizer_hash", "template_hash")]
     return hashlib.sha256(json.dumps([held, files], sort_keys=True).encode()).hexdigest()

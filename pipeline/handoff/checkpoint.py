@@ -36,10 +36,7 @@ def load(directory: Path) -> dict:
 
 @contextlib.contextmanager
 def refusing_code(directory: Path) -> Iterator[None]:
-    """Within, a file of a state that is more than tensors and plain values is a UserError.
-
-    Its hashes are right, so this program or somebody who can compute hashes wrote it.
-    """
+    """Within, a file of a state, hashes right, that is more than tensors and plain values is a UserError."""
     try:
         yield
     except pickle.UnpicklingError as error:

@@ -106,10 +106,7 @@ class Asked:
             self.borrow = Path(str(self.memory.borrow))
 
     def of(self, name: str) -> Made:
-        """The file and settings of a step: those asked for, over those it was made with.
-
-        A file that was asked for stands for itself: settings put over it before are not remembered.
-        """
+        """The file and settings of a step: those asked for, over those it was made with if the file is the same."""
         before = None if name in self.files else self._kept.get(name)
         assert self.recipe is not None
         own = Path(before.config) if before else self.recipe / f"{name}.yaml"

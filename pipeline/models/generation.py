@@ -45,10 +45,7 @@ class Stop:
     tokenizer: PreTrainedTokenizerBase
 
     def hits(self, responses: Tensor) -> Tensor:
-        """Which of B responses (B, t) their newest token ends; (B,) bool.
-
-        A string may be spelled by other tokens than its own, so the text of the last tokens is looked at.
-        """
+        """Which of B responses (B, t) their newest token ends, by its id or by the text of the last ones; (B,) bool."""
         newest = responses[:, -1]
         hit = torch.isin(newest, torch.tensor(self.ids, device=newest.device))
         for string in self.strings:

@@ -104,10 +104,7 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a row; query (1, H, N, D) -> (1, N, H, D).
-
-    Sequences stand side by side, padded on the right, so that causality alone keeps padding out.
-    """
+    """Causal attention within each sequence of a row, padded on the right; query (1, H, N, D) -> (1, N, H, D)."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -28,7 +28,7 @@ class Alarms:
         self.told: set[str] = set()
         for row in rows:
             self.first = self.first or row
-            self.told |= {name for name, value in row.items() if _is_alarm(name) and value}
+            self.told |= {name for name, value in row.items() if name.startswith(PREFIX) and value}
 
     def __call__(self, iteration: int, metrics: Metrics) -> dict[str, float]:
         """Alarms of an iteration (from 1), all of them."""
@@ -47,19 +47,16 @@ def ringing(
 ) -> dict[str, bool]:
     """Name of every alarm -> whether it rings; a number that is missing rings none."""
     longer = _ratio(metrics, first, "response/length")
-    entropy = _ratio(metrics, first, "policy/entropy_avg")
-    explained = metrics.get("val/explained_variance")
-    settled = iteration > limits.value_warmup
+    explained: Any = metrics.get("val/explained_variance")
+    settled = iteration > limits.value_warmup and explained is not None
+    correlation = abs(_number(metrics, "objective/score_length_corr"))
     return {
         "kl": _number(metrics, "objective/kl") > limits.kl,
-        "entropy": entropy is not None and entropy < limits.entropy,
-        "length": longer is not None and (longer > limits.length or longer < 1 / limits.length),
-        "score_length_corr": abs(_number(metrics, "objective/score_length_corr"))
-        > limits.score_length_corr,
+        "entropy": _ratio(metrics, first, "policy/entropy_avg") < limits.entropy,
+        "length": longer > limits.length or longer < 1 / limits.length,
+        "score_length_corr": correlation > limits.score_length_corr,
         "repeated_ngrams": _number(metrics, "response/repeated_ngrams") > limits.repeated_ngrams,
-        "explained_variance": settled
-        and explained is not None
-        and explained < limits.explained_variance,
+        "explained_variance": settled and explained < limits.explained_variance,
     }
 
 
@@ -80,16 +77,12 @@ def meanings(limits: AlarmLimits) -> dict[str, str]:
     }
 
 
-def _is_alarm(name: str) -> bool:
-    return name.startswith(PREFIX)
-
-
 def _number(metrics: Metrics, name: str) -> float:
     """A number of an iteration; 0, which rings nothing, when it is missing."""
     return metrics.get(name) or 0.0
 
 
-def _ratio(metrics: Metrics, first: Metrics, name: str) -> float | None:
-    """A number as a multiple of the first iteration's; None when there is no such thing."""
+def _ratio(metrics: Metrics, first: Metrics, name: str) -> float:
+    """A number as a multiple of the first iteration's; 1, which rings nothing, when it is missing."""
     now, then = metrics.get(name), first.get(name)
-    return None if now is None or not then else now / then
+    return 1.0 if now is None or not then else now / then

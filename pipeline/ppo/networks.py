@@ -147,13 +147,7 @@ class ValuePass(nn.Module):
         super().__init__()
         self.value = value
 
-    def forward(
-        self,
-        s: Sequences,
-        temperature: float,
-        entropy_grad: bool = False,
-        ptx: Sequences | None = None,
-    ) -> Outputs:
+    def forward(self, s: Sequences, *_: Any, **__: Any) -> Outputs:
         """Values alone; what the policy is told besides makes no difference here."""
         return Outputs(values=response_scores(self.value, s))
 

@@ -123,10 +123,7 @@ def function_reward(name: str, timeout: float | None = None) -> Score:
 
 
 def token_function(name: str) -> TokenScore:
-    """A callable of (prompts, responses, rows, tokens) -> a list of floats for every response.
-
-    `tokens` are the texts of each response's tokens; each list of floats is as long as its tokens.
-    """
+    """A callable of (prompts, responses, rows, tokens' texts) -> for every response one float a token."""
     function = load_function(name)
 
     def score(episodes: Episodes) -> list[list[float]]:
@@ -174,11 +171,7 @@ _FAILURES = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError
 
 
 def remote_reward(url: str, timeout: float | None, retries: int) -> Score:
-    """A service: POST {"prompts", "responses", "rows"} as JSON, answered by {"scores": [...]}.
-
-    Each try lasts at most `timeout` seconds; failures are tried again `retries` times, with a pause
-    that doubles from one second.
-    """
+    """A service: POST {prompts, responses, rows}, answered by {scores}; tried again after 1, 2, 4 ... seconds."""
 
     def score(episodes: Episodes) -> list[float]:
         body = {"prompts": episodes.prompts, "responses": episodes.responses, "rows": episodes.rows}

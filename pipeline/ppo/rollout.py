@@ -65,10 +65,7 @@ class Rollout(Sequences):
 
 
 def everywhere(accelerator: Accelerator, rollout: Rollout, *others: Tensor) -> tuple[Any, ...]:
-    """The episodes of all processes in every process, in their order, tensors alone; `others` (B, T) too.
-
-    So a minibatch is the same episodes whatever the number of processes.
-    """
+    """The episodes, and `others` (B, T), of all processes in each, in order, tensors alone: minibatches agree."""
     if accelerator.num_processes == 1:
         return rollout, *others
 

@@ -71,11 +71,7 @@ class PolicySampler:
         return joined(parts, self.pad)
 
     def _uniforms(self, episodes: int) -> Tensor:
-        """Random numbers (B, T) for this process's episodes.
-
-        Every process draws those of all and takes its share, so that neither their number nor the
-        rollout batches change a response.
-        """
+        """Random numbers (B, T): all processes' are drawn, so that neither these nor batches change a response."""
         processes, mine = self.accelerator.num_processes, self.accelerator.process_index
         drawn = torch.rand(episodes * processes, self.config.max_new_tokens)
         return drawn[mine * episodes : (mine + 1) * episodes]

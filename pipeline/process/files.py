@@ -114,10 +114,7 @@ def is_inside(name: str) -> bool:
 
 
 class Lock:
-    """An exclusive lock that dies with its process: `with Lock(path): ...`.
-
-    UserError names the holder's pid when another process has it, unless one is to `wait` for it.
-    """
+    """An exclusive lock that dies with its process; UserError names the holder's pid, unless it is to `wait`."""
 
     def __init__(self, path: Path, wait: bool = False):
         self.path = path

@@ -9,10 +9,7 @@ _SECONDS = 5.0
 
 
 def look(name: str | Path) -> None:
-    """Before `name` is fetched: where the hub does not answer, keep to what was fetched before.
-
-    Its library would try for half a minute, file by file, even for what it has.
-    """
+    """Before `name` is fetched: where the hub does not answer at once, keep to what was fetched before."""
     if not Path(name).exists():
         _ask_once()
 

@@ -36,10 +36,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within, a signal waits until somebody looks at `asked()`: steps are not cut in half.
-
-    Elsewhere, and at the end of this, it ends the process: what is worth it is saved.
-    """
+    """Within, a signal waits until somebody looks at `asked()`; elsewhere, and at the end, it ends the process."""
     global _training
     _training = True
     try:

@@ -52,11 +52,11 @@ class Mirror:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Queue a row."""
-        self._put(lambda run: run.log(metrics, step=step) if step >= _next_step(run) else None)
+        self._put(lambda run: _log(run, step, metrics))
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Queue a table of samples."""
-        self._put(lambda run: _log_table(run, step, rows))
+        self._put(lambda run: _log(run, step, {"samples": _table(rows)}))
 
     def finish(self, artifact: Path | None, manifest: Manifest | None) -> None:
         """Wait, but not forever, until all is written; say how to see it."""
@@ -225,29 +225,24 @@ def _quietly(function: Callable[[], None]) -> None:
 
 
 def stable_id(work: Path, name: str) -> str:
-    """`name` and a random tail, kept in `work`: a resumed run goes on under its id, a new one does not.
-
-    Without the tail a repeated run would be appended to the earlier one of the same name. In a copy of a
-    run's folder under another name, the id it was copied with is not its own.
-    """
+    """`name` and a random tail, kept in `work`: a resumed run goes on under its id, a new or a copied one not."""
     file = work / "wandb_id"
     if not file.exists() or file.read_text().rpartition("-")[0] != name:
         write_atomically(file, f"{name}-{os.urandom(3).hex()}")
     return file.read_text()
 
 
-def _log_table(run: Any, step: int, rows: list[dict[str, Any]]) -> None:
+def _log(run: Any, step: int, metrics: dict[str, Any]) -> None:
+    """When an online run is resumed, earlier steps are already there."""
+    if step >= (int(run.step) if getattr(run, "resumed", False) else 0):
+        run.log(metrics, step=step)
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
     import wandb
 
     columns: list[str | int] = list(rows[0])
-    table = wandb.Table(columns=columns, data=[[row.get(str(c)) for c in columns] for row in rows])
-    if step >= _next_step(run):
-        run.log({"samples": table}, step=step)
-
-
-def _next_step(run: Any) -> int:
-    """Steps below it are already there when an online run is resumed."""
-    return int(run.step) if getattr(run, "resumed", False) else 0
+    return wandb.Table(columns=columns, data=[[row.get(str(c)) for c in columns] for row in rows])
 
 
 def _artifact_name(directory: Path) -> str:

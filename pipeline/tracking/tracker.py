@@ -58,10 +58,7 @@ class Tracker:
                 sync(path)
 
     def truncate(self, step: int) -> None:
-        """Forget what was recorded after the state of `step` was saved, and a line cut short.
-
-        A resumed run records it again. Samples and validation of `step` itself come after the save.
-        """
+        """Forget what was recorded after the state of `step` was saved (its samples too), and a torn line."""
         if not self.main:
             return
         for path in (self.metrics_path, self.samples_path):
