@@ -260,18 +260,16 @@ def _grades(item: Scored, judge: Judge) -> list[float]:
 
 
 def _reward_model(
-    config: EvalConfig,
-    rows: list[dict],
-    scores: list[list[float]],
-    grades: list[list[float]],
-    lengths: list[list[float]],
+    config: EvalConfig, rows: list[dict], *columns: list[list[float]]
 ) -> dict[str, Any]:
-    """Agreement with the judge on K candidates per prompt, whole and by group, and best-of-n."""
+    """Agreement with the judge on K candidates per prompt, whole and by group, and best-of-n.
+
+    columns: scores, grades and lengths, (P, K) each.
+    """
+    scores, grades, _ = columns
 
     def agreement(rows: Sequence[int]) -> dict[str, Any]:
-        return tallies.agreement(
-            [scores[i] for i in rows], [grades[i] for i in rows], [lengths[i] for i in rows]
-        )
+        return tallies.agreement(*([column[i] for i in rows] for column in columns))
 
     groups = tallies.memberships(rows[: len(scores)], config.groups())
     return {

@@ -26,10 +26,8 @@ class Judge:
         grades = self._call("score", float, prompts, responses, rows, ended=ended)
         for i, grade in enumerate(grades):
             if not math.isfinite(grade):
-                raise UserError(
-                    f"judge {self.name}: score {i} is {grade}\n  prompt:   {prompts[i]!r}\n"
-                    f"  response: {responses[i]!r}"
-                )
+                told = f"\n  prompt:   {prompts[i]!r}\n  response: {responses[i]!r}"
+                raise UserError(f"judge {self.name}: score {i} is {grade}{told}")
         return grades
 
     def exact(
@@ -46,13 +44,10 @@ class Judge:
             function = getattr(self.module, what)
             answers = [kind(answer) for answer in function(prompts, responses, rows, **more)]
         except Exception as error:
-            raise UserError(
-                f"judge {self.name}: {what} failed: {type(error).__name__}: {error}"
-            ) from error
-        if len(answers) != len(responses):
-            raise UserError(
-                f"judge {self.name}: {what} gave {len(answers)} answers for {len(responses)} responses"
-            )
+            told = f"{type(error).__name__}: {error}"
+            raise UserError(f"judge {self.name}: {what} failed: {told}") from error
+        if (given := len(answers)) != (asked := len(responses)):
+            raise UserError(f"judge {self.name}: {what} gave {given} answers for {asked} responses")
         return answers
 
 

@@ -62,12 +62,9 @@ def demonstrations(
     pairs = [encode_demonstration(tokenizer, item.messages) for item in items]
     found = [pair for pair in pairs if len(pair[1]) <= room(models, len(pair[0]))]
     if not found:
-        raise UserError(f"eval: demonstrations: none fits the models' {_sizes(models)} tokens")
+        sizes = " or ".join(map(str, sorted({places(model) for model in models.values()})))
+        raise UserError(f"eval: demonstrations: none fits the models' {sizes} tokens")
     return found
-
-
-def _sizes(models: dict[str, nn.Module]) -> str:
-    return " or ".join(map(str, sorted({places(model) for model in models.values()})))
 
 
 def texts(

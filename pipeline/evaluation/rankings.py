@@ -120,11 +120,9 @@ def best_of_n(items: Sequence[Scored]) -> dict[int, float]:
 def quality(ranks: Sequence[float]) -> list[float]:
     """Share of the other responses that each response beats; ties count half."""
     others = len(ranks) - 1
-    return [
-        (sum(r < other for other in ranks) + 0.5 * (sum(r == other for other in ranks) - 1))
-        / others
-        for r in ranks
-    ]
+    beaten = [sum(r < other for other in ranks) for r in ranks]
+    ties = [sum(r == other for other in ranks) - 1 for r in ranks]
+    return [(b + 0.5 * t) / others for b, t in zip(beaten, ties, strict=True)]
 
 
 def _log_loss(margin: float) -> float:

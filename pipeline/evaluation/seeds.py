@@ -59,13 +59,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     out.add_argument("--split", choices=["test", "validation"], default="test")
     out.add_argument("--ppo", type=Path, help="another config file for PPO")
-    out.add_argument(
-        "--from",
-        type=Path,
-        dest="borrow",
-        metavar="OTHER",
-        help="RUN-seedN borrows the sft and rm of OTHER-seedN",
-    )
+    borrowed = "RUN-seedN borrows the sft and rm of OTHER-seedN"
+    out.add_argument("--from", type=Path, dest="borrow", metavar="OTHER", help=borrowed)
     return out
 
 
@@ -121,20 +116,15 @@ class Study:
 
 def write(run: Path, seeds: list[int], failed: list[int], split: str) -> Path:
     """Collect the evaluations into RUN-seeds.json and .md, print the table, return the .md's path."""
-    results = {
-        seed: read_json(steps.sibling(run, f"seed{seed}") / "eval" / f"{split}.json")
-        for seed in seeds
-    }
-    values = collect(results)
+    file = f"eval/{split}.json"
+    values = collect({n: read_json(steps.sibling(run, f"seed{n}") / file) for n in seeds})
     text = f"# {run.name}: {len(seeds)} seeds, split {split}\n\n{markdown(values, seeds)}"
     if failed:
         text += f"\nFailed: seed {', '.join(map(str, failed))}\n"
     out = run.with_name(f"{run.name}-seeds.md")
     write_atomically(out, text)
     whole = {"split": split, "seeds": seeds, "failed": failed, "values": values}
-    write_atomically(
-        out.with_suffix(".json"), json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-    )
+    write_atomically(out.with_suffix(".json"), json.dumps(whole, indent=1) + "\n")
     print(text)
     return out
 

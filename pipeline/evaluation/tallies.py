@@ -65,19 +65,18 @@ def summary(answers: Answers, groups: Groups) -> dict[str, Any]:
 
 def comparison(first: Sequence[float], second: Sequence[float], groups: Groups) -> dict[str, Any]:
     """Win rate of one model's grades over another's, the mean difference, and both by group."""
+
+    def rate(rows: Sequence[int]) -> dict[str, Any]:
+        return metrics.win_rate([first[i] for i in rows], [second[i] for i in rows])._asdict()
+
     difference = [a - b for a, b in zip(first, second, strict=True)]
     low, high = metrics.bootstrap_mean(difference)
     return {
-        **metrics.win_rate(first, second)._asdict(),
+        **rate(range(len(first))),
         "difference": sum(difference) / len(difference),
         "difference_low": low,
         "difference_high": high,
-        "groups": by_group(
-            groups,
-            lambda rows: metrics.win_rate(
-                [first[i] for i in rows], [second[i] for i in rows]
-            )._asdict(),
-        ),
+        "groups": by_group(groups, rate),
     }
 
 

@@ -126,18 +126,16 @@ def fresh_stages(stages: dict[str, Stage]) -> tuple[dict[str, Stage], list[str]]
     problems: list[str] = []
     for name, stage in stages.items():
         parents = stage.manifest.get("parents") or {}
-        there = {name: stage for name, stage in stages.items() if stage.manifest}
-        known = {parent: there[parent] for parent in parents if parent in there}
+        known = {parent: stages[parent] for parent in parents if parent in stages}
         changed = [
             parent
             for parent, found in known.items()
+            if found.manifest
             if parent not in fresh or parents[parent]["manifest_sha256"] != found.manifest_sha256
         ]
         if changed:
-            problems.append(
-                f"{name} was made from another {' and '.join(changed)}: "
-                f"{make_command(stage.path, force=False)}"
-            )
+            remedy = make_command(stage.path, force=False)
+            problems.append(f"{name} was made from another {' and '.join(changed)}: {remedy}")
         else:
             fresh[name] = stage
     return fresh, problems

@@ -1,9 +1,8 @@
 """Forward passes without padding: the sequences of a batch lie end to end in one row.
 
-A batch of prompts and responses of different lengths is mostly padding, and every matrix product
-pays for it. Here the products see real tokens alone; only attention itself looks at sequences side
-by side. Stock transformers models run this way through their attention interface: the layout of the
-row travels in the place of the attention mask, which models hand to every layer as it is.
+Matrix products see real tokens alone; only attention looks at sequences side by side. Stock transformers
+models run this way through their attention interface: the layout of the row travels in the place of the
+attention mask, which models hand to every layer as it is.
 
 `pack_if_possible` tries a model both ways and turns packing on when they agree; what cannot be packed
 (sliding windows, soft-capped logits, attention that bypasses the interface) keeps padded batches.

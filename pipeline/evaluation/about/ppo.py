@@ -71,10 +71,8 @@ def _groups(verdict: Verdict, versus: dict) -> None:
     for key, members in (versus.get("groups") or {}).items():
         for value, rate in members.items():
             if rate["high"] < 0.5:
-                verdict.add(
-                    "watch",
-                    f"{key} {value}: wins only {rate['rate']:.0%} against SFT, worse than even.",
-                )
+                told = f"wins only {rate['rate']:.0%} against SFT, worse than even."
+                verdict.add("watch", f"{key} {value}: {told}")
 
 
 def _answers(record: Record, verdict: Verdict) -> None:

@@ -16,10 +16,7 @@ CHARTS = [
 def verdict(record: Record, verdict: Verdict) -> None:
     """Perplexity, what PPO asks of it, and the judge."""
     metrics, sft = record.stages["sft"].metrics, record.model("sft")
-    before, after = (
-        metrics.get("validation_perplexity_before"),
-        metrics.get("validation_perplexity"),
-    )
+    before, after = map(metrics.get, ("validation_perplexity_before", "validation_perplexity"))
     if before is not None and after is not None:
         verdict.grade(
             after < before,
