@@ -54,9 +54,8 @@ def parser() -> argparse.ArgumentParser:
     sampling = out.add_mutually_exclusive_group()
     sampling.add_argument("--greedy", action="store_true", help="the likeliest token each time")
     sampling.add_argument("--temperature", type=float, default=1.0)
-    out.add_argument(
-        "--max-new-tokens", type=int, help="default: what PPO was trained with, else 128"
-    )
+    longest = "default: what PPO was trained with, else 128"
+    out.add_argument("--max-new-tokens", type=int, help=longest)
     out.add_argument("--seed", type=int, help="the same seed gives the same answers")
     return out
 

@@ -53,9 +53,12 @@ class Record:
 
 
 def load_record(run: Path) -> Record:
-    """Read a run's directory. An evaluation of artifacts that were replaced since is left out."""
+    """Read a run's directory; UserError for one without a stage. An evaluation of artifacts that were replaced
+    since is left out."""
     run = run.resolve() if run.name in ("", "..") else run
     stages, problems = fresh_stages(find_stages(run))
+    if not stages:
+        raise UserError(f"{run}: nothing has been made yet; begin with: {command(run, 'sft')}")
     result, samples = _evaluation(run, stages)
     evaluable = not (run / FILE).is_file() or Path(Asked(run).of("eval").config).is_file()
     if (run / "eval").is_dir() and not result:
@@ -115,7 +118,5 @@ def values(curve: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
 def ends(curve: list[dict[str, Any]], name: str, last: int = 5) -> tuple[float, float] | None:
     """First value of a metric and the mean of its last few; None when it was not logged."""
     series = [value for _, value in values(curve, name)]
-    if not series:
-        return None
     tail = series[-last:]
-    return series[0], sum(tail) / len(tail)
+    return (series[0], sum(tail) / len(tail)) if series else None

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from pipeline import steps
 from pipeline.cli import reporting_errors
-from pipeline.errors import UserError
 from pipeline.evaluation import plots
 from pipeline.evaluation.about import conclusion, verdicts
 from pipeline.evaluation.compare import columns
@@ -23,7 +22,6 @@ from pipeline.evaluation.rankings import Measured
 from pipeline.evaluation.record import Record, load_record, values
 from pipeline.evaluation.summary import formatted, summary_rows
 from pipeline.handoff.lineage import identity
-from pipeline.handoff.remembered import command
 from pipeline.ppo.preflight import better_rule
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
@@ -41,11 +39,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def write_report(run: Path) -> Path:
     """Write RUN/report.html and return its path."""
-    record = load_record(run)
-    if not record.stages:
-        raise UserError(f"{run}: nothing to report; begin with: {command(run, 'sft')}")
     out = run / "report.html"
-    write_atomically(out, render(record))
+    write_atomically(out, render(load_record(run)))
     return out
 
 

@@ -12,10 +12,8 @@ from rich.text import Text
 
 from pipeline import steps
 from pipeline.cli import reporting_errors
-from pipeline.errors import UserError
 from pipeline.evaluation.about import conclusion, verdicts
 from pipeline.evaluation.record import Record, load_record
-from pipeline.handoff.remembered import command
 
 COLOURS = {"good": "green", "watch": "yellow", "bad": "red"}
 
@@ -40,12 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--run", type=Path, required=True)
     args = parser.parse_args(argv)
-    record = load_record(args.run)
-    if not record.stages:
-        raise UserError(
-            f"{args.run}: nothing has been made yet; begin with: {command(args.run, 'sft')}"
-        )
-    show(record, Console())
+    show(load_record(args.run), Console())
 
 
 def show(record: Record, console: Console) -> None:

@@ -86,9 +86,6 @@ class Manifest(BaseModel):
     """ISO time, UTC."""
 
 
-# --- writing --------------------------------------------------------------------------------------
-
-
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
     """Hash the files of `directory` and write its manifest as the last of them, all on disk."""
     paths = sorted(set(walk(directory)) - {MANIFEST})
@@ -186,9 +183,6 @@ def installed_packages() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
-
-
-# --- reading --------------------------------------------------------------------------------------
 
 
 def read(directory: Path | str, stage: str | None = None) -> Manifest:
@@ -291,9 +285,6 @@ def check_trained_from(child: Path, name: str, parent: Path) -> None:
 
 def _damaged(directory: Path, name: str, reason: str) -> UserError:
     return UserError(f"{directory / name}: {reason}; rebuild: {make_command(directory)}")
-
-
-# --- files ----------------------------------------------------------------------------------------
 
 
 def lock_path(final: Path) -> Path:

@@ -129,9 +129,6 @@ def deciding(kind: type[BaseModel] | None, config: dict[str, Any]) -> dict[str, 
     return {key: portable(value) for key, value in config.items() if key not in cosmetic}
 
 
-# --- earlier artifacts ----------------------------------------------------------------------------
-
-
 def parents_of(config: StageConfig) -> dict[str, Path]:
     """Name -> directory of every artifact the stage reads."""
     own = steps.TABLE[config.stage].after
@@ -156,9 +153,6 @@ def _is_artifact(name: str) -> bool:
     """Whether a model is one of ours: published here, or to be published in our folder."""
     path = Path(name)
     return is_published(path) or (not path.exists() and checkpoints_root() in path.parents)
-
-
-# --- data, models, code ---------------------------------------------------------------------------
 
 
 def inputs_of(config: Section, in_memory: str | None = None) -> dict[str, str]:
@@ -245,9 +239,6 @@ def _code(name: str) -> dict[str, str]:
     module = name.partition(":")[0]
     found = sources.files_of(module)
     return {place: sha256(path) for place, path in sorted(found.items())} or {module: module}
-
-
-# --- hashes of big files are kept -----------------------------------------------------------------
 
 
 def _hashed(paths: list[Path]) -> dict[str, str]:

@@ -3,7 +3,6 @@ and settings, so that `make eval RUN=x` alone means that run as it is."""
 
 import json
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,11 +125,7 @@ class Asked:
         return told and f"made from {told[0]}, would be replaced by one from {told[1]}"
 
 
-def _last_ones(words: Iterable[str]) -> list[str]:
-    """`key=value` words, of those with the same key the last."""
-    last: dict[str, str] = {}
-    for word in words:
-        key = word.partition("=")[0]
-        last.pop(key, None)  # the later one stands later: it may be put over a group that holds it
-        last[key] = word
-    return list(last.values())
+def _last_ones(words: list[str]) -> list[str]:
+    """`key=value` words, of those with the same key the last: it may be put over a group that holds it."""
+    keys = [word.partition("=")[0] for word in words]
+    return [word for i, word in enumerate(words) if keys[i] not in keys[i + 1 :]]
