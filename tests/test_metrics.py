@@ -20,12 +20,13 @@ def test_exact_match_ignores_spacing_only():
     assert not metrics.exact_match("was it rome", "it was rome")
 
 
-def test_token_f1_counts_repeated_words_once_each():
+def test_token_overlap_counts_repeated_words_once_each():
     # common: a, b (one of two) = 2 of 4 predicted, 2 of 3 wanted
-    assert metrics.token_f1("a b b c", "a b d") == pytest.approx(4 / 7)
-    assert metrics.token_f1("x", "y") == 0
-    assert metrics.token_f1("", "") == 1
-    assert metrics.token_f1("", "y") == 0
+    overlap = metrics.token_overlap("a b b c", "a b d")
+    assert overlap == pytest.approx((2 / 4, 2 / 3, 4 / 7))
+    assert metrics.token_overlap("x", "y") == (0, 0, 0)
+    assert metrics.token_overlap("", "") == (1, 1, 1)
+    assert metrics.token_overlap("", "y") == (0, 0, 0)
 
 
 def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():

@@ -172,7 +172,11 @@ class Exam:
             exact = self.judge.exact(asked.texts, texts, asked.rows)
         if self.config.reference is not None:
             wanted = references(asked.rows, self.config.reference)
-            answers.grades["token_f1"] = list(map(metrics.token_f1, texts, wanted))
+            overlaps = map(metrics.token_overlap, texts, wanted)
+            for name, shares in zip(
+                metrics.Overlap._fields, zip(*overlaps, strict=True), strict=True
+            ):
+                answers.grades[f"token_{name}"] = shares
             exact = exact or list(map(metrics.exact_match, texts, wanted))
         if exact is not None:
             answers.grades["exact"] = exact

@@ -38,12 +38,21 @@ def exact_match(prediction: str, reference: str) -> bool:
     return tokens(prediction) == tokens(reference)
 
 
-def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the bags of tokens (SQuAD's, arXiv 1606.05250 section 6); two empty texts agree, one does not."""
+class Overlap(NamedTuple):
+    """Shares in 0..1."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+def token_overlap(prediction: str, reference: str) -> Overlap:
+    """Of the bags of tokens (SQuAD's, arXiv 1606.05250 section 6); two empty texts agree, one does not."""
     predicted, wanted = Counter(tokens(prediction)), Counter(tokens(reference))
     if not predicted or not wanted:
-        return float(predicted == wanted)
-    return 2 * (predicted & wanted).total() / (predicted.total() + wanted.total())
+        return Overlap(*[float(predicted == wanted)] * 3)
+    common, said, asked = (x.total() for x in (predicted & wanted, predicted, wanted))
+    return Overlap(common / said, common / asked, 2 * common / (said + asked))
 
 
 def perplexity(nll: float, count: int) -> float:

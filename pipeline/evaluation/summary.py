@@ -20,6 +20,8 @@ COLOURS = {"good": "green", "watch": "yellow", "bad": "red"}
 ROWS = (
     ("judge", "Judge's grade", "{:.3f}"),
     ("exact", "Exact match", "{:.1%}"),
+    ("token_precision", "Token precision", "{:.3f}"),
+    ("token_recall", "Token recall", "{:.3f}"),
     ("token_f1", "Token F1", "{:.3f}"),
     ("chrf", "chrF", "{:.1f}"),
     ("ended", "Ends by itself", "{:.1%}"),
