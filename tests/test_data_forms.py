@@ -13,8 +13,8 @@ from pipeline.data.forms import (
     load_prompts,
     load_texts,
 )
+from pipeline.data.meaning import STANDARD_COLUMNS
 from pipeline.data.rankings import load_rankings
-from pipeline.data.sources import STANDARD_COLUMNS
 from pipeline.data.splits import split_by_prompt
 from pipeline.errors import UserError
 
@@ -280,7 +280,7 @@ def test_a_label_of_another_kind_is_told():
         ("audio", "a.wav", "`audio` is filled"),
         ("tools", [{"name": "f"}], "`tools` is filled: no stage trains on tools"),
         ("tools", '[{"name": "f"}]', "no stage trains on tools"),
-        ("parent_id", "x", "a message of a tree"),
+        ("parent_id", "x", "a message of a tree (`parent_id`) needs `message_id`"),
     ],
 )
 def test_a_row_that_is_more_than_its_text_is_refused(load, column, value, reason):

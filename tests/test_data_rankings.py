@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.meaning import STANDARD_COLUMNS
 from pipeline.data.rankings import LISTS, dense_ranks, load_rankings
-from pipeline.data.sources import STANDARD_COLUMNS
 from pipeline.errors import UserError
 
 Q = [{"role": "user", "content": "q"}]

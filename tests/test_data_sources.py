@@ -269,6 +269,18 @@ def test_columns_may_swap_names(tmp_path):
     assert read_rows(data)[0].values == {"prompt": "b", "completion": "a"}
 
 
+def test_only_rows_with_the_wanted_values_are_used(tmp_path):
+    rows = [GOOD | {"lang": lang, "n": n} for n, lang in enumerate(["en", "de", None, "zh"])]
+    data = write_lines(tmp_path / "a.jsonl", *rows)
+    chosen = data.model_copy(update={"only": {"lang": ["en", "zh"]}, "limit": 2})
+    assert [row.values["n"] for row in read_rows(chosen)] == [0, 3]
+    assert [r.values["n"] for r in read_rows(data.model_copy(update={"only": {"n": "1"}}))] == [1]
+    with pytest.raises(UserError, match="only: no row has `langs`"):
+        read_rows(data.model_copy(update={"only": {"langs": "en"}}))
+    with pytest.raises(UserError, match="nothing to use in 0 rows .4 rows left out by `only`"):
+        read_rows(data.model_copy(update={"only": {"lang": "fr"}}))
+
+
 def test_a_mapped_column_that_no_row_has_names_the_nearest(tmp_path):
     data = write_lines(tmp_path / "a.jsonl", {"question": "q", "good": "a", "bad": "b"})
     data.columns = {"prompt": "qestion"}

@@ -38,6 +38,8 @@ class Data(Section):
     """Split of a hub dataset; local files have none."""
     columns: dict[Text, Text] = {}
     """Standard name -> the name it has in your file, e.g. `{prompt: question, chosen: response_chosen}`."""
+    only: dict[Text, Text | list[Text]] = {}
+    """Column of your file -> the value, or list of values, that a row must have there, e.g. `{lang: en}`."""
     limit: Positive | None = None
     """Use only the first so many rows."""
     bad_rows: Fraction = 0.0

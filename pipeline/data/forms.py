@@ -7,6 +7,7 @@ A row has a prompt under one of `PROMPTS` and, for a demonstration, a reply unde
     prompt, query, input          text, a "\\n\\nHuman: ..." dialogue or messages
     text                          a rendered alpaca or dialogue text alone; otherwise plain text
     chosen (+ rejected)           a pair's better answer; alone, HH's whole transcripts
+    message_id, parent_id         messages of a tree: see `pipeline.data.trees`
     system, history               beside any of them: text; a list of [user, assistant]
 
 Where several are there, the first in this order counts. A null cell counts as absent. Columns that
@@ -15,26 +16,34 @@ change what a row means are used rightly or refused: see `pipeline.data.meaning`
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from pipeline.data.meaning import check_whole, is_context, is_rejected, label_of, two_answers
+from pipeline.data import trees
+from pipeline.data.meaning import (
+    check_whole,
+    is_context,
+    is_rejected,
+    label_of,
+    missing,
+    two_answers,
+)
 from pipeline.data.messages import (
     Message,
+    complete,
     is_transcript,
     message,
     message_list,
     one_message,
     optional_text,
     rendered_messages,
-    split_transcript,
+    system_of,
     text_of,
     transcript_messages,
     user_turn,
 )
 from pipeline.data.problems import BadRow, Report, kind
 from pipeline.data.readers import Row
-from pipeline.data.sources import STANDARD_COLUMNS, report_for, scan, source_name
+from pipeline.data.sources import report_for, scan, source_name
 
 Item = TypeVar("Item")
 
@@ -64,26 +73,36 @@ def load_demonstrations(source: Any, notes: list[str] | None = None) -> list[Dem
     UserError: the first 20 rows without a prompt or a reply, with `file:line: reason`. What was
     dropped or merged is appended to `notes`, or printed if that is None.
     """
-    return load(source, notes, _demonstration)
+    return load(source, notes, _demonstration, trees.best_path)
 
 
 def load_prompts(source: Any, notes: list[str] | None = None) -> list[Prompt]:
     """Prompts of any form; replies in the file are ignored. Errors as in load_demonstrations."""
-    return load(source, notes, lambda row, _: Prompt(prompt(row.values), row.values, row.where))
+
+    def asked(row: Row, _: Report) -> Prompt:
+        return Prompt(prompt(row.values), row.values, row.where)
+
+    return load(source, notes, asked, trees.prompts)
 
 
 def load_texts(source: Any, notes: list[str] | None = None) -> list[str]:
     """Plain texts for the pretraining mix: `text` as it is, demonstrations as plain dialogues."""
-    return load(source, notes, _plain_text)
+    return load(source, notes, _plain_text, trees.best_path)
 
 
 def load(
-    source: Any, notes: list[str] | None, convert: Callable[[Row, Report], Item | None]
+    source: Any,
+    notes: list[str] | None,
+    convert: Callable[[Row, Report], Item | None],
+    branches: trees.Branches,
 ) -> list[Item]:
-    """What `convert` makes of each row; of some it makes nothing, and counts them in the report."""
+    """What `convert` makes of each row; of some it makes nothing, and counts them in the report.
+
+    `branches`: the rows that a tree of messages stands for.
+    """
     report = report_for(source)
     items = []
-    for row in scan(source, report):
+    for row in trees.grown(scan(source, report), branches, report):
         try:
             check_whole(row.values)
             item = convert(row, report)
@@ -183,7 +202,7 @@ def check_prompt(messages: list[Message]) -> None:
     """BadRow unless the user both begins and ends the conversation, the end not without words."""
     if not messages or messages[-1]["role"] != "user":
         raise BadRow("no user message before the reply")
-    if messages[len(_system(messages))]["role"] != "user":
+    if messages[len(system_of(messages))]["role"] != "user":
         raise BadRow("the conversation begins with the assistant")
     if not messages[-1]["content"].strip():
         raise BadRow("the prompt is empty")
@@ -266,53 +285,6 @@ def _history(values: dict[str, Any]) -> list[Message]:
     return messages
 
 
-# --- replies --------------------------------------------------------------------------------------
-
-
-def complete(before: list[Message], reply: Any, name: str) -> list[Message]:
-    """The conversation `before` with its reply, the assistant's message last.
-
-    The reply may be a text, a message, the messages that follow, an HH transcript or a whole
-    conversation that begins with `before`. BadRow if it does not continue `before`.
-    """
-    context, answer = _answer(reply, name)
-    if not context or not before:
-        messages = before or context
-    elif context[0]["role"] == "assistant":
-        messages = before + context
-    elif _same_start(before, context):
-        messages = context if context[0]["role"] == "system" else _system(before) + context
-    else:
-        raise BadRow(f"`{name}` is a conversation that does not begin with the prompt")
-    return [*messages, message("assistant", answer)]
-
-
-def _answer(reply: Any, name: str) -> tuple[list[Message], str]:
-    """What stands before the answer (often nothing), and the answer."""
-    if isinstance(reply, str):
-        text = text_of(reply, name)
-        return split_transcript(text) if is_transcript(text) else ([], text)
-    if isinstance(reply, dict):
-        messages = [one_message(reply, name)]
-    elif isinstance(reply, list):
-        messages = message_list(reply, name)
-    else:
-        raise BadRow(f"`{name}` is {kind(reply)}, expected text or messages")
-    if not messages or messages[-1]["role"] != "assistant":
-        raise BadRow(f"`{name}` does not end in an assistant message")
-    return messages[:-1], messages[-1]["content"]
-
-
-def _system(messages: list[Message]) -> list[Message]:
-    return [item for item in messages if item["role"] == "system"]
-
-
-def _same_start(before: list[Message], context: list[Message]) -> bool:
-    """Whether every user message of `before` is among those of `context` (spaces aside)."""
-    said = {item["content"].strip() for item in context if item["role"] == "user"}
-    return all(item["content"].strip() in said for item in before if item["role"] == "user")
-
-
 # --- reasons --------------------------------------------------------------------------------------
 
 
@@ -331,18 +303,3 @@ def _no_reply(values: dict[str, Any]) -> str:
         learn = f"to learn one's answers: columns: {{completion: {pair[0]}}}"
         return f"`{pair[0]}` and `{pair[1]}` are a comparison, for the reward model; {learn}"
     return f"no reply to `{name}`: {missing(values, REPLIES)}"
-
-
-def missing(values: dict[str, Any], wanted: Any) -> str:
-    """`none of a, b; the row has x, y (did you mean x?)`, for a row that lacks a column."""
-    null = [name for name in wanted if name in values]
-    if null:
-        return f"`{null[0]}` is null"
-    names = [str(name) for name in values]
-    free = [name for name in names if name not in STANDARD_COLUMNS]
-    near = [found for name in wanted for found in get_close_matches(name, free, 1, 0.6)]
-    meant = f"is `{near[0]}` meant? " if near else ""
-    hint = f" ({meant}`columns` in the config can rename it)" if free else ""
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    needed = f"no {wanted[0]}" if len(wanted) == 1 else f"none of {', '.join(wanted)}"
-    return f"{needed}; the row has {shown or 'nothing'}{hint}"

@@ -1,8 +1,19 @@
-"""Columns beside a row's text that change what it means: used rightly, or the row is refused."""
+"""Columns: those that forms read, and those that change what a row means, used rightly or refused."""
 
+from difflib import get_close_matches
 from typing import Any
 
 from pipeline.data.problems import BadRow
+
+# fmt: off
+STANDARD_COLUMNS = frozenset((
+    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "query",
+    "response", "text", "system", "history", "chosen", "rejected", "responses", "completions",
+    "answers", "ranks", "scores", "label", "response_1", "response_2", "preference",
+    "message_id", "parent_id", "role",
+))
+# fmt: on
+"""Every column that some form reads (see `pipeline.data.forms` and `.rankings`)."""
 
 _UNREAD = {
     **dict.fromkeys(
@@ -34,12 +45,10 @@ TWO = {
 
 
 def check_whole(values: dict[str, Any]) -> None:
-    """BadRow for a row whose text is only a part of it: pictures, tools, a tree."""
+    """BadRow for a row whose text is only a part of it: pictures, tools."""
     for name, why in _UNREAD.items():
         if _filled(values.get(name)):
             raise BadRow(f"`{name}` is filled: {why}")
-    if {"parent_id", "role"} <= values.keys():
-        raise BadRow("a message of a tree (`parent_id`); write its paths as rows of `messages`")
 
 
 def _filled(value: Any) -> bool:
@@ -78,3 +87,18 @@ def is_context(turn: Any) -> bool:
 def two_answers(values: dict[str, Any]) -> tuple[str, ...] | None:
     """The columns of a row's two answers, such as `output_1` and `output_2`."""
     return next((pair for pair in TWO if all(values.get(n) is not None for n in pair)), None)
+
+
+def missing(values: dict[str, Any], wanted: Any) -> str:
+    """`none of a, b; the row has x, y (did you mean x?)`, for a row that lacks a column."""
+    null = [name for name in wanted if name in values]
+    if null:
+        return f"`{null[0]}` is null"
+    names = [str(name) for name in values]
+    free = [name for name in names if name not in STANDARD_COLUMNS]
+    near = [found for name in wanted for found in get_close_matches(name, free, 1, 0.6)]
+    meant = f"is `{near[0]}` meant? " if near else ""
+    hint = f" ({meant}`columns` in the config can rename it)" if free else ""
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    needed = f"no {wanted[0]}" if len(wanted) == 1 else f"none of {', '.join(wanted)}"
+    return f"{needed}; the row has {shown or 'nothing'}{hint}"

@@ -173,3 +173,51 @@ def prompt_text(messages: list[Message]) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+# --- replies --------------------------------------------------------------------------------------
+
+
+def complete(before: list[Message], reply: Any, name: str) -> list[Message]:
+    """The conversation `before` with its reply, the assistant's message last.
+
+    The reply may be a text, a message, the messages that follow, an HH transcript or a whole
+    conversation that begins with `before`. BadRow if it does not continue `before`.
+    """
+    context, answer = _answer(reply, name)
+    if not context or not before:
+        messages = before or context
+    elif context[0]["role"] == "assistant":
+        messages = before + context
+    elif _same_start(before, context):
+        messages = context if context[0]["role"] == "system" else system_of(before) + context
+    else:
+        raise BadRow(f"`{name}` is a conversation that does not begin with the prompt")
+    return [*messages, message("assistant", answer)]
+
+
+def _answer(reply: Any, name: str) -> tuple[list[Message], str]:
+    """What stands before the answer (often nothing), and the answer."""
+    if isinstance(reply, str):
+        text = text_of(reply, name)
+        return split_transcript(text) if is_transcript(text) else ([], text)
+    if isinstance(reply, dict):
+        messages = [one_message(reply, name)]
+    elif isinstance(reply, list):
+        messages = message_list(reply, name)
+    else:
+        raise BadRow(f"`{name}` is {kind(reply)}, expected text or messages")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise BadRow(f"`{name}` does not end in an assistant message")
+    return messages[:-1], messages[-1]["content"]
+
+
+def system_of(messages: list[Message]) -> list[Message]:
+    """The system message, if there is one."""
+    return [item for item in messages if item["role"] == "system"]
+
+
+def _same_start(before: list[Message], context: list[Message]) -> bool:
+    """Whether every user message of `before` is among those of `context` (spaces aside)."""
+    said = {item["content"].strip() for item in context if item["role"] == "user"}
+    return all(item["content"].strip() in said for item in before if item["role"] == "user")

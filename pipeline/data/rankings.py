@@ -8,6 +8,7 @@
     scored lists   the same with `scores` (higher is better)
     candidates     lists of objects with their own response/answer/text/content and
                    rank/overall_score/score, as UltraFeedback and Nectar have them
+    trees          the answers to each message of a user: see `pipeline.data.trees`
 
 The prompt stands in any of the columns of `pipeline.data.forms`. Where ranks and scores are both
 there, ranks count. A response whose rank or score is null was not judged and is left out.
@@ -18,20 +19,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.data import trees
 from pipeline.data.forms import (
     check_prompt,
-    complete,
     find_prompt,
     first_of,
     load,
-    missing,
     without_reply,
 )
-from pipeline.data.meaning import TWO, label_of, two_answers
-from pipeline.data.messages import Message
+from pipeline.data.meaning import TWO, label_of, missing, two_answers
+from pipeline.data.messages import Message, complete
 from pipeline.data.problems import BadRow, Report, kind
+from pipeline.data.readers import Row
 
-MAX_K = 9
+MAX_K = trees.MOST
 LISTS = ("responses", "completions", "answers")
 TEXTS = ("response", "answer", "text", "content")
 RANKS = ("rank",)
@@ -57,7 +58,11 @@ def load_rankings(source: Any, notes: list[str] | None = None) -> list[Ranking]:
     ties are dropped; both are counted, in `notes` or printed. UserError: the first 20 rows that are
     malformed, contradict themselves (the same response at two ranks) or have more than 9 responses.
     """
-    return load(source, notes, lambda row, report: ranking(row.values, row.where, report))
+
+    def ranked(row: Row, report: Report) -> Ranking | None:
+        return ranking(row.values, row.where, report)
+
+    return load(source, notes, ranked, trees.rankings)
 
 
 def ranking(values: dict[str, Any], where: str, report: Report) -> Ranking | None:

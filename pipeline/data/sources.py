@@ -9,20 +9,12 @@ from typing import Any
 
 from pipeline.config.load import did_you_mean
 from pipeline.config.schema import Data
+from pipeline.data.meaning import STANDARD_COLUMNS
 from pipeline.data.problems import Report, kind
 from pipeline.data.readers import READERS, Row
 from pipeline.errors import UserError
 from pipeline.handoff import datafiles
 from pipeline.process import hub
-
-# fmt: off
-STANDARD_COLUMNS = frozenset((
-    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "query",
-    "response", "text", "system", "history", "chosen", "rejected", "responses", "completions",
-    "answers", "ranks", "scores", "label", "response_1", "response_2", "preference",
-))
-# fmt: on
-"""Every column that some form reads (see `pipeline.data.forms` and `.rankings`)."""
 
 
 def read_rows(data: Data) -> list[Row]:
@@ -52,7 +44,10 @@ def scan(source: Any, report: Report) -> Iterator[Row]:
     """
     rows: Iterable[Row]
     if isinstance(source, Data):
-        rows = islice(_scan_files(source, report), source.limit)
+        rows = _scan_files(source, report)
+        if source.only:
+            rows = _chosen(rows, source.only, report, source_name(source))
+        rows = islice(rows, source.limit)
         if source.columns:
             rows = _rename(rows, source.columns, source_name(source))
     else:
@@ -171,6 +166,22 @@ def _rename(rows: Iterable[Row], columns: dict[str, str], name: str) -> Iterator
         if seen and column not in seen:
             near = did_you_mean(column, seen, 3) or f"; there are {', '.join(seen)}"
             raise UserError(f"{name}: columns: {standard}: no row has `{column}`{near}")
+
+
+def _chosen(
+    rows: Iterable[Row], only: dict[str, str | list[str]], report: Report, name: str
+) -> Iterator[Row]:
+    """Rows with one of the wanted values in each of some columns; UserError for one that no row has."""
+    wanted = {key: [value] if isinstance(value, str) else value for key, value in only.items()}
+    seen: dict[str, None] = {}
+    for row in rows:
+        seen.update(dict.fromkeys(row.values))
+        if all(str(row.values.get(key)) in values for key, values in wanted.items()):
+            yield row
+        else:
+            report.count("rows left out by `only`")
+    if gone := sorted(wanted.keys() - seen) if seen else []:
+        raise UserError(f"{name}: only: no row has `{gone[0]}`{did_you_mean(gone[0], seen, 3)}")
 
 
 def _watch_keys(rows: Iterable[Row], known: frozenset[str], report: Report) -> Iterator[Row]:
