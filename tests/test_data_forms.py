@@ -155,7 +155,7 @@ def test_a_prompt_needs_no_reply(row, messages):
         ({"instruction": "q", "input": 3, "output": "a"}, "`input` is a number"),
         ({"instruction": "q", "output": True}, "`output` is a boolean"),
         ({"instruction": "q", "output": "a", "system": 1}, "`system` is a number"),
-        ({"instruction": "q", "output": "a", "history": "[]"}, "`history` is a text"),
+        ({"instruction": "q", "output": "a", "history": "x"}, "`history` is a text"),
         ({"instruction": "q", "output": "a", "history": [["q"]]}, "`history[0]` is not a pair"),
         ({"instruction": "q", "output": "a", "history": [["q", 1]]}, "`history[0]` is a number"),
         ({"messages": "q"}, "`messages` is a text"),

@@ -1,5 +1,6 @@
 """Rows from files, folders, hub repositories and memory, and the errors that name their lines."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pandas
 import pytest
 
 from pipeline.config.schema import Data, SFTConfig
+from pipeline.data import readers
 from pipeline.data.forms import load_demonstrations, load_prompts
 from pipeline.data.problems import Report
 from pipeline.data.rankings import load_rankings
@@ -150,9 +152,129 @@ def test_lines_under_a_json_ending_are_rows_and_one_object_is_not(tmp_path):
     path = tmp_path / "a.json"
     write_lines(path, GOOD, GOOD)
     assert [row.where for row in read_rows(Data(path=str(path)))] == [f"{path}:1", f"{path}:2"]
-    for text in (json.dumps({"data": [GOOD]}, indent=2), '{"data": [\n{"text": "a"}\n]}'):
-        path.write_text(text)
+    for value in ({"train": [GOOD]}, {"data": ["a"]}, GOOD):
+        path.write_text(json.dumps(value, indent=2))
         assert "one object" in failure(read_rows, Data(path=str(path)))
+    write_lines(path, {"id": 1, "data": ["q", "a"]}, {"id": 2, "data": ["q", "a"]})  # UltraChat's
+    assert len(read_rows(Data(path=str(path)))) == 2
+
+
+@pytest.mark.parametrize("space", [None, 1])
+@pytest.mark.parametrize("name", ["data", "rows"])
+def test_rows_may_lie_in_an_object(tmp_path, name, space):
+    path = tmp_path / "a.json"
+    wrapper = {"version": 1.5, "about": {"data": []}, name: [GOOD, GOOD], "license": "mit"}
+    path.write_text("\ufeff\r\n" + json.dumps(wrapper, indent=space))
+    rows = read_rows(Data(path=str(path)))
+    assert [row.where for row in rows] == [f"{path}: item 1", f"{path}: item 2"]
+    assert rows[0].values == GOOD
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_a_json_array_is_read_in_parts(tmp_path, monkeypatch, size):
+    rows = [
+        {"text": text, "n": 1.5, "o": {"x": [n]}}
+        for n, text in enumerate(["你\u2028好", "]}", '"', ""])
+    ]
+    monkeypatch.setattr(readers, "CHUNK", size)
+    path = tmp_path / "a.json"
+    for space in (None, 2):
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=space))
+        assert [row.values for row in read_rows(Data(path=str(path)))] == rows
+    path.write_bytes(b'[{"text": "a"},\n {"text": "\xff"}]')
+    assert f"{path}:2: not UTF-8: byte 0xff; recode" in failure(read_rows, Data(path=str(path)))
+
+
+# --- tables and packed files ----------------------------------------------------------------------
+
+
+def table(path, text):
+    path.write_bytes(text.encode())
+    return Data(path=str(path))
+
+
+@pytest.mark.parametrize(("ending", "by"), [("csv", ","), ("tsv", "\t")])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_table_is_rows_of_texts(tmp_path, ending, by, line_end):
+    lines = [
+        by.join(["", "instruction", " input ", "output"]),
+        by.join(["0", "a\u2028b", "", '"one""two"']),
+        by.join(["1", f'"a{by}b"', '""', '"c\nd\n\ne"']),
+        "",
+        by.join(["2", "你好", "x", "再见"]),
+    ]
+    data = table(tmp_path / f"a.{ending}", "\ufeff" + line_end.join(lines) + line_end)
+    rows = read_rows(data)
+    assert [row.values for row in rows] == [
+        {"instruction": "a\u2028b", "input": None, "output": 'one"two'},
+        {"instruction": f"a{by}b", "input": None, "output": "c\nd\n\ne"},
+        {"instruction": "你好", "input": "x", "output": "再见"},
+    ]
+    assert [row.where for row in rows] == [f"{data.path}:{n}" for n in (2, 3, 8)]
+    assert len(load_demonstrations(data)) == 3
+
+
+def test_a_table_holds_lists_as_json(tmp_path):
+    text = 'prompt,responses,ranks\nq,"[""a"", ""b"", ""c""]","[2, 1, null]"\n'
+    (found,) = load_rankings(table(tmp_path / "a.csv", text))
+    assert (found.responses, found.ranks) == (["a", "b"], [2, 1])
+    chat = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "[1]"}])
+    quoted = '"' + chat.replace('"', '""') + '"'
+    (item,) = load_demonstrations(table(tmp_path / "b.csv", f"messages\n{quoted}\n"))
+    assert item.messages[1]["content"] == "[1]"
+    (item,) = load_demonstrations(table(tmp_path / "c.csv", "prompt,completion\n[2],[1]\n"))
+    assert item.messages[1]["content"] == "[1]"  # text is text
+    told = failure(load_rankings, table(tmp_path / "d.csv", "prompt,responses,ranks\nq,a,1\n"))
+    assert "d.csv:2: `responses` is a text, expected a list (in a table, as JSON)" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("prompt,completion\nq,a\nq\n", "a.csv:3: 1 cells, but 2 columns: prompt, completion"),
+        ("prompt,completion\nq,a,b\n", "a.csv:2: 3 cells, but 2 columns"),
+        ('prompt,completion\nq,a\nq,"a\nb\n', "a.csv:3: unexpected end of data"),
+        ('prompt,completion\nq,"a"b\n', "a.csv:2: ',' expected after '\"'"),
+        ("prompt,prompt\nq,a\n", "a.csv:1: two columns are named `prompt`"),
+        ("prompt,completion\nq,\n", "a.csv:2: no reply to `prompt`: `completion` is null"),
+        ("question,reply\nq,a\n", "a.csv:2: no prompt: none of messages"),
+        ("question,reply\nq,a\n", "the row has question, reply (`columns` in the config"),
+    ],
+)
+def test_a_faulty_table_is_told_by_line(tmp_path, text, reason):
+    assert reason in failure(load_demonstrations, table(tmp_path / "a.csv", text))
+
+
+def test_cells_in_another_encoding_are_told_by_line_and_may_be_allowed(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'prompt,completion\nq,"x\ny\xff"\n' + b"q,a\n" * 99)
+    told = failure(load_demonstrations, Data(path=str(path)))
+    assert f"{path}:2: not UTF-8: byte 0xff at byte 2; recode the file" in told
+    assert len(load_demonstrations(Data(path=str(path), bad_rows=0.01))) == 99
+    path.with_suffix(".txt").write_bytes(b"a\nb\xe9\n")
+    assert "a.txt:2: not UTF-8" in failure(load_prompts, Data(path=str(path.with_suffix(".txt"))))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_a_packed_file_is_read_like_an_open_one(tmp_path, name):
+    texts = {
+        "a.jsonl": json.dumps(GOOD) + "\n" + json.dumps(GOOD),
+        "a.json": json.dumps({"data": [GOOD, GOOD]}),
+        "a.csv": "instruction,output\nAdd 1 and 2.,3\nAdd 1 and 2.,3\n",
+        "a.txt": "a\n\nb",
+    }
+    raw = gzip.compress(texts[name].encode())
+    path = tmp_path / f"{name}.gz"
+    path.write_bytes(raw)
+    plain = table(tmp_path / name, texts[name])
+    read = read_rows(Data(path=str(path)))
+    assert [row.values for row in read] == [row.values for row in read_rows(plain)]
+    assert read[1].where == read_rows(plain)[1].where.replace(name, f"{name}.gz")
+    path.write_bytes(raw[: len(raw) - 9])
+    assert "a whole gzip file" in failure(read_rows, Data(path=str(path)))
+    assert inputs_of(SFTConfig(model="m/m", data=plain))
+    (tmp_path / "b.parquet.gz").write_bytes(raw)
+    assert "unknown kind of file" in failure(read_rows, Data(path=str(tmp_path / "b.parquet.gz")))
 
 
 def test_parquet_rows_and_a_file_that_is_none(tmp_path):
@@ -234,8 +356,8 @@ def test_only_a_near_name_is_suggested(tmp_path):
 
 
 def test_files_of_another_kind_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("a,b")
-    assert "unknown kind of file" in failure(read_rows, Data(path=str(tmp_path / "a.csv")))
+    (tmp_path / "a.xlsx").write_text("a,b")
+    assert "unknown kind of file" in failure(read_rows, Data(path=str(tmp_path / "a.xlsx")))
     assert "no .jsonl" in failure(read_rows, Data(path=str(tmp_path)))
 
 
@@ -449,9 +571,11 @@ def test_a_share_of_bad_rows_may_be_allowed_and_is_counted(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.csv", b"a,b", "write it as JSON lines, e.g. pandas.read_csv"),
-        ("a.jsonl.gz", b"\x1f\x8b", "unpack it first"),
-        ("a.jsonl", b"\x1f\x8b\x08\x00", "packed by gzip; unpack it first"),
+        ("a.xlsx", b"a,b", "write it as JSON lines, e.g. pandas.read_excel"),
+        ("a.jsonl.gz", b"\x1f\x8b", "not a whole gzip file"),
+        ("a.jsonl.gz", b"{}", "not a whole gzip file"),
+        ("a.jsonl.xz", b"\xfd7zXZ", "unpack it first"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", "packed by gzip; name it so"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8"),
@@ -481,10 +605,10 @@ def test_what_lies_unread_in_a_folder_is_told(tmp_path, capsys):
     read_rows(data)
     (tmp_path / "README.md").write_text("About these rows.")
     assert capsys.readouterr().out == ""
-    (tmp_path / "b.csv").write_text("instruction,output\n")
+    (tmp_path / "b.xlsx").write_text("instruction,output\n")
     (tmp_path / "more").mkdir()
     read_rows(data)
-    assert "read a.jsonl; not read: b.csv, more/" in capsys.readouterr().out
+    assert "read a.jsonl; not read: b.xlsx, more/" in capsys.readouterr().out
     assert list(inputs_of(data)) == [f"{tmp_path}/a.jsonl"]
 
 

@@ -31,6 +31,7 @@ from pipeline.data.messages import (
     Message,
     complete,
     is_transcript,
+    list_of,
     message,
     message_list,
     one_message,
@@ -41,7 +42,7 @@ from pipeline.data.messages import (
     transcript_messages,
     user_turn,
 )
-from pipeline.data.problems import BadRow, Report, kind
+from pipeline.data.problems import BadRow, Report
 from pipeline.data.readers import Row
 from pipeline.data.sources import report_for, scan, source_name
 
@@ -141,7 +142,7 @@ def _demonstration(row: Row, report: Report) -> Demonstration | None:
 def _context(values: dict[str, Any]) -> frozenset[int]:
     """Which messages of a row are only read, as marks on a conversation's own turns say."""
     name = first_of(values, PROMPTS)
-    turns = values[name] if name in WHOLE else ()
+    turns = list_of(values[name], name) if name in ("messages", "conversations") else ()
     marked = [at for at, turn in enumerate(turns) if is_context(turn)]
     before = len(find_prompt(values) or []) - len(turns) if marked else 0
     return frozenset(before + at for at in marked)
@@ -274,10 +275,8 @@ def find_prompt(values: dict[str, Any]) -> list[Message] | None:
 
 def _history(values: dict[str, Any]) -> list[Message]:
     turns = values.get("history")
-    if turns is not None and not isinstance(turns, list | tuple):
-        raise BadRow(f"`history` is {kind(turns)}, expected a list of [user, assistant]")
     messages = []
-    for at, turn in enumerate(turns or []):
+    for at, turn in enumerate([] if turns is None else list_of(turns, "history")):
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise BadRow(f"`history[{at}]` is not a pair [user, assistant]")
         for role, said in zip(("user", "assistant"), turn, strict=True):

@@ -3,6 +3,8 @@
 Role names, message lists, ShareGPT turns and dialogues rendered as one text all become that here.
 """
 
+import contextlib
+import json
 import re
 from typing import Any
 
@@ -89,10 +91,19 @@ def one_message(value: Any, name: str) -> Message:
     return message(ROLES[role], content)
 
 
+def list_of(value: Any, name: str) -> list[Any]:
+    """A cell that must be a list; in a table it is one written as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if not isinstance(value, list | tuple):
+        raise BadRow(f"`{name}` is {kind(value)}, expected a list (in a table, as JSON)")
+    return list(value)
+
+
 def message_list(value: Any, name: str) -> list[Message]:
     """A whole conversation; a system message stands first, and an empty one is left out."""
-    if not isinstance(value, list | tuple):
-        raise BadRow(f"`{name}` is {kind(value)}, expected a list of messages")
+    value = list_of(value, name)
     if not value:
         raise BadRow(f"`{name}` is an empty list")
     messages = [one_message(item, f"{name}[{at}]") for at, item in enumerate(value)]

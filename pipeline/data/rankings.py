@@ -28,7 +28,7 @@ from pipeline.data.forms import (
     without_reply,
 )
 from pipeline.data.meaning import TWO, label_of, missing, two_answers
-from pipeline.data.messages import Message, complete
+from pipeline.data.messages import Message, complete, list_of
 from pipeline.data.problems import BadRow, Report, kind
 from pipeline.data.readers import Row
 
@@ -162,9 +162,7 @@ def _list(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | Non
         raise BadRow("an answer labelled alone ranks nothing; two to nine to a prompt do")
     if name is None:
         raise BadRow(f"no comparison: {missing(values, ['chosen', *LISTS])}")
-    items = values[name]
-    if not isinstance(items, list | tuple):
-        raise BadRow(f"`{name}` is {kind(items)}, expected a list")
+    items = list_of(values[name], name)
     before = without_reply(find_prompt(values) or [])
     if not before:
         raise BadRow(
@@ -189,9 +187,7 @@ def _places(values: dict[str, Any], name: str, items: Sequence[Any]) -> list[flo
     """A place per candidate, lower = better; None where it was not judged."""
     column = first_of(values, ("ranks", "scores"))
     if column is not None:
-        cells = values[column]
-        if not isinstance(cells, list | tuple):
-            raise BadRow(f"`{column}` is {kind(cells)}, expected a list")
+        cells = list_of(values[column], column)
         if len(cells) != len(items):
             raise BadRow(f"{len(items)} `{name}` but {len(cells)} `{column}`")
         read = _rank if column == "ranks" else _score

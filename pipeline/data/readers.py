@@ -1,19 +1,29 @@
-"""Rows of one file, each with its place: JSONL, JSON, Parquet, plain text.
+"""Rows of one file, each with its place: JSONL, JSON, CSV, TSV, Parquet, plain text; all but Parquet also
+packed by gzip.
 
-A row that cannot be read goes to the report, and the next one follows.
+A row that cannot be read goes to the report, and the next one follows. No more than a few rows of a file
+are in memory.
 """
 
+import codecs
+import csv
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.data.problems import BadRow, Report
 from pipeline.data.strict_json import end_of, parse_line, parse_object, skip_space
 from pipeline.errors import UserError
+from pipeline.handoff.datafiles import opened
 
 MAX_LINE = 10_000_000
 """Bytes; a longer line is taken for a mistake, not for a row."""
+CHUNK = 1_000_000
+"""Bytes of a JSON array that are read at once."""
+WRAPPERS = ("data", "rows", "examples", "instances")
+"""Keys of an object under which a JSON file may hold its rows."""
 MAX_PARAGRAPH = 100_000
 """Characters; a longer paragraph is taken for a file whose texts are not kept apart."""
 
@@ -28,7 +38,7 @@ class Row:
 
 def read_jsonl(path: Path, report: Report) -> Iterator[Row]:
     """An object a line. Lines end at \\n alone: U+2028 may stand inside a text."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
             number += 1
@@ -54,50 +64,191 @@ def _decoded(raw: bytes) -> str:
     try:
         return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRow(
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}; recode the file, for "
-            "example from GBK: iconv -f GB18030 -t UTF-8 IN > OUT"
-        ) from error
+        raise BadRow(_not_utf8(error, f" at byte {error.start + 1}")) from error
+
+
+def _not_utf8(error: UnicodeDecodeError, place: str = "") -> str:
+    return (
+        f"not UTF-8: byte 0x{error.object[error.start]:02x}{place}; recode the file, for example from "
+        "GBK: iconv -f GB18030 -t UTF-8 IN > OUT"
+    )
 
 
 def read_json(path: Path, report: Report) -> Iterator[Row]:
-    """An array of objects; lines of objects under this ending are read as JSONL."""
-    try:
-        text = _decoded(path.read_bytes())
-    except BadRow as error:
-        raise UserError(f"{path}: {error}") from error
-    start = skip_space(text, 0)
-    if text[start : start + 1] == "[":
-        yield from _items(path, text, report)
-        return
-    end = end_of(text, start)
-    if end is not None and "\n" in text[start:end]:
-        raise UserError(f"{path}: one object; a .json file holds an array of rows, or a row a line")
-    del text
+    """An array of objects, alone or in an object under one of `WRAPPERS`; lines of objects under this
+    ending are read as JSONL."""
+    with opened(path) as file:
+        window = _Window(path, file)
+        first = window.next()
+        if first == "[":
+            window.at += 1
+        if first == "[" or (first == "{" and _enters(window)):
+            yield from _items(window, report)
+            return
+        if first == "{" and window.next() == "}" and window.lines > 1 and not _starts_whole(path):
+            raise UserError(
+                f"{path}: one object; a .json file holds an array of rows, an object with one under "
+                f"{' or '.join(WRAPPERS)}, or a row a line"
+            )
     yield from read_jsonl(path, report)
 
 
-def _items(path: Path, text: str, report: Report) -> Iterator[Row]:
-    at, number = skip_space(text, skip_space(text, 0) + 1), 0
-    while at < len(text) and text[at] != "]":
-        number += 1
-        where = f"{path}: item {number}"
+class _Window:
+    """A part of a JSON file's text that moves on as its values are read."""
+
+    def __init__(self, path: Path, file: IO[bytes]):
+        self.path, self.file = path, file
+        self.text, self.at = "", 0
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.lines = 1  # read so far
+        self.ended = False
+
+    def more(self) -> bool:
+        """Read on, and forget what lies behind; False at the end of the file."""
+        if self.ended:
+            return False
+        raw = self.file.read(CHUNK)
+        self.ended = not raw
         try:
-            values, end = parse_object(text, at)
-            yield Row(values, where)
+            said = self.decoder.decode(raw, self.ended)
+        except UnicodeDecodeError as error:
+            line = self.lines + error.object[: error.start].count(b"\n")
+            raise UserError(f"{self.path}:{line}: {_not_utf8(error)}") from error
+        self.lines += raw.count(b"\n")
+        self.text, self.at = self.text[self.at :] + said, 0
+        return True
+
+    def next(self, beyond: int = 0) -> str:
+        """The next character that is no white space, "" at the end of the file; `beyond`: the one after so
+        many, which moves nothing."""
+        while (at := skip_space(self.text, self.at + beyond)) >= len(self.text) and self.more():
+            pass
+        self.at = self.at if beyond else at
+        return self.text[at : at + 1]
+
+    def row(self) -> dict[str, Any]:
+        """The object here; BadRow if there is none, or a faulty one."""
+        try:
+            values, end = parse_object(self.text, self.at)
+        except BadRow:
+            if self.end() is None:
+                raise
+            values, end = parse_object(
+                self.text, self.at
+            )  # read to its end, or as faulty as before
+        self.at = end
+        return values
+
+    def end(self) -> int | None:
+        """Where the value here ends, read as far as that; None if it is not JSON."""
+        while (end := end_of(self.text, self.at)) is None:
+            if len(self.text) - self.at > MAX_LINE or not self.more():
+                return None
+        return end
+
+
+def _enters(window: _Window) -> bool:
+    """Whether the object here holds rows, objects too, under one of `WRAPPERS`; the window is then before
+    the first of them, else behind what can be read."""
+    window.at += 1
+    while window.next() == '"' and (end := window.end()):
+        name, window.at = window.text[window.at + 1 : end - 1], end
+        if window.next() != ":":
+            return False
+        window.at += 1
+        if window.next() == "[" and name in WRAPPERS and window.next(1) == "{":
+            window.at += 1
+            return True
+        if (end := window.end()) is None:
+            return False
+        window.at = end
+        if window.next() == ",":
+            window.at += 1
+    return False
+
+
+def _starts_whole(path: Path) -> bool:
+    """Whether the first line is an object by itself."""
+    with opened(path) as file:
+        line = file.readline(MAX_LINE).decode("utf-8-sig", "replace")
+    return end_of(line, skip_space(line, 0)) is not None
+
+
+def _items(window: _Window, report: Report) -> Iterator[Row]:
+    """Rows of an array, the window being behind its bracket."""
+    number = 0
+    while window.next() not in ("", "]"):
+        number += 1
+        where = f"{window.path}: item {number}"
+        try:
+            yield Row(window.row(), where)
         except BadRow as error:
             report.rows += 1
             report.problem(where, error)
-            if (after := end_of(text, at)) is None:
+            if (end := window.end()) is None:
                 return  # nothing behind a syntax error can be told apart
-            end = after
-        at = skip_space(text, end)
-        if text[at : at + 1] == ",":
-            at = skip_space(text, at + 1)
-        elif text[at : at + 1] != "]":
+            window.at = end
+        if window.next() == ",":
+            window.at += 1
+        elif window.next() != "]":
             break
-    if text[at : at + 1] != "]":
-        report.problem(path.as_posix(), f"bad JSON: no comma or closing ] after item {number}")
+    if window.next() != "]":
+        report.problem(
+            window.path.as_posix(), f"bad JSON: no comma or closing ] after item {number}"
+        )
+
+
+def read_table(path: Path, report: Report, delimiter: str) -> Iterator[Row]:
+    """Rows of cells under the names in the first, as spreadsheets write them: what holds a delimiter, a
+    quote or a line break stands in quotes. Every cell is a text, an empty one null."""
+    csv.field_size_limit(MAX_LINE)
+    undecoded: dict[int, BadRow] = {}
+
+    def lines() -> Iterator[str]:
+        number = 0
+        while raw := file.readline(MAX_LINE):
+            number += 1
+            try:
+                yield _decoded(raw)
+            except BadRow as error:
+                undecoded[number] = error
+                yield raw.decode("utf-8", "replace")
+
+    with opened(path) as file:
+        table = csv.reader(lines(), delimiter=delimiter, strict=True)
+        names, start = list[str](), 1
+        try:
+            for cells in table:
+                where, start = f"{path}:{start}", table.line_num + 1
+                if not names:
+                    names = _header(cells, where)
+                elif cells:
+                    try:
+                        yield Row(_cells(cells, names, undecoded), where)
+                    except BadRow as error:
+                        report.rows += 1
+                        report.problem(where, error)
+                    undecoded.clear()
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{start}: {error}; a cell with a quote in it is quoted, each quote twice. Nothing "
+                "behind it can be told apart"
+            ) from error
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    names = [name.strip() for name in cells]
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise UserError(f"{where}: two columns are named `{twice[0]}`")
+    return names
+
+
+def _cells(cells: list[str], names: list[str], undecoded: dict[int, BadRow]) -> dict[str, Any]:
+    for error in undecoded.values():
+        raise error
+    if len(cells) != len(names):
+        raise BadRow(f"{len(cells)} cells, but {len(names)} columns: {', '.join(names)}")
+    return {name: cell or None for name, cell in zip(names, cells, strict=True) if name}
 
 
 def read_parquet(path: Path, report: Report) -> Iterator[Row]:
@@ -120,33 +271,55 @@ def read_text(path: Path, report: Report) -> Iterator[Row]:
 
     The place is a row's first line.
     """
-    try:
-        lines = _decoded(path.read_bytes()).rstrip().split("\n")
-    except BadRow as error:
-        raise UserError(f"{path}: {error}") from error
-    each_alone = len(lines) > 1 and all(line.strip() for line in lines)
+    each_alone = _has_no_blank_line(path)
     if each_alone:
         report.remarks.append(f"{path.name} has no blank line, so each of its lines is a row")
-    start, paragraph = 0, list[str]()
-    for number, line in enumerate([*lines, ""], 1):
+    start, paragraph, size = 0, list[str](), 0
+    for number, line in _text_lines(path):
         if line.strip():
-            start = start or number
-            paragraph.append(line.rstrip("\r"))
-        if paragraph and (each_alone or not line.strip()):
+            start, size = start or number, size + len(line)
+            if (
+                size <= MAX_PARAGRAPH
+            ):  # of a book without a blank line the length is all that is told
+                paragraph.append(line.rstrip("\r"))
+        if size and (each_alone or not line.strip()):
             where, text = f"{path}:{start}", "\n".join(paragraph)
-            if len(text) > MAX_PARAGRAPH:
+            if size > MAX_PARAGRAPH:
                 report.rows += 1
-                report.problem(
-                    where, f"{len(text)} characters without a blank line; part the texts"
-                )
+                report.problem(where, f"{size} characters without a blank line; part the texts")
             else:
                 yield Row({"text": text}, where)
-            start, paragraph = 0, []
+            start, paragraph, size = 0, [], 0
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, and a blank one behind the last."""
+    number = 0
+    with opened(path) as file:
+        while raw := file.readline(MAX_LINE):
+            number += 1
+            try:
+                yield number, _decoded(raw).removesuffix("\n")
+            except BadRow as error:
+                raise UserError(f"{path}:{number}: {error}") from error
+    yield number + 1, ""
+
+
+def _has_no_blank_line(path: Path) -> bool:
+    """Whether there are several lines and none between or before them is blank."""
+    blank, seen = False, 0
+    for _, line in _text_lines(path):
+        if line.strip() and blank:
+            return False
+        blank, seen = not line.strip(), seen + bool(line.strip())
+    return seen > 1
 
 
 READERS: dict[str, Callable[[Path, Report], Iterator[Row]]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
+    ".csv": functools.partial(read_table, delimiter=","),
+    ".tsv": functools.partial(read_table, delimiter="\t"),
     ".parquet": read_parquet,
     ".txt": read_text,
 }

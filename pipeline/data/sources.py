@@ -1,6 +1,8 @@
 """Rows from files, folders, hub ids and memory, each with the place it came from."""
 
+import gzip
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -68,7 +70,11 @@ def _scan_files(data: Data, report: Report) -> Iterator[Row]:
             unread = f"; not read: {', '.join(aside)}" if aside else ""
             report.remarks.append(f"read {', '.join(file.name for file in files)}{unread}")
         for file in files:
-            yield from _watch_keys(READERS[file.suffix](file, report), known, report)
+            rows = READERS[datafiles.kind_of(file)](file, report)
+            try:
+                yield from _watch_keys(rows, known, report)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise UserError(f"{file}: not a whole gzip file: {error}") from error
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -1,31 +1,33 @@
 """Which files a data path stands for, found by their names and first bytes: before anything slow starts.
 
-A folder stands for its .jsonl, .json and .parquet files in sorted order, or for its .txt files if it
-has no others.
+A folder stands for its .jsonl, .json, .csv, .tsv and .parquet files in sorted order, or for its .txt
+files if it has no others. All but .parquet may be packed by gzip.
 """
 
 import difflib
+import gzip
 import re
+import zlib
 from pathlib import Path
+from typing import IO, cast
 
 from pipeline.config.load import checkpoints_root
 from pipeline.errors import UserError
 
-KINDS = (".jsonl", ".json", ".parquet", ".txt")
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _HUB_URL = re.compile(r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)")
 _TABLE = "write it as JSON lines, e.g. pandas.{}(IN).to_json(OUT, orient='records', lines=True)"
 _REMEDY = {
-    ".csv": _TABLE.format("read_csv"),
-    ".tsv": _TABLE.format("read_table"),
     ".xlsx": _TABLE.format("read_excel"),
     ".arrow": "write it with datasets' to_json",
     ".ndjson": "name it .jsonl",
-    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"), "unpack it first"),
+    **dict.fromkeys((".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"), "unpack it first"),
 }
+_GZIP = b"\x1f\x8b"
 _NO_ROWS = {
-    b"\x1f\x8b": "packed by gzip; unpack it first",
+    _GZIP: "packed by gzip; name it so, with .gz behind its ending",
     b"PK\x03\x04": "packed by zip; unpack it first",
     b"version https://git-lfs": "a pointer of Git LFS and not the file itself; fetch it (git lfs pull)",
     b"\xff\xfe": "UTF-16; recode it: iconv -f UTF-16 -t UTF-8 IN > OUT",
@@ -34,10 +36,21 @@ _NO_ROWS = {
 """First bytes of what is no file of rows, whatever its name."""
 
 
+def kind_of(path: Path) -> str:
+    """A file's ending, one of `KINDS` or another: `.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
+    ending = Path(path.stem).suffix
+    return ending if path.suffix == ".gz" and ending in KINDS[:4] + KINDS[5:] else path.suffix
+
+
+def opened(path: Path) -> IO[bytes]:
+    """A file's bytes, unpacked if it is packed; whoever reads them may meet a `BadGzipFile`."""
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
 def is_hub_id(name: str) -> bool:
     """`owner/name` or `owner/name:config`, unless it is a mistyped path into an existing folder."""
     path = Path(name)
-    if path.exists() or not _HUB_ID.fullmatch(name) or path.suffix in KINDS:
+    if path.exists() or not _HUB_ID.fullmatch(name) or kind_of(path) in KINDS:
         return False
     return path.parts[0] != checkpoints_root().name and not path.parent.exists()
 
@@ -54,13 +67,13 @@ def files(name: str) -> tuple[list[Path], list[str]]:
             f"{path}: no such file or folder, and not a hub id (owner/name){nearest(path)}"
         )
     if not path.is_dir():
-        if path.suffix not in KINDS:
+        if kind_of(path) not in KINDS:
             remedy = _REMEDY.get(path.suffix.lower(), "write it as one of those")
             raise UserError(f"{path}: unknown kind of file; known are {', '.join(KINDS)}: {remedy}")
         return [_looked_at(path)], []
     inside = sorted(entry for entry in path.iterdir() if entry.name[0] != ".")
-    found = [entry for entry in inside if entry.suffix in KINDS and entry.is_file()]
-    rows = [file for file in found if file.suffix != ".txt"] or found
+    found = [entry for entry in inside if kind_of(entry) in KINDS and entry.is_file()]
+    rows = [file for file in found if kind_of(file) != ".txt"] or found
     others = [entry for entry in inside if entry not in rows and entry.suffix != ".md"]
     aside = [entry.name + "/" * entry.is_dir() for entry in others]
     if not rows:
@@ -78,8 +91,11 @@ def problem(name: str) -> str | None:
 
 
 def _looked_at(path: Path) -> Path:
-    with path.open("rb") as file:
-        head = file.read(32)
+    try:
+        with opened(path) as file:
+            head = file.read(32)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file: {error}") from error
     for begin, what in _NO_ROWS.items():
         if head.startswith(begin):
             raise UserError(f"{path}: {what}")
