@@ -1,9 +1,12 @@
 """Every form that demonstrations, prompts and texts come in."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config.schema import Data
 from pipeline.data.forms import (
     PROMPTS,
     REPLIES,
@@ -261,8 +264,30 @@ def test_a_label_may_be_a_number_or_a_text_as_in_csv(good, bad):
     notes: list[str] = []
     assert [item.messages[-1]["content"] for item in load_demonstrations(rows, notes)] == ["a"]
     assert "1 rows labelled false left out" in notes[0] and "heeded" not in notes[0]
-    with pytest.raises(UserError, match="an answer labelled alone ranks nothing"):
-        load_rankings(rows)
+    (found,) = load_rankings(rows, notes)
+    assert (found.responses, found.ranks) == (["a", "b"], [1, 2])
+
+
+TRANSLATED = {"id": 1, "translation": {"en": "a dog", "de": "ein Hund"}}
+
+
+@pytest.mark.parametrize(("asked", "answer"), [("en", "de"), ("de", "en")])
+def test_a_pair_of_languages_is_asked_in_the_direction_that_columns_give(tmp_path, asked, answer):
+    (tmp_path / "a.jsonl").write_text(json.dumps(TRANSLATED))
+    columns = {"prompt": f"translation.{asked}", "completion": f"translation.{answer}"}
+    data = Data(path=str(tmp_path / "a.jsonl"), columns=columns)
+    pair = TRANSLATED["translation"]
+    assert load_demonstrations(data)[0].messages == turns(pair[asked], pair[answer])
+    (prompt,) = load_prompts(data)
+    assert prompt.messages == turns(pair[asked])
+    assert prompt.row["translation"] == pair  # the reference, for reward functions
+    for load in (load_demonstrations, load_prompts, load_rankings):
+        with pytest.raises(UserError, match="columns: {prompt: translation.en, completion: transl"):
+            load(Data(path=data.path))
+    with pytest.raises(
+        UserError, match="no row has `translation.dd` .did you mean `translation.de`"
+    ):
+        load_prompts(Data(path=data.path, columns={"prompt": "translation.dd"}))
 
 
 def test_a_label_of_another_kind_is_told():

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.judgements import consensus
 from pipeline.data.meaning import STANDARD_COLUMNS
 from pipeline.data.rankings import LISTS, dense_ranks, load_rankings
 from pipeline.errors import UserError
@@ -62,19 +63,135 @@ VERDICTS = [
 ]
 
 
+PAIR = {"prompt": "q", "response_0": "a", "response_1": "b"}
+VERDICTS += [
+    ({**PAIR, "better_response_id": 1, "safer_response_id": 0}, [2, 1]),
+    ({**PAIR, "safer_response_id": 0}, [1, 2]),
+    ({**PAIR, "better": "response_1"}, [2, 1]),
+    ({**PAIR, "score_0": 0.5, "score_1": -0.5}, [1, 2]),
+    ({"prompt": "q", "answer_a": "a", "answer_b": "b", "winner": "b"}, [2, 1]),
+    ({"prompt": "q", "response1": "a", "response2": "b", "overall_preference": -3}, [1, 2]),
+    ({"prompt": "q", "response1": "a", "response2": "b", "preference_strength": 1}, [2, 1]),
+    ({**PAIR, "preference": [0, 1, 1, None]}, [2, 1]),
+    ({**PAIR, "preference": ["tie", 0]}, [1, 2]),
+    ({"prompt": "q", "responses": [{"text": "a"}, {"text": "b"}], "choice": 1}, [2, 1]),
+    ({"prompt": "q", "responses": ["a", "b"], "choice": [0, 1, 0]}, [1, 2]),
+]
+
+
 @pytest.mark.parametrize(("row", "ranks"), VERDICTS)
 def test_two_answers_are_ranked_by_a_verdict(row, ranks):
     (ranking,) = load_rankings([row])
     assert (ranking.messages, ranking.responses, ranking.ranks) == (Q, ["a", "b"], ranks)
 
 
-@pytest.mark.parametrize("verdict", ["tie", "tie (bothbad)", 0])
+@pytest.mark.parametrize("verdict", ["tie", "tie (bothbad)", "Both", "neither", 0, [1, 2]])
 def test_a_verdict_may_be_a_tie(verdict):
     notes: list[str] = []
     load_rankings(
         [GOOD, {"prompt": "q", "output_1": "a", "output_2": "b", "label": verdict}], notes
     )
     assert "1 prompts whose responses all tie dropped" in notes[0]
+
+
+def test_an_answer_that_nobody_judged_is_left_out():
+    notes: list[str] = []
+    row = {"prompt": "q", "output_1": "a", "output_2": "b"}
+    load_rankings(
+        [GOOD, row | {"preference": None}, row | {"score_1": None, "score_2": 1.0}], notes
+    )
+    assert notes[1] == "dataset: 2 prompts with fewer than 2 responses dropped"
+
+
+# --- several people -------------------------------------------------------------------------------
+
+
+def test_consensus_goes_by_the_majority_of_each_pair():
+    assert consensus([[1, 2, 3], [1, 2, 3], [3, 1, 2]]) == [
+        -2,
+        0,
+        2,
+    ]  # mean ranks would tie 0 and 1
+    assert consensus([[1, 2, 3], [2, 3, 1], [3, 1, 2]]) == [0, 0, 0]  # a circle says nothing
+    assert consensus([[1, 2], [2, 1]]) == [0, 0]
+    assert consensus([[1, 1], [1, 2], [1, 1]]) == [-1, 1]  # who ties two does not vote on them
+    assert consensus([[1, None, 2], [None, None, 1]]) == [-1, None, 1]
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_consensus_does_not_depend_on_who_is_asked_first(ballots):
+    assert consensus(ballots) == consensus(ballots[::-1])
+    turned = consensus([ballot[::-1] for ballot in ballots])
+    assert turned == consensus(ballots)[::-1]
+    assert dense_ranks(consensus(ballots[:1])) == dense_ranks(ballots[0])
+
+
+def test_ranks_of_several_people_are_merged():
+    ranks = [[1, 2, 3], [1, 2, 3], [3, 1, 2], [None, 1, None]]
+    (found,) = load_rankings([{"prompt": "q", "responses": list("abc"), "ranks": ranks}])
+    assert (found.responses, found.ranks) == (list("abc"), [1, 2, 3])
+
+
+def test_rows_of_several_people_are_merged_by_majority():
+    notes: list[str] = []
+    rows = [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "other", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "b", "rejected": "a"},
+        {"prompt": "q", "output_1": "b", "output_2": "a", "preference": 2},
+        {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 1, 3]},  # another question
+        {"prompt": "split", "chosen": "a", "rejected": "b"},
+        {"prompt": "split", "chosen": "b", "rejected": "a"},
+    ]
+    found = load_rankings(rows, notes)
+    assert [
+        (r.messages[0]["content"], dict(zip(r.responses, r.ranks, strict=True))) for r in found
+    ] == [
+        ("q", {"a": 1, "b": 2}),
+        ("other", {"a": 1, "b": 2}),
+        ("q", {"a": 2, "b": 1, "c": 3}),
+    ]
+    assert notes == [
+        "dataset: 5 rankings of the same responses merged by majority",
+        "dataset: 1 prompts whose responses all tie dropped",
+    ]
+
+
+# --- answers judged alone -------------------------------------------------------------------------
+
+
+def alone(answer, label, prompt="q"):
+    return {"prompt": prompt, "completion": answer, "label": label}
+
+
+def test_answers_labelled_alone_are_compared_where_a_prompt_has_both_kinds():
+    notes: list[str] = []
+    rows = [
+        alone("a", True),
+        alone("x", True, "only good"),
+        alone("b", False),
+        {"messages": [*Q, reply("c")], "label": 0},
+        alone("d", "good"),
+        alone("e", True),
+        alone("e", False),
+        GOOD | {"prompt": "r"},
+    ]
+    other, found = load_rankings(rows, notes)
+    assert other.responses == ["x", "y"]
+    assert dict(zip(found.responses, found.ranks, strict=True)) == {"a": 1, "d": 1, "b": 2, "c": 2}
+    assert found.messages == Q and found.where == "dataset: row 1"
+    assert "dataset: 1 answers labelled both ways equally often left out" in notes
+    with pytest.raises(
+        UserError, match="nothing to use in 1 rows .1 prompts whose answers are all lab"
+    ):
+        load_rankings(rows[:1])
+
+
+@pytest.mark.parametrize(("good", "bad"), [(12, 12), (1, 12), (12, 1), (5, 5)])
+def test_of_many_labelled_answers_nine_are_compared(good, bad):
+    rows = [alone(f"a{n}", True) for n in range(good)] + [alone(f"b{n}", False) for n in range(bad)]
+    (found,) = load_rankings(rows)
+    assert len(found.ranks) == 9 and set(found.ranks) == {1, 2}
 
 
 def test_transcripts_split_at_the_last_assistant():
@@ -214,7 +331,15 @@ def test_nine_are_left_of_ten_with_a_duplicate():
         ({"responses": ["a", "b"], "ranks": [1, 2]}, "no prompt beside `responses`"),
         ({"prompt": " ", "responses": ["a", "b"], "ranks": [1, 2]}, "the prompt is empty"),
         ({"prompt": "q"}, "no comparison"),
-        ({"prompt": "q", "completion": "a", "label": True}, "an answer labelled alone"),
+        ({"prompt": "q", "completion": 1, "label": True}, "`completion` is a number"),
+        ({"prompt": "q", "responses": ["a", "b"], "choice": 2}, "`choice` is 2; the 2 responses"),
+        ({"prompt": "q", "responses": ["a", "b"], "choice": True}, "`choice` is True"),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [[1, 2], [1]]}, "2 `responses` but 1"),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [[1, 2], 3]}, "but not a list of"),
+        (
+            {"prompt": "q", "output_1": "a", "output_2": "b", "overall_preference": "a"},
+            "`overall_preference` is a text",
+        ),
         (
             {"prompt": "q", "output_1": "a", "output_2": "b"},
             "without a verdict: none of preference",

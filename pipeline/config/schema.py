@@ -32,12 +32,13 @@ class Data(Section):
     """Where rows come from and how their columns are named."""
 
     path: DataName | list[DataName]
-    """A file, a folder or a list of them (.jsonl, .json, .parquet; .txt for plain text), or a hub id such as
-    `tatsu-lab/alpaca`."""
+    """A file, a folder or a list of them (.jsonl, .json, .csv, .tsv, .parquet; .txt for plain text; any but
+    .parquet also as .gz), or a hub id such as `tatsu-lab/alpaca`."""
     split: Text = "train"
     """Split of a hub dataset; local files have none."""
     columns: dict[Text, Text] = {}
-    """Standard name -> the name it has in your file, e.g. `{prompt: question, chosen: response_chosen}`."""
+    """Standard name -> the name it has in your file, e.g. `{prompt: question, chosen: response_chosen}`; of a
+    cell in an object both names: `{prompt: translation.en, completion: translation.de}`."""
     only: dict[Text, Text | list[Text]] = {}
     """Column of your file -> the value, or list of values, that a row must have there, e.g. `{lang: en}`."""
     limit: Positive | None = None

@@ -14,7 +14,8 @@ Where several are there, the first in this order counts. A null cell counts as a
 change what a row means are used rightly or refused: see `pipeline.data.meaning`.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,7 +23,6 @@ from pipeline.data import trees
 from pipeline.data.meaning import (
     check_whole,
     is_context,
-    is_rejected,
     label_of,
     missing,
     two_answers,
@@ -47,6 +47,8 @@ from pipeline.data.readers import Row
 from pipeline.data.sources import report_for, scan, source_name
 
 Item = TypeVar("Item")
+
+_BEST = functools.partial(trees.grown, trees.best_path)
 
 
 @dataclass(slots=True)
@@ -74,7 +76,7 @@ def load_demonstrations(source: Any, notes: list[str] | None = None) -> list[Dem
     UserError: the first 20 rows without a prompt or a reply, with `file:line: reason`. What was
     dropped or merged is appended to `notes`, or printed if that is None.
     """
-    return load(source, notes, _demonstration, trees.best_path)
+    return load(source, notes, _demonstration, _BEST)
 
 
 def load_prompts(source: Any, notes: list[str] | None = None) -> list[Prompt]:
@@ -83,27 +85,28 @@ def load_prompts(source: Any, notes: list[str] | None = None) -> list[Prompt]:
     def asked(row: Row, _: Report) -> Prompt:
         return Prompt(prompt(row.values), row.values, row.where)
 
-    return load(source, notes, asked, trees.prompts)
+    return load(source, notes, asked, functools.partial(trees.grown, trees.prompts))
 
 
 def load_texts(source: Any, notes: list[str] | None = None) -> list[str]:
     """Plain texts for the pretraining mix: `text` as it is, demonstrations as plain dialogues."""
-    return load(source, notes, _plain_text, trees.best_path)
+    return load(source, notes, _plain_text, _BEST)
 
 
 def load(
     source: Any,
     notes: list[str] | None,
     convert: Callable[[Row, Report], Item | None],
-    branches: trees.Branches,
+    gather: Callable[[Iterable[Row], Report], Iterator[Row]],
+    merge: Callable[[list[Item], Report], list[Item]] = lambda items, _: items,
 ) -> list[Item]:
     """What `convert` makes of each row; of some it makes nothing, and counts them in the report.
 
-    `branches`: the rows that a tree of messages stands for.
+    `gather` joins rows that say something together, `merge` what they became.
     """
     report = report_for(source)
     items = []
-    for row in trees.grown(scan(source, report), branches, report):
+    for row in gather(scan(source, report), report):
         try:
             check_whole(row.values)
             item = convert(row, report)
@@ -111,6 +114,7 @@ def load(
             report.problem(row.where, error)
         else:
             items += [] if item is None else [item]
+    items = merge(items, report)
     report.close(source_name(source), len(items), notes)
     return items
 
@@ -119,7 +123,7 @@ def load(
 
 
 def _demonstration(row: Row, report: Report) -> Demonstration | None:
-    if is_rejected(row.values):
+    if label_of(row.values) is False:
         report.count("rows labelled false left out: their answers are not to be learnt")
         return None
     if row.values.get("label") is not None and label_of(row.values) is None:

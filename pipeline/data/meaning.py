@@ -10,7 +10,7 @@ STANDARD_COLUMNS = frozenset((
     "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "query",
     "response", "text", "system", "history", "chosen", "rejected", "responses", "completions",
     "answers", "ranks", "scores", "label", "response_1", "response_2", "preference",
-    "message_id", "parent_id", "role",
+    "message_id", "parent_id", "role", "choice",
 ))
 # fmt: on
 """Every column that some form reads (see `pipeline.data.forms` and `.rankings`)."""
@@ -61,13 +61,10 @@ def _filled(value: Any) -> bool:
 
 def label_of(values: dict[str, Any]) -> bool | None:
     """What an unpaired row's `label` says of its answer, as KTO's data has it: true or false, 1 or 0,
-    1 or -1, those as text, or a word for them. None for anything else."""
+    1 or -1, those as text, or a word for them; or its `chosen`, true or false. None for anything else."""
+    if isinstance(chosen := values.get("chosen"), bool):
+        return chosen
     return _LABELS.get(str(values.get("label")).strip().lower())
-
-
-def is_rejected(values: dict[str, Any]) -> bool:
-    """Whether an unpaired row says that its answer is not to be learnt."""
-    return label_of(values) is False or values.get("chosen") is False
 
 
 def is_context(turn: Any) -> bool:
@@ -91,6 +88,12 @@ def two_answers(values: dict[str, Any]) -> tuple[str, ...] | None:
 
 def missing(values: dict[str, Any], wanted: Any) -> str:
     """`none of a, b; the row has x, y (did you mean x?)`, for a row that lacks a column."""
+    if isinstance(pair := values.get("translation"), dict) and len(pair) > 1:
+        asked, answer, *_ = pair
+        return (
+            f"`translation` has {', '.join(pair)}; say which is asked and which answers, e.g. columns: "
+            f"{{prompt: translation.{asked}, completion: translation.{answer}}}"
+        )
     null = [name for name in wanted if name in values]
     if null:
         return f"`{null[0]}` is null"

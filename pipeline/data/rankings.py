@@ -3,19 +3,24 @@
     pairs          chosen, rejected beside a prompt (texts, messages or whole transcripts), or
                    alone as HH's two transcripts
     verdicts       two answers whose names differ at the end (response_1 and _2, output_a and _b,
-                   response_0 and _1, ...) and a column that names the better one by that end
-    ranked lists   responses, completions or answers with `ranks` (lower is better, ties allowed)
-    scored lists   the same with `scores` (higher is better)
+                   response_0 and _1, ...) and a column that names the better one by that end, or a
+                   signed preference, or a score of each (score_0 and _1)
+    labels         answers labelled true or false one by one: compared where a prompt has both
+    ranked lists   responses, completions or answers with `ranks` (lower is better, ties allowed; several
+                   lists of ranks, one of each person)
+    scored lists   the same with `scores` (higher is better), or with the `choice` of the best, from 0
     candidates     lists of objects with their own response/answer/text/content and
                    rank/overall_score/score, as UltraFeedback and Nectar have them
     trees          the answers to each message of a user: see `pipeline.data.trees`
 
 The prompt stands in any of the columns of `pipeline.data.forms`. Where ranks and scores are both
-there, ranks count. A response whose rank or score is null was not judged and is left out.
+there, ranks count. A response whose rank or score is null was not judged and is left out. Rankings of the
+same responses, as several people give them, are made one by majority.
 """
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +32,13 @@ from pipeline.data.forms import (
     load,
     without_reply,
 )
-from pipeline.data.meaning import TWO, label_of, missing, two_answers
+from pipeline.data.judgements import LISTS, consensus, paired
+from pipeline.data.meaning import TWO, missing, two_answers
 from pipeline.data.messages import Message, complete, list_of
 from pipeline.data.problems import BadRow, Report, kind
 from pipeline.data.readers import Row
 
 MAX_K = trees.MOST
-LISTS = ("responses", "completions", "answers")
 TEXTS = ("response", "answer", "text", "content")
 RANKS = ("rank",)
 SCORES = ("overall_score", "score")
@@ -62,7 +67,35 @@ def load_rankings(source: Any, notes: list[str] | None = None) -> list[Ranking]:
     def ranked(row: Row, report: Report) -> Ranking | None:
         return ranking(row.values, row.where, report)
 
-    return load(source, notes, ranked, trees.rankings)
+    def gathered(rows: Iterable[Row], report: Report) -> Iterator[Row]:
+        return paired(trees.grown(trees.rankings, rows, report), report)
+
+    return load(source, notes, ranked, gathered, agreed)
+
+
+def agreed(rankings: list[Ranking], report: Report) -> list[Ranking]:
+    """Several rankings of the same responses to one prompt, as by several people, made one by majority."""
+    same: dict[Any, list[Ranking]] = {}
+    for ranking in rankings:
+        prompt = json.dumps(ranking.messages)
+        same.setdefault((prompt, frozenset(ranking.responses)), []).append(ranking)
+    if len(same) == len(rankings):
+        return rankings
+    report.count(
+        "rankings of the same responses merged by majority",
+        sum(len(several) for several in same.values() if len(several) > 1),
+    )
+    merged = []
+    for first, *others in same.values():
+        if others:
+            by_response = [dict(zip(r.responses, r.ranks, strict=True)) for r in (first, *others)]
+            places = consensus([[ranks[text] for text in first.responses] for ranks in by_response])
+            if len(set(places)) == 1:
+                report.count("prompts whose responses all tie dropped")
+                continue
+            first.ranks = dense_ranks([place for place in places if place is not None])
+        merged.append(first)
+    return merged
 
 
 def ranking(values: dict[str, Any], where: str, report: Report) -> Ranking | None:
@@ -123,29 +156,48 @@ def _pair(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | Non
 
 # --- two answers and a verdict --------------------------------------------------------------------
 
-VERDICTS = ("preference", "winner", "label", "better_response_id")
+VERDICTS = ("preference", "winner", "better", "label", "better_response_id", "safer_response_id")
+SIGNED = ("overall_preference", "preference_strength")
+"""Below 0: the first answer; above: the second."""
+_TIES = ("tie", "both", "draw", "equal", "neither")
 
 
 def _verdict(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | None]] | None:
-    """AlpacaEval's, LLMBar's, PandaLM's, PKU-SafeRLHF's and the Chatbot Arena's rows."""
+    """AlpacaEval's, LLMBar's, PandaLM's, PKU-SafeRLHF's, HelpSteer's, WebGPT's and the Chatbot Arena's
+    rows. A verdict may be a list, one of each person; without any the row was not judged."""
     names = two_answers(values)
-    column = first_of(values, VERDICTS)
+    columns = (*VERDICTS, *SIGNED)
+    column = first_of(values, columns)
     if names is None or (column is None and first_of(values, ("chosen", *LISTS))):
         return None
-    if column is None:
-        raise BadRow(
-            f"`{names[0]}` and `{names[1]}` without a verdict: {missing(values, VERDICTS)}"
-        )
-    places = _places_of(values[column], column, TWO[names])
+    ends = TWO[names]
+    places: list[float | None]
+    if column is not None:
+        said = values[column]
+        votes = said if isinstance(said, list | tuple) else [said]
+        places = consensus([_places_of(vote, column, ends) for vote in votes or [None]])
+    elif scores := [name for dash in ("_", "") if (name := f"score{dash}{ends[0]}") in values]:
+        other = scores[0].removesuffix(ends[0]) + ends[1]
+        places = [_score(values.get(name), name) for name in (scores[0], other)]
+    elif any(name in values for name in columns):
+        places = [None, None]
+    else:
+        told = missing(values, columns)
+        raise BadRow(f"`{names[0]}` and `{names[1]}` without a verdict: {told}")
     before = without_reply(find_prompt(values) or [])
     return [complete(before, values[name], name) for name in names], places
 
 
 def _places_of(verdict: Any, column: str, ends: tuple[str, ...]) -> list[float | None]:
-    """1 and 2 or 2 and 1; equal for a tie: `tie`, or 0 where the answers are 1 and 2."""
+    """1 and 2 or 2 and 1; equal for a tie: a word for it, or 0 where the answers are 1 and 2."""
+    if verdict is None:
+        return [None, None]
+    if column in SIGNED:
+        sign = _number(verdict, column) or 0.0
+        return [sign, -sign]
     said = str(int(verdict) if isinstance(verdict, float) and verdict.is_integer() else verdict)
     said = said.strip().lower()
-    if said.startswith("tie") or (said == "0" and "0" not in ends):
+    if said.startswith(_TIES) or (said == "0" and "0" not in ends):
         return [1, 1]
     end = said.rpartition("_")[2]  # model_a
     if end not in ends or isinstance(verdict, bool):
@@ -158,8 +210,6 @@ def _places_of(verdict: Any, column: str, ends: tuple[str, ...]) -> list[float |
 
 def _list(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | None]]:
     name = first_of(values, LISTS)
-    if name is None and label_of(values) is not None:
-        raise BadRow("an answer labelled alone ranks nothing; two to nine to a prompt do")
     if name is None:
         raise BadRow(f"no comparison: {missing(values, ['chosen', *LISTS])}")
     items = list_of(values[name], name)
@@ -188,12 +238,18 @@ def _places(values: dict[str, Any], name: str, items: Sequence[Any]) -> list[flo
     column = first_of(values, ("ranks", "scores"))
     if column is not None:
         cells = list_of(values[column], column)
-        if len(cells) != len(items):
-            raise BadRow(f"{len(items)} `{name}` but {len(cells)} `{column}`")
         read = _rank if column == "ranks" else _score
-        return [read(cell, f"{column}[{at}]") for at, cell in enumerate(cells)]
+        people = cells if column == "ranks" and cells and isinstance(cells[0], list) else [cells]
+        for own in people:
+            if not isinstance(own, list) or len(own) != len(items):
+                told = len(own) if isinstance(own, list) else "not a list of"
+                raise BadRow(f"{len(items)} `{name}` but {told} `{column}`")
+        ballots = [[read(cell, f"{column}[{at}]") for at, cell in enumerate(own)] for own in people]
+        return consensus(ballots) if len(ballots) > 1 else ballots[0]
+    if values.get("choice") is not None:
+        return _chosen(values["choice"], len(items))
     if not all(isinstance(item, dict) for item in items):
-        raise BadRow(f"`{name}` without an order: {missing(values, ['ranks', 'scores'])}")
+        raise BadRow(f"`{name}` without an order: {missing(values, ['ranks', 'scores', 'choice'])}")
     if any(name in item for item in items for name in RANKS):
         return [_rank(item.get("rank"), f"{name}[{at}].rank") for at, item in enumerate(items)]
     places = []
@@ -203,6 +259,15 @@ def _places(values: dict[str, Any], name: str, items: Sequence[Any]) -> list[flo
             raise BadRow(f"`{name}[{at}]` has neither {', '.join((*RANKS, *SCORES))}")
         places.append(_score(item[column], f"{name}[{at}].{column}"))
     return places
+
+
+def _chosen(choice: Any, number: int) -> list[float | None]:
+    """Places when one response, counted from 0, was said to be the best; or several people said so."""
+    votes = choice if isinstance(choice, list) else [choice]
+    for vote in votes:
+        if isinstance(vote, bool) or vote not in range(number):
+            raise BadRow(f"`choice` is {vote!r}; the {number} responses are counted from 0")
+    return [-float(votes.count(at)) for at in range(number)]
 
 
 def _number(value: Any, name: str) -> float | None:

@@ -164,14 +164,26 @@ def _rename(rows: Iterable[Row], columns: dict[str, str], name: str) -> Iterator
     gone = set(columns.values()) - columns.keys()
     seen: dict[str, None] = {}
     for row in rows:
-        seen.update(dict.fromkeys(row.values))
-        mapped = {new: row.values[old] for new, old in columns.items() if old in row.values}
+        cells = _cells(row.values)
+        seen.update(dict.fromkeys(cells))
+        mapped = {new: cells[old] for new, old in columns.items() if old in cells}
         rest = {key: value for key, value in row.values.items() if key not in gone}
         yield Row(rest | mapped, row.where)
     for standard, column in columns.items():
         if seen and column not in seen:
             near = did_you_mean(column, seen, 3) or f"; there are {', '.join(seen)}"
             raise UserError(f"{name}: columns: {standard}: no row has `{column}`{near}")
+
+
+def _cells(values: dict[str, Any]) -> dict[str, Any]:
+    """A row's cells by name, and those of objects in it: `translation.en` is `en` of `translation`."""
+    inner = {
+        f"{name}.{key}": cell
+        for name, value in values.items()
+        if isinstance(value, dict)
+        for key, cell in value.items()
+    }
+    return inner | values
 
 
 def _chosen(
@@ -181,8 +193,9 @@ def _chosen(
     wanted = {key: [value] if isinstance(value, str) else value for key, value in only.items()}
     seen: dict[str, None] = {}
     for row in rows:
-        seen.update(dict.fromkeys(row.values))
-        if all(str(row.values.get(key)) in values for key, values in wanted.items()):
+        cells = _cells(row.values)
+        seen.update(dict.fromkeys(cells))
+        if all(str(cells.get(key)) in values for key, values in wanted.items()):
             yield row
         else:
             report.count("rows left out by `only`")

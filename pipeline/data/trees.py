@@ -62,7 +62,7 @@ def is_message(values: dict[str, Any]) -> bool:
     return {"parent_id", "role"} <= values.keys()
 
 
-def grown(rows: Iterable[Row], branches: Branches, report: Report) -> Iterator[Row]:
+def grown(branches: Branches, rows: Iterable[Row], report: Report) -> Iterator[Row]:
     """Rows as they are and, in the place of messages and trees, what `branches` makes of each tree."""
     nodes: dict[str, Node] = {}
     for row in rows:
