@@ -1,9 +1,12 @@
 """Every form that comparisons come in, and what is merged, dropped or refused."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config.schema import Data
 from pipeline.data.judgements import consensus
 from pipeline.data.meaning import STANDARD_COLUMNS
 from pipeline.data.rankings import LISTS, dense_ranks, load_rankings
@@ -132,18 +135,20 @@ def test_ranks_of_several_people_are_merged():
     assert (found.responses, found.ranks) == (list("abc"), [1, 2, 3])
 
 
-def test_rows_of_several_people_are_merged_by_majority():
+def test_rows_of_several_people_are_merged_by_majority_when_asked(tmp_path):
     notes: list[str] = []
     rows = [
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": "other", "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": "b", "rejected": "a"},
-        {"prompt": "q", "output_1": "b", "output_2": "a", "preference": 2},
+        {"prompt": "q", "responses": ["b", "a"], "ranks": [2, 1]},
         {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 1, 3]},  # another question
         {"prompt": "split", "chosen": "a", "rejected": "b"},
         {"prompt": "split", "chosen": "b", "rejected": "a"},
     ]
-    found = load_rankings(rows, notes)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(load_rankings(Data(path=str(tmp_path / "a.jsonl")))) == 7
+    found = load_rankings(Data(path=str(tmp_path / "a.jsonl"), votes="majority"), notes)
     assert [
         (r.messages[0]["content"], dict(zip(r.responses, r.ranks, strict=True))) for r in found
     ] == [
@@ -151,9 +156,9 @@ def test_rows_of_several_people_are_merged_by_majority():
         ("other", {"a": 1, "b": 2}),
         ("q", {"a": 2, "b": 1, "c": 3}),
     ]
-    assert notes == [
-        "dataset: 5 rankings of the same responses merged by majority",
-        "dataset: 1 prompts whose responses all tie dropped",
+    assert [note.partition("a.jsonl: ")[2] for note in notes] == [
+        "5 rankings of the same responses merged by majority",
+        "1 prompts whose responses all tie dropped",
     ]
 
 

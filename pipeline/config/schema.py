@@ -43,6 +43,9 @@ class Data(Section):
     """Column of your file -> the value, or list of values, that a row must have there, e.g. `{lang: en}`."""
     limit: Positive | None = None
     """Use only the first so many rows."""
+    votes: Literal["separate", "majority"] = "separate"
+    """Several rankings of the same responses to one prompt, as by several people: each is learnt, so that
+    how many agree counts; or they are made one, each pair by its majority."""
     bad_rows: Fraction = 0.0
     """Share of rows that may be malformed or contradictory; they are dropped and counted."""
 

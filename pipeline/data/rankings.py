@@ -14,8 +14,7 @@
     trees          the answers to each message of a user: see `pipeline.data.trees`
 
 The prompt stands in any of the columns of `pipeline.data.forms`. Where ranks and scores are both
-there, ranks count. A response whose rank or score is null was not judged and is left out. Rankings of the
-same responses, as several people give them, are made one by majority.
+there, ranks count. A response whose rank or score is null was not judged and is left out.
 """
 
 import json
@@ -24,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.config.schema import Data
 from pipeline.data import trees
 from pipeline.data.forms import (
     check_prompt,
@@ -70,7 +70,8 @@ def load_rankings(source: Any, notes: list[str] | None = None) -> list[Ranking]:
     def gathered(rows: Iterable[Row], report: Report) -> Iterator[Row]:
         return paired(trees.grown(trees.rankings, rows, report), report)
 
-    return load(source, notes, ranked, gathered, agreed)
+    one = isinstance(source, Data) and source.votes == "majority"
+    return load(source, notes, ranked, gathered, *([agreed] if one else []))
 
 
 def agreed(rankings: list[Ranking], report: Report) -> list[Ranking]:
