@@ -5,6 +5,8 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -231,9 +233,16 @@ def given(source: Data | None, dataset: Any, key: str) -> Any:
 
 def fingerprint(dataset: Any) -> str:
     """SHA-256 of rows in memory."""
-    rows = (row.values for row in rows_from_memory(dataset))
-    text = "".join(json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows)
-    return hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256()
+    for row in rows_from_memory(dataset):
+        digest.update((json.dumps(row.values, sort_keys=True, default=str) + "\n").encode())
+    return digest.hexdigest()
+
+
+def by_source(items: Iterable[Any]) -> dict[str, int]:
+    """Of items that several mixed sources gave, how many each did, for the manifest."""
+    counts = Counter(item.source for item in items if item.source)
+    return {f"from {name}": number for name, number in counts.items()}
 
 
 def bytes_needed(config: StageConfig) -> int:

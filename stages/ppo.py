@@ -36,7 +36,7 @@ from pipeline.ppo.watch import Watch
 from pipeline.process import faults, stopping
 from pipeline.process.memory import peak_mb, relieved_by
 from pipeline.process.progress import say, track
-from pipeline.run import StageRun, given
+from pipeline.run import StageRun, by_source, given
 from pipeline.tracking.tracker import read_rows
 
 
@@ -46,7 +46,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
     `dataset` replaces `config.prompts` by prompts in memory.
     """
     check_divides(config)
-    prompts = load_prompts(given(config.prompts, dataset, "prompts"))
+    prompts = load_prompts(given(config.prompts, dataset, "prompts"), seed=config.seed)
     with StageRun(config, dataset) as stage:
         preflight.check(config, stage.parents)
         quiet()
@@ -84,7 +84,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
         if stage.main:
             _save(ppo, stage.parent("sft"), stage.output)
         return stage.publish(
-            _summary(stage.work / "metrics.jsonl"),
+            {**_summary(stage.work / "metrics.jsonl"), **by_source(prompts)},
             tokenizer_hash(ppo.tokenizer),
             template_hash(ppo.tokenizer),
         )

@@ -43,7 +43,7 @@ from pipeline.models.loading import load_tokenizer, prepare_cpu, reward_from_pol
 from pipeline.models.tokens import pad_id
 from pipeline.process import faults
 from pipeline.process.progress import say, tracked
-from pipeline.run import StageRun, given
+from pipeline.run import StageRun, by_source, given
 from pipeline.training.kwise import KwiseCollator, KwiseTrainer
 from pipeline.training.trainers import (
     Recorder,
@@ -76,7 +76,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
     check(config, RMConfig)
     rankings = None
     if config.sampling is None or dataset is not None:
-        rankings = load_rankings(given(config.data, dataset, "data or sampling"))
+        rankings = load_rankings(given(config.data, dataset, "data or sampling"), seed=config.seed)
     with StageRun(config, dataset) as stage:
         quiet()
         prepare_cpu(config.threads)
@@ -152,6 +152,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
                 "prompts": len(training_rows),
                 "prompts_dropped": len(training) - len(training_rows),
                 "responses_too_long": too_long,
+                **by_source(training),
                 "steps": trainer.state.global_step,
             },
             tokenizer_hash(tokenizer),

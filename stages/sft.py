@@ -37,7 +37,7 @@ from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
 from pipeline.process import faults
 from pipeline.process.files import jsonl
 from pipeline.process.progress import tracked
-from pipeline.run import StageRun, given
+from pipeline.run import StageRun, by_source, given
 from pipeline.training.supervised import check_packing, sft_trainer
 from pipeline.training.trainers import (
     Recorder,
@@ -71,7 +71,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
     `datasets.Dataset`, in any form of `pipeline.data.forms`.
     """
     check(config, SFTConfig)
-    demonstrations = load_demonstrations(given(config.data, dataset, "data"))
+    demonstrations = load_demonstrations(given(config.data, dataset, "data"), seed=config.seed)
     with StageRun(config, dataset) as stage:
         quiet()
         prepare_cpu(config.threads)
@@ -110,6 +110,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
                 **answered,
                 "examples": len(training_rows),
                 "examples_too_long": too_long,
+                **by_source(training),
                 "steps": trainer.state.global_step,
             },
             tokenizer_hash(tokenizer),

@@ -97,8 +97,16 @@ def _problems(
     cls: type[BaseModel], error: ValidationError, others: Mapping[str, type[BaseModel]]
 ) -> Iterator[str]:
     """pydantic's errors as `key: reason`."""
-    for problem in error.errors(include_url=False):
-        location = [str(part) for part in problem["loc"] if part != "[key]"]
+    problems = error.errors(include_url=False)
+    for problem in problems:
+        *place, last = problem["loc"] or ("",)
+        if last == "str" and any(
+            len(other["loc"]) > len(place) + 1 and [*other["loc"]][: len(place)] == place
+            for other in problems
+        ):
+            continue  # a list or a group stands there, and what is wrong inside is told
+        names = [str(part) for part in problem["loc"]]
+        location = [part for part in names if "[" not in part and part not in ("str", "Source")]
         if problem["type"] == "extra_forbidden":
             yield f"{'.'.join(location)}: unknown key{_nearest_key(cls, location, others)}"
             continue
@@ -107,7 +115,7 @@ def _problems(
             reason = "missing"
         elif problem["type"] != "value_error":
             reason = f"{reason[0].lower()}{reason[1:]}, not {json.dumps(problem['input'])}"
-        key = ".".join(part for part in location if "[" not in part and part != "str")
+        key = ".".join(location)
         yield f"{key}: {reason}" if key else reason
 
 

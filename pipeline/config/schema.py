@@ -31,9 +31,11 @@ Dtype = Literal["fp32", "bf16"]
 class Data(Section):
     """Where rows come from and how their columns are named."""
 
-    path: DataName | list[DataName]
+    path: "DataName | list[DataName | Source]"
     """A file, a folder or a list of them (.jsonl, .json, .csv, .tsv, .parquet; .txt for plain text; any but
-    .parquet also as .gz), or a hub id such as `tatsu-lab/alpaca`."""
+    .parquet also as .gz), or a hub id such as `tatsu-lab/alpaca`. In a list also groups of these keys with a
+    `weight`: `[{path: a.jsonl, weight: 2}, {path: b.csv, columns: {prompt: question}}]`; what a group leaves
+    out it takes from the keys beside the list."""
     split: Text = "train"
     """Split of a hub dataset; local files have none."""
     columns: dict[Text, Text] = {}
@@ -48,6 +50,19 @@ class Data(Section):
     how many agree counts; or they are made one, each pair by its majority."""
     bad_rows: Fraction = 0.0
     """Share of rows that may be malformed or contradictory; they are dropped and counted."""
+
+
+class Source(Data):
+    """One of several sources that are mixed."""
+
+    path: DataName
+    """A file, a folder or a hub id."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often an epoch has each of its rows: 2 = twice; 0.5 = half of them, drawn by the stage's seed. Its
+    share of the whole is its rows times this."""
+
+
+Data.model_rebuild()
 
 
 class Lora(Section):

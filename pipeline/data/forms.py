@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pipeline.config.schema import Data, Source
 from pipeline.data import trees
 from pipeline.data.meaning import (
     check_whole,
@@ -44,7 +45,7 @@ from pipeline.data.messages import (
 )
 from pipeline.data.problems import BadRow, Report
 from pipeline.data.readers import Row
-from pipeline.data.sources import report_for, scan, source_name
+from pipeline.data.sources import drawn, report_for, scan, source_name, sources_of
 
 Item = TypeVar("Item")
 
@@ -59,6 +60,8 @@ class Demonstration:
     where: str
     context: frozenset[int] = frozenset()
     """Earlier assistant messages, by index, that are read and not learnt."""
+    source: str = ""
+    """Of several that are mixed."""
 
 
 @dataclass(slots=True)
@@ -68,42 +71,54 @@ class Prompt:
     messages: list[Message]
     row: dict[str, Any]
     where: str
+    source: str = ""
 
 
-def load_demonstrations(source: Any, notes: list[str] | None = None) -> list[Demonstration]:
+def load_demonstrations(
+    source: Any, notes: list[str] | None = None, seed: int = 0
+) -> list[Demonstration]:
     """Demonstrations of a schema.Data or an in-memory dataset.
 
     UserError: the first 20 rows without a prompt or a reply, with `file:line: reason`. What was
-    dropped or merged is appended to `notes`, or printed if that is None.
+    dropped or merged is appended to `notes`, or printed if that is None. The seed draws from sources whose
+    weight is no whole number.
     """
-    return load(source, notes, _demonstration, _BEST)
+    return load(source, notes, seed, _demonstration, _BEST)
 
 
-def load_prompts(source: Any, notes: list[str] | None = None) -> list[Prompt]:
+def load_prompts(source: Any, notes: list[str] | None = None, seed: int = 0) -> list[Prompt]:
     """Prompts of any form; replies in the file are ignored. Errors as in load_demonstrations."""
 
     def asked(row: Row, _: Report) -> Prompt:
         return Prompt(prompt(row.values), row.values, row.where)
 
-    return load(source, notes, asked, functools.partial(trees.grown, trees.prompts))
+    return load(source, notes, seed, asked, functools.partial(trees.grown, trees.prompts))
 
 
-def load_texts(source: Any, notes: list[str] | None = None) -> list[str]:
+def load_texts(source: Any, notes: list[str] | None = None, seed: int = 0) -> list[str]:
     """Plain texts for the pretraining mix: `text` as it is, demonstrations as plain dialogues."""
-    return load(source, notes, _plain_text, _BEST)
+    return load(source, notes, seed, _plain_text, _BEST)
 
 
 def load(
     source: Any,
     notes: list[str] | None,
+    seed: int,
     convert: Callable[[Row, Report], Item | None],
     gather: Callable[[Iterable[Row], Report], Iterator[Row]],
-    merge: Callable[[list[Item], Report], list[Item]] = lambda items, _: items,
+    merge: Callable[[list[Item], Report], list[Item]] | None = None,
 ) -> list[Item]:
     """What `convert` makes of each row; of some it makes nothing, and counts them in the report.
 
-    `gather` joins rows that say something together, `merge` what they became.
+    `gather` joins rows that say something together, `merge` what several people said of the same. Of
+    several sources that are mixed each is read by itself.
     """
+    mixed: list[Item] = []
+    for part in sources_of(source):
+        items = load(part, notes, seed, convert, gather, merge)
+        mixed += [items[at] for at in drawn(len(items), part.weight, seed, part.path)]
+    if mixed:
+        return mixed
     report = report_for(source)
     items = []
     for row in gather(scan(source, report), report):
@@ -114,8 +129,12 @@ def load(
             report.problem(row.where, error)
         else:
             items += [] if item is None else [item]
-    items = merge(items, report)
+    if merge and isinstance(source, Data) and source.votes == "majority":
+        items = merge(items, report)
     report.close(source_name(source), len(items), notes)
+    for item in items if isinstance(source, Source) else ():
+        if hasattr(item, "source"):  # plain texts have no such place
+            item.source = source.path
     return items
 
 

@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config.schema import Data
 from pipeline.data import trees
 from pipeline.data.forms import (
     check_prompt,
@@ -54,9 +53,11 @@ class Ranking:
     where: str
     row: dict[str, Any] = field(default_factory=dict)
     """For judges."""
+    source: str = ""
+    """Of several that are mixed."""
 
 
-def load_rankings(source: Any, notes: list[str] | None = None) -> list[Ranking]:
+def load_rankings(source: Any, notes: list[str] | None = None, seed: int = 0) -> list[Ranking]:
     """Rankings of a schema.Data or an in-memory dataset.
 
     Equal responses of equal rank are merged; groups left with one response or with nothing but
@@ -70,8 +71,7 @@ def load_rankings(source: Any, notes: list[str] | None = None) -> list[Ranking]:
     def gathered(rows: Iterable[Row], report: Report) -> Iterator[Row]:
         return paired(trees.grown(trees.rankings, rows, report), report)
 
-    one = isinstance(source, Data) and source.votes == "majority"
-    return load(source, notes, ranked, gathered, *([agreed] if one else []))
+    return load(source, notes, seed, ranked, gathered, agreed)
 
 
 def agreed(rankings: list[Ranking], report: Report) -> list[Ranking]:

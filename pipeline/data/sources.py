@@ -1,6 +1,7 @@
 """Rows from files, folders, hub ids and memory, each with the place it came from."""
 
 import gzip
+import random
 import sys
 import zlib
 from collections import Counter
@@ -10,7 +11,7 @@ from os import PathLike
 from typing import Any
 
 from pipeline.config.load import did_you_mean
-from pipeline.config.schema import Data
+from pipeline.config.schema import Data, Source
 from pipeline.data.meaning import STANDARD_COLUMNS
 from pipeline.data.problems import Report, kind
 from pipeline.data.readers import READERS, Row
@@ -36,7 +37,31 @@ def source_name(source: Any) -> str:
     """A short name for messages."""
     if not isinstance(source, Data):
         return "dataset"
-    return source.path if isinstance(source.path, str) else ", ".join(source.path)
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    return ", ".join(path if isinstance(path, str) else source_name(path) for path in paths)
+
+
+def sources_of(source: Any) -> list[Source]:
+    """The sources that a config mixes, with the keys they share; [] when it mixes none."""
+    paths = source.path if isinstance(source, Data) and isinstance(source.path, list) else []
+    if not any(isinstance(path, Source) for path in paths):
+        return []
+    shared = {key: getattr(source, key) for key in source.model_fields_set - {"path"}}
+    groups = [path if isinstance(path, Source) else Source(path=path) for path in paths]
+    return [
+        group.model_copy(
+            update={k: v for k, v in shared.items() if k not in group.model_fields_set}
+        )
+        for group in groups
+    ]
+
+
+def drawn(number: int, weight: float, seed: int, name: str) -> list[int]:
+    """Which of so many rows of a source an epoch has: all of them as often as `weight` is whole, and of its
+    fraction a part, drawn by the seed."""
+    whole, part = int(weight), weight % 1
+    some = random.Random(f"{seed}:{name}").sample(range(number), round(part * number))
+    return [*range(number)] * whole + sorted(some)
 
 
 def scan(source: Any, report: Report) -> Iterator[Row]:
@@ -61,7 +86,8 @@ def scan(source: Any, report: Report) -> Iterator[Row]:
 
 def _scan_files(data: Data, report: Report) -> Iterator[Row]:
     known = STANDARD_COLUMNS | set(data.columns.values())
-    for path in [data.path] if isinstance(data.path, str) else data.path:
+    paths = [data.path] if isinstance(data.path, str) else data.path
+    for path in (path for path in paths if isinstance(path, str)):
         if datafiles.is_hub_id(path):
             yield from hub_rows(path, data.split)
             continue

@@ -33,7 +33,8 @@ def split_by_prompt(
     """(training, held out): about `fraction` of the distinct openings, at least one, are held out.
 
     The choice depends on the openings and the seed, not on the order of the items;
-    both parts keep that order. With fraction 0, or a single opening, nothing is held out.
+    both parts keep that order. With fraction 0, or a single opening, nothing is held out. An item that
+    is there several times, by its source's weight, is held out once.
     """
     keys = [opening(item) for item in items]
     names: dict[str, str] = {}  # of an opening's items the first by the alphabet, as it is written
@@ -44,7 +45,8 @@ def split_by_prompt(
     number = min(max(1, round(fraction * len(order))), len(order) - 1) if fraction > 0 else 0
     held = set(order[: max(0, number)])
     training = [item for item, key in zip(items, keys, strict=True) if key not in held]
-    return training, [item for item, key in zip(items, keys, strict=True) if key in held]
+    held_out = {id(item): item for item, key in zip(items, keys, strict=True) if key in held}
+    return training, list(held_out.values())
 
 
 def _written(item: Demonstration | Prompt | Ranking) -> str:

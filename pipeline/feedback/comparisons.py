@@ -172,7 +172,7 @@ def _sample(
     """The prompts' rows with `prompt` (messages), `responses` (K texts) and `ended` (whether each ended
     itself), less what would be read in their place."""
     policy = load_policy(sft, tokenizer).to(device())
-    prompts = load_prompts(sampling.prompts)
+    prompts = load_prompts(sampling.prompts, seed=seed)
     replaced = {*PROMPTS, "system", "history", "ranks", "scores"}
     columns = dict.fromkeys(name for p in prompts for name in p.row if name not in replaced)
     sizes = _sizes(sampling.k, len(prompts), seed)

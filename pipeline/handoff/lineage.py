@@ -161,9 +161,9 @@ def inputs_of(config: Section, in_memory: str | None = None) -> dict[str, str]:
     `in_memory`: hash of the rows that were given as objects in the place of the config's main data.
     """
     inputs: dict[str, str] = {} if in_memory is None else {"dataset": in_memory}
-    replaced = [getattr(config, key, None) for key in ("data", "prompts")] if in_memory else []
-    for group, _, kind, name in config.references():
-        if kind is Reads.DATA and not any(group is one for one in replaced):
+    replaced = ("data.", "prompts.") if in_memory else ()
+    for _, key, kind, name in config.references():
+        if kind is Reads.DATA and not key.startswith(replaced):
             inputs |= _data(name)
         elif kind is Reads.MODEL and name not in steps.stages():
             inputs |= _model(name)

@@ -212,7 +212,8 @@ def _ptx(
     if config.ptx_data is None:
         return None
     texts = [
-        text_ids(tokenizer, text) + [tokenizer.eos_token_id] for text in load_texts(config.ptx_data)
+        text_ids(tokenizer, text) + [tokenizer.eos_token_id]
+        for text in load_texts(config.ptx_data, seed=config.seed)
     ]
     rows = [ids[: config.ptx_max_length] for ids in texts if len(ids) > 1]
     processes, mine = accelerator.num_processes, accelerator.process_index
