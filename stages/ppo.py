@@ -10,6 +10,8 @@ if __name__ == "__main__":
 
 import copy
 import functools
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import load_prompts
+from pipeline.data.kept import pick
 from pipeline.data.lengths import over_limit
 from pipeline.data.literals import tell_spelled
 from pipeline.data.template import template_hash, tokenizer_hash
@@ -103,14 +106,14 @@ def iteration(ppo: PPO, stream: PromptStream) -> dict[str, float]:
     return {**metrics, **clock.seconds, "memory/peak_mb": peak_mb()}
 
 
-def _short_enough(queries: list[Query], config: PPOConfig) -> list[Query]:
+def _short_enough(queries: Sequence[Query], config: PPOConfig) -> Sequence[Query]:
     """Queries of at most `max_prompt_length` tokens; UserError when too many are longer."""
-    limit, lengths = config.max_prompt_length, [len(query.ids) for query in queries]
+    limit, lengths = config.max_prompt_length, array("q", (len(query.ids) for query in queries))
     over_limit("ppo: prompts", lengths, "max_prompt_length", limit, config.too_long)
-    return [query for query in queries if len(query.ids) <= limit]
+    return pick(queries, (at for at, length in enumerate(lengths) if length <= limit))
 
 
-def _check_room(ppo: PPO, queries: list[Query]) -> None:
+def _check_room(ppo: PPO, queries: Sequence[Query]) -> None:
     """UserError when the model has too few places for a prompt and its response, and the EOS that a reward
     model reads after one that was cut off."""
     policy, new = ppo.networks.policy, ppo.config.max_new_tokens

@@ -8,16 +8,19 @@ from pipeline import cli
 if __name__ == "__main__":
     cli.main("rm")  # checks config and data before the slow imports below
 
+import itertools
 import shutil
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TRLConfig
 
 from pipeline.config.schema import Data, RMConfig
 from pipeline.data.forms import load_demonstrations
+from pipeline.data.kept import like
 from pipeline.data.lengths import over_limit
 from pipeline.data.literals import tell_spelled, tell_unknown
 from pipeline.data.messages import message, prompt_text
@@ -50,6 +53,7 @@ from pipeline.training.trainers import (
     arguments,
     check,
     check_length,
+    dataset_of,
     one_gpu,
     quiet,
     train,
@@ -98,7 +102,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
 
         checkpoint.seed_everything(config.seed)
         model = reward_from_policy(sft, tokenizer, config.dtype).to(device())
-        check_length(model, *_apart(training_rows + held_out_rows))
+        check_length(model, _pairs(itertools.chain(training_rows, held_out_rows)))
         before = measure(_score(model, tokenizer, held_out_rows))
         trainer = KwiseTrainer(
             model=_trainable(model, config),
@@ -110,12 +114,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
                 )
             ),
             data_collator=KwiseCollator(pad_id(tokenizer)),
-            train_dataset=Dataset.from_list(
-                [
-                    {"prompt": row["prompt_ids"], "responses": row["ids"], "ranks": row["ranks"]}
-                    for row in training_rows
-                ]
-            ),
+            train_dataset=dataset_of(training_rows, _ranked_ids, stage.work),
             processing_class=tokenizer,
         )
         first = {"validation/accuracy": before.accuracy.share, "validation/loss": before.loss}
@@ -171,17 +170,17 @@ def _trainable(model: PreTrainedModel, config: RMConfig):
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase,
-    rankings: list[Ranking],
+    rankings: Sequence[Ranking],
     config: RMConfig,
     too_long: float | None = None,
-) -> tuple[list[dict], int]:
+) -> tuple[Sequence[dict], int]:
     """Rows of a prompt's ids, those of K responses and their ranks, and how many responses are over `max_length`.
 
     Those go (UserError above a share `too_long`); so do those whose ids equal another's of the prompt,
     and then prompts that are left with fewer than two responses or with nothing but ties.
     """
     name = "held-out" if too_long is None else "training"
-    rows, lengths, same, empty = [], list[int](), 0, 0
+    rows, lengths, same, empty = like(rankings), array("q"), 0, 0
     for ranking in tracked(rankings, f"rm: encoding {name}"):
         said = [without_thinking(text) for text in ranking.responses]
         with at(ranking.where):
@@ -210,7 +209,7 @@ def _encode(
     what = f"rm: {name} responses"
     all_texts = ([m["content"] for m in r.messages] + r.responses for r in rankings)
     tell_spelled(f"rm: {name}", tokenizer, (text for texts in all_texts for text in texts))
-    tell_unknown(what, tokenizer, _apart(rows)[1])
+    tell_unknown(what, tokenizer, (response for _, response in _pairs(rows)))
     long = over_limit(what, lengths, "max_length", config.max_length, too_long)
     if long or same or empty:
         say(
@@ -221,7 +220,7 @@ def _encode(
 
 
 def _score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]
 ) -> list[Scored]:
     """Held-out rankings with the model's scores."""
     prompts, responses = _apart(rows)
@@ -240,9 +239,19 @@ def _score(
     ]
 
 
-def _apart(rows: list[dict]) -> tuple[list[list[int]], list[list[int]]]:
+def _ranked_ids(row: dict) -> dict:
+    """A row as the trainer takes it."""
+    return {"prompt": row["prompt_ids"], "responses": row["ids"], "ranks": row["ranks"]}
+
+
+def _pairs(rows: Iterable[dict]) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids of each response, behind those of its prompt."""
+    return ((row["prompt_ids"], ids) for row in rows for ids in row["ids"])
+
+
+def _apart(rows: Sequence[dict]) -> tuple[list[list[int]], list[list[int]]]:
     """Ids of all prompts and of all responses, as often as there are responses."""
-    pairs = [(row["prompt_ids"], ids) for row in rows for ids in row["ids"]]
+    pairs = list(_pairs(rows))
     return [prompt for prompt, _ in pairs], [ids for _, ids in pairs]
 
 
@@ -269,7 +278,7 @@ def _demonstration_mean(
 
 
 def _padding_gap(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]
 ) -> float:
     """Most that a score changes with what else is in the batch, over some held-out responses.
 

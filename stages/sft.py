@@ -8,7 +8,10 @@ from pipeline import cli
 if __name__ == "__main__":
     cli.main("sft")  # checks config and data before the slow imports below
 
+import itertools
 import math
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from pipeline.config.schema import SFTConfig
 from pipeline.data.forms import Demonstration, load_demonstrations
+from pipeline.data.kept import like, pick
 from pipeline.data.lengths import over_limit
 from pipeline.data.literals import tell_spelled, tell_unknown
+from pipeline.data.messages import Message
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
     encode_demonstration,
@@ -86,8 +91,8 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         training_rows, too_long = _encode(tokenizer, training, config, config.too_long)
         validation_rows, _ = _encode(tokenizer, held_out, config)
 
-        rows = training_rows + validation_rows
-        check_length(policy, [r["prompt"] for r in rows], [r["response"] for r in rows])
+        rows = itertools.chain(training_rows, validation_rows)
+        check_length(policy, ((row["prompt"], row["response"]) for row in rows))
         trainer = sft_trainer(config, policy, tokenizer, training_rows, validation_rows, stage.work)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(ShowsEvaluation("sft: held-out loss"))
@@ -139,8 +144,8 @@ def _perplexity(measured: dict[str, float], name: str) -> dict[str, float]:
 
 
 def _split(
-    config: SFTConfig, demonstrations: list[Demonstration]
-) -> tuple[list[Demonstration], list[Demonstration]]:
+    config: SFTConfig, demonstrations: Sequence[Demonstration]
+) -> tuple[Sequence[Demonstration], Sequence[Demonstration]]:
     """Training and held-out demonstrations; prompts never overlap when one file is split."""
     if config.validation_data is not None:
         return demonstrations, load_demonstrations(config.validation_data)
@@ -149,15 +154,15 @@ def _split(
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase,
-    items: list[Demonstration],
+    items: Sequence[Demonstration],
     config: SFTConfig,
     too_long: float | None = None,
-) -> tuple[list[dict], int]:
+) -> tuple[Sequence[dict], int]:
     """One row of a `prompt` and its `response` for every assistant turn to be learnt; the loss is on that
     turn alone. And how many rows are left out as over `max_length`: UserError above a share `too_long`.
     """
     name = "held-out" if too_long is None else "training"
-    rows, lengths = [], []
+    rows, lengths = like(items), array("q")
     for item in tracked(items, f"sft: encoding {name} examples"):
         for turn, message in enumerate(item.messages):
             if message["role"] != "assistant" or turn in item.context:
@@ -170,24 +175,26 @@ def _encode(
     tell_spelled(what, tokenizer, (m["content"] for item in items for m in item.messages))
     tell_unknown(what, tokenizer, (row["prompt"] + row["response"] for row in rows))
     dropped = over_limit(what, lengths, "max_length", limit, too_long)
-    return [row for row in rows if len(row["prompt"]) + len(row["response"]) <= limit], dropped
+    return pick(rows, (at for at, length in enumerate(lengths) if length <= limit)), dropped
 
 
-def _write_demonstrations(path: Path, items: list[Demonstration]) -> None:
+def _write_demonstrations(path: Path, items: Sequence[Demonstration]) -> None:
     path.write_text(jsonl({"messages": item.messages} for item in items), encoding="utf-8")
 
 
 def _answers(
-    config: SFTConfig, policy, tokenizer: PreTrainedTokenizerBase, items: list[Demonstration]
+    config: SFTConfig, policy, tokenizer: PreTrainedTokenizerBase, items: Sequence[Demonstration]
 ) -> tuple[list[dict], dict[str, float]]:
     """Responses to a few held-out prompts, and how well-formed those to `ANSWERED` of them are.
 
     Sampled at temperature 1, as PPO's first rollout will be. `eos_share`: share that end by EOS within
     `sample_tokens`; `format`: share that are `well_formed`. No metrics when nothing is held out.
     """
-    distinct = {str(item.messages[:-1]): item.messages[:-1] for item in items}
-    encoded = [(context, encode_prompt(tokenizer, context)) for context in distinct.values()]
-    asked = [(c, ids) for c, ids in encoded if len(ids) <= config.max_length][:ANSWERED]
+    asked: dict[str, tuple[list[Message], list[int]]] = {}
+    for context in (item.messages[:-1] for item in items):
+        if len(asked) < ANSWERED and str(context) not in asked:
+            ids = encode_prompt(tokenizer, context)
+            asked |= {str(context): (context, ids)} if len(ids) <= config.max_length else {}
     if not asked:
         return [], {}
     with torch.random.fork_rng():  # the same samples, wherever the generator stands
@@ -195,13 +202,13 @@ def _answers(
         responses = generate(
             policy,
             tokenizer,
-            [ids for _, ids in asked],
+            [ids for _, ids in asked.values()],
             max_new_tokens=config.sample_tokens,
             progress="sft: answering held-out prompts",
         )
     samples = [
         {"prompt": context[-1]["content"], "response": r.text, "score": None, "ended": r.ended}
-        for (context, _), r in zip(asked[:SHOWN], responses, strict=False)
+        for (context, _), r in zip([*asked.values()][:SHOWN], responses, strict=False)
     ]
     markers = role_markers(tokenizer)
     return samples, {

@@ -15,12 +15,14 @@ change what a row means are used rightly or refused: see `pipeline.data.meaning`
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.config.schema import Data, Source
 from pipeline.data import trees
+from pipeline.data.kept import OnDisk, is_large, like, pick
 from pipeline.data.meaning import (
     check_whole,
     is_context,
@@ -63,6 +65,9 @@ class Demonstration:
     source: str = ""
     """Of several that are mixed."""
 
+    def __post_init__(self) -> None:
+        self.context = frozenset(self.context)  # a list, where it comes from the disk
+
 
 @dataclass(slots=True)
 class Prompt:
@@ -76,7 +81,7 @@ class Prompt:
 
 def load_demonstrations(
     source: Any, notes: list[str] | None = None, seed: int = 0
-) -> list[Demonstration]:
+) -> Sequence[Demonstration]:
     """Demonstrations of a schema.Data or an in-memory dataset.
 
     UserError: the first 20 rows without a prompt or a reply, with `file:line: reason`. What was
@@ -86,7 +91,7 @@ def load_demonstrations(
     return load(source, notes, seed, _demonstration, _BEST)
 
 
-def load_prompts(source: Any, notes: list[str] | None = None, seed: int = 0) -> list[Prompt]:
+def load_prompts(source: Any, notes: list[str] | None = None, seed: int = 0) -> Sequence[Prompt]:
     """Prompts of any form; replies in the file are ignored. Errors as in load_demonstrations."""
 
     def asked(row: Row, _: Report) -> Prompt:
@@ -95,7 +100,7 @@ def load_prompts(source: Any, notes: list[str] | None = None, seed: int = 0) -> 
     return load(source, notes, seed, asked, functools.partial(trees.grown, trees.prompts))
 
 
-def load_texts(source: Any, notes: list[str] | None = None, seed: int = 0) -> list[str]:
+def load_texts(source: Any, notes: list[str] | None = None, seed: int = 0) -> Sequence[str]:
     """Plain texts for the pretraining mix: `text` as it is, demonstrations as plain dialogues."""
     return load(source, notes, seed, _plain_text, _BEST)
 
@@ -106,36 +111,44 @@ def load(
     seed: int,
     convert: Callable[[Row, Report], Item | None],
     gather: Callable[[Iterable[Row], Report], Iterator[Row]],
-    merge: Callable[[list[Item], Report], list[Item]] | None = None,
-) -> list[Item]:
+    merge: Callable[[Sequence[Item], Report], list[Item]] | None = None,
+) -> Sequence[Item]:
     """What `convert` makes of each row; of some it makes nothing, and counts them in the report.
 
     `gather` joins rows that say something together, `merge` what several people said of the same. Of
     several sources that are mixed each is read by itself.
     """
-    mixed: list[Item] = []
-    for part in sources_of(source):
-        items = load(part, notes, seed, convert, gather, merge)
-        mixed += [items[at] for at in drawn(len(items), part.weight, seed, part.path)]
-    if mixed:
-        return mixed
+    if parts := sources_of(source):
+        return _mixed([(p, load(p, notes, seed, convert, gather, merge)) for p in parts], seed)
     report = report_for(source)
-    items = []
+    items: Any = OnDisk() if is_large(source) else []
     for row in gather(scan(source, report), report):
         try:
             check_whole(row.values)
             item = convert(row, report)
         except BadRow as error:
             report.problem(row.where, error)
-        else:
-            items += [] if item is None else [item]
+            continue
+        if item is not None:
+            if isinstance(source, Source) and hasattr(
+                item, "source"
+            ):  # plain texts have no such place
+                item.source = source.path
+            items.append(item)
     if merge and isinstance(source, Data) and source.votes == "majority":
         items = merge(items, report)
     report.close(source_name(source), len(items), notes)
-    for item in items if isinstance(source, Source) else ():
-        if hasattr(item, "source"):  # plain texts have no such place
-            item.source = source.path
     return items
+
+
+def _mixed(parts: list[tuple[Source, Sequence[Item]]], seed: int) -> Sequence[Item]:
+    large = next((items for _, items in parts if not isinstance(items, list)), [])
+    mixed, places = like(large), array("q")
+    for part, items in parts:
+        places.extend(len(mixed) + at for at in drawn(len(items), part.weight, seed, part.path))
+        for item in items:
+            mixed.append(item)
+    return pick(mixed, places)
 
 
 # --- one row --------------------------------------------------------------------------------------

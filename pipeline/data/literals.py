@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -86,16 +87,19 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
 def tell_spelled(what: str, tokenizer: Any, texts: Iterable[str]) -> None:
     """Say once how many special tokens the texts spell, if any."""
     pattern, _ = _specials(tokenizer, _state(tokenizer))
-    found = [name for text in texts for name in pattern.findall(text)]
+    found = Counter(name for text in texts for name in pattern.findall(text))
     if found:
-        names = ", ".join(sorted(set(found))[:5])
-        say(f"{what}: special tokens are spelled {len(found)} times ({names}); read as plain text")
+        names = ", ".join(sorted(found)[:5])
+        say(
+            f"{what}: special tokens are spelled {found.total()} times ({names}); read as plain text"
+        )
 
 
 def tell_unknown(what: str, tokenizer: Any, rows: Iterable[Sequence[int]]) -> None:
     """Say how many tokens are the unknown one, which stands for whatever a tokenizer cannot spell."""
-    counts = [(row.count(tokenizer.unk_token_id), len(row)) for row in map(list, rows)]
-    unknown, tokens = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+    unknown = tokens = 0
+    for row in map(list, rows):
+        unknown, tokens = unknown + row.count(tokenizer.unk_token_id), tokens + len(row)
     if unknown and tokenizer.unk_token_id != tokenizer.eos_token_id:
         say(
             f"{what}: {unknown} of {tokens} tokens are {tokenizer.unk_token}: this tokenizer cannot spell "

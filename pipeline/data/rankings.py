@@ -57,7 +57,7 @@ class Ranking:
     """Of several that are mixed."""
 
 
-def load_rankings(source: Any, notes: list[str] | None = None, seed: int = 0) -> list[Ranking]:
+def load_rankings(source: Any, notes: list[str] | None = None, seed: int = 0) -> Sequence[Ranking]:
     """Rankings of a schema.Data or an in-memory dataset.
 
     Equal responses of equal rank are merged; groups left with one response or with nothing but
@@ -74,14 +74,12 @@ def load_rankings(source: Any, notes: list[str] | None = None, seed: int = 0) ->
     return load(source, notes, seed, ranked, gathered, agreed)
 
 
-def agreed(rankings: list[Ranking], report: Report) -> list[Ranking]:
+def agreed(rankings: Sequence[Ranking], report: Report) -> list[Ranking]:
     """Several rankings of the same responses to one prompt, as by several people, made one by majority."""
     same: dict[Any, list[Ranking]] = {}
     for ranking in rankings:
         prompt = json.dumps(ranking.messages)
         same.setdefault((prompt, frozenset(ranking.responses)), []).append(ranking)
-    if len(same) == len(rankings):
-        return rankings
     report.count(
         "rankings of the same responses merged by majority",
         sum(len(several) for several in same.values() if len(several) > 1),

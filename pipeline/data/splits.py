@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from pipeline.data.forms import Demonstration, Prompt
+from pipeline.data.kept import once, pick
 from pipeline.data.rankings import Ranking
 
 Item = TypeVar("Item", Demonstration, Prompt, Ranking)
@@ -29,24 +30,43 @@ def normal_form(text: str) -> str:
 
 def split_by_prompt(
     items: Sequence[Item], fraction: float, seed: int
-) -> tuple[list[Item], list[Item]]:
+) -> tuple[Sequence[Item], Sequence[Item]]:
     """(training, held out): about `fraction` of the distinct openings, at least one, are held out.
 
     The choice depends on the openings and the seed, not on the order of the items;
     both parts keep that order. With fraction 0, or a single opening, nothing is held out. An item that
     is there several times, by its source's weight, is held out once.
     """
-    keys = [opening(item) for item in items]
-    names: dict[str, str] = {}  # of an opening's items the first by the alphabet, as it is written
-    for item, key in zip(items, keys, strict=True):
-        name = _written(item)
-        names[key] = min(name, names.get(key, name))
-    order = sorted(names, key=lambda key: hashlib.sha256(f"{seed}:{names[key]}".encode()).digest())
-    number = min(max(1, round(fraction * len(order))), len(order) - 1) if fraction > 0 else 0
-    held = set(order[: max(0, number)])
-    training = [item for item, key in zip(items, keys, strict=True) if key not in held]
-    held_out = {id(item): item for item, key in zip(items, keys, strict=True) if key in held}
-    return training, list(held_out.values())
+    import numpy  # here, for whoever only looks at rows
+
+    # of each item its opening and what the draw makes of it, as numbers: there may be millions
+    keys = numpy.fromiter((_number(opening(item)) for item in items), numpy.uint64, len(items))
+    draws = numpy.fromiter((_draw(item, seed) for item in items), numpy.uint64, len(items))
+    _, first, group, sizes = numpy.unique(
+        keys, return_index=True, return_inverse=True, return_counts=True
+    )
+    draw_of = draws[first]
+    several = numpy.flatnonzero(sizes[group] > 1)
+    names: dict[int, str] = {}  # of an opening's items the first by the alphabet, as it is written
+    for at in several.tolist():
+        name = _written(items[at])
+        if name <= names.setdefault(int(group[at]), name):
+            names[int(group[at])] = name
+            draw_of[group[at]] = draws[at]
+    number = min(max(1, round(fraction * len(first))), len(first) - 1) if fraction > 0 else 0
+    is_held = numpy.zeros(len(first), bool)
+    is_held[numpy.argsort(draw_of, kind="stable")[: max(0, number)]] = True
+    held = is_held[group]
+    training, held_out = (numpy.flatnonzero(side).tolist() for side in (~held, held))
+    return pick(items, training), once(pick(items, held_out))
+
+
+def _draw(item: Demonstration | Prompt | Ranking, seed: int) -> int:
+    return _number(f"{seed}:{_written(item)}")
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def _written(item: Demonstration | Prompt | Ranking) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.evaluation import EvalConfig, Split
-from pipeline.data.forms import Prompt, load_prompts
+from pipeline.data.forms import load_prompts
 from pipeline.data.messages import Message, prompt_text
 from pipeline.data.template import encode_prompt, scored_ids, without_thinking
 from pipeline.errors import UserError
@@ -104,7 +104,7 @@ def ask(config: EvalConfig, split: Split, tokenizer: PreTrainedTokenizerBase) ->
     data = config.data(split)
     if data is None:
         raise UserError(f"eval: no prompts for the split {split}; set validation_prompts")
-    prompts: list[Prompt] = load_prompts(data)[: config.n]
+    prompts = list(load_prompts(data)[: config.n])
     return Asked(
         [p.messages for p in prompts],
         [encode_prompt(tokenizer, p.messages) for p in prompts],

@@ -71,7 +71,7 @@ class Study:
         if not {"sft", "rm"} <= stages.keys():
             raise UserError(f"{run}: needs sft and rm first: {command(run, 'sft', 'rm')}")
         source = self.config.validation_prompts or self.config.prompts
-        self.asked = load_prompts(source)[:prompts]
+        self.asked = list(load_prompts(source)[:prompts])
         self.prompts = run / "overopt" / "prompts.jsonl"  # answered along the way
         write_atomically(self.prompts, jsonl(prompt.row for prompt in self.asked))
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ RECORD = ".to_rank.json"
 
 def sampled_rankings(
     config: RMConfig, sft: Path, tokenizer: PreTrainedTokenizerBase, work: Path
-) -> list[Ranking]:
+) -> Sequence[Ranking]:
     """Rankings of the SFT model's own responses, kept in `work`; UserError until people have made them."""
     ranked = work / "rankings.jsonl"
     if not ranked.exists():

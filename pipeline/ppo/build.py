@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import Dtype, PPOConfig, Reward
 from pipeline.data.forms import load_texts
+from pipeline.data.kept import like
 from pipeline.data.literals import text_ids
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.errors import UserError
@@ -211,11 +212,12 @@ def _ptx(
     """Batches of pretraining text, a function of the optimizer step alone."""
     if config.ptx_data is None:
         return None
-    texts = [
-        text_ids(tokenizer, text) + [tokenizer.eos_token_id]
-        for text in load_texts(config.ptx_data, seed=config.seed)
-    ]
-    rows = [ids[: config.ptx_max_length] for ids in texts if len(ids) > 1]
+    texts = load_texts(config.ptx_data, seed=config.seed)
+    rows = like(texts)
+    for text in texts:
+        ids = text_ids(tokenizer, text) + [tokenizer.eos_token_id]
+        if len(ids) > 1:
+            rows.append(ids[: config.ptx_max_length])
     processes, mine = accelerator.num_processes, accelerator.process_index
 
     def batch(step: int, count: int) -> Sequences:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.forms import Prompt
+from pipeline.data.kept import like
 from pipeline.data.messages import message, prompt_text
 from pipeline.data.template import encode_prompt
 from pipeline.errors import UserError, at
@@ -29,12 +30,12 @@ class Query:
 
 def queries_of(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt] | Sequence[str]
-) -> list[Query]:
+) -> Sequence[Query]:
     """Prompts, or plain user texts, as token ids. UserError for anything else."""
-    if not isinstance(prompts, list | tuple) or not prompts:
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         shown = repr(prompts) if isinstance(prompts, str | list) else type(prompts).__name__
         raise UserError(f"queries: a list of prompts or of texts, not {shown}")
-    found = []
+    found = like(prompts)
     for p in tracked(prompts, "ppo: encoding prompts"):
         prompt = Prompt([message("user", p)], {}, "") if isinstance(p, str) else p
         if not isinstance(prompt, Prompt):
@@ -93,7 +94,7 @@ class PromptStream:
     takes its own slice of the global batch. Of every prompt there are `samples` one after the other.
     """
 
-    def __init__(self, queries: list[Query], batch_size: int, seed: int, samples: int = 1):
+    def __init__(self, queries: Sequence[Query], batch_size: int, seed: int, samples: int = 1):
         self.queries, self.prompts, self.seed = queries, batch_size // samples, seed
         self.samples = samples
 

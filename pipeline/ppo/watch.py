@@ -1,5 +1,7 @@
 """What a person looks at while PPO runs: fixed prompts answered again and again."""
 
+from collections.abc import Sequence
+
 import torch
 
 from pipeline.config.schema import PPOConfig
@@ -13,11 +15,11 @@ from pipeline.tracking.tracker import Tracker
 class Watch:
     """Answers fixed prompts every `sample_every` iterations without touching PPO's randomness."""
 
-    def __init__(self, config: PPOConfig, ppo: PPO, queries: list[Query], tracker: Tracker):
+    def __init__(self, config: PPOConfig, ppo: PPO, queries: Sequence[Query], tracker: Tracker):
         self.config, self.ppo, self.tracker = config, ppo, tracker
-        self.queries = queries[:8]
+        self.queries = list(queries[:8])
         if config.sample_prompts is not None:
-            self.queries = ppo.queries(load_prompts(config.sample_prompts))
+            self.queries = list(ppo.queries(load_prompts(config.sample_prompts)))
         self.last = -1
 
     def samples(self, last: bool = False) -> None:

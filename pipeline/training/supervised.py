@@ -1,5 +1,6 @@
 """Trainers of the first stage, every mean over tokens, and packed rows that keep their examples apart."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,15 @@ from pipeline.models.forward import of_predictions
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import pad_id
 from pipeline.process.progress import say
-from pipeline.training.trainers import Checked, arguments, one_gpu
+from pipeline.training.trainers import Checked, arguments, dataset_of, one_gpu
 
 
 def sft_trainer(
     config: SFTConfig,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    training: list[dict],
-    held_out: list[dict],
+    training: Sequence[dict],
+    held_out: Sequence[dict],
     work: Path,
 ) -> Any:
     """The trainer for a policy's kind; rows hold the ids of a `prompt` and of the `response` to be learnt."""
@@ -50,7 +51,7 @@ def sft_trainer(
             eval_dataset=held_out or None,
             processing_class=tokenizer,
         )
-    rows = Dataset.from_list([_joined(row) for row in training])
+    rows = dataset_of(training, _joined, work)
     if config.packing:
         rows = packed(rows, config.max_length)
         say(f"sft: {len(training)} examples packed into {len(rows)} rows")
@@ -63,7 +64,7 @@ def sft_trainer(
         model=model,
         args=one_gpu(args),
         train_dataset=rows,
-        eval_dataset=Dataset.from_list([_joined(row) for row in held_out]) if held_out else None,
+        eval_dataset=dataset_of(held_out, _joined, work) if held_out else None,
         processing_class=tokenizer,
     )
 

@@ -3,12 +3,14 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from datasets import Dataset
+from datasets.arrow_writer import ArrowWriter
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from pipeline.config.schema import Optimisation, StageConfig
@@ -95,10 +97,24 @@ def check(config: Any, kind: type[StageConfig]) -> None:
         raise UserError(f"batch_size {batch} does not divide by micro_batch_size {micro}")
 
 
-def check_length(model: Any, prompts: list[list[int]], responses: list[list[int]]) -> None:
+def dataset_of(rows: Sequence[dict], told: Callable[[dict], dict], work: Path) -> Dataset:
+    """What `told` makes of the rows, as trl's trainers take them; of rows on the disk in a file too, which is
+    mapped into memory."""
+    if isinstance(rows, list):
+        return Dataset.from_list([told(row) for row in rows])
+    (work / SCRATCH).mkdir(exist_ok=True)
+    path = str(work / SCRATCH / f"{id(rows)}.arrow")
+    with ArrowWriter(path=path) as writer:
+        for row in tracked(rows, "writing rows"):
+            writer.write(told(row))
+        writer.finalize()
+    return Dataset.from_file(path)
+
+
+def check_length(model: Any, pairs: Iterable[tuple[list[int], list[int]]]) -> None:
     """UserError for a prompt and response that are longer than the model has places for."""
     room, limit = layout(model).room, places(model)
-    for prompt, response in zip(map(len, prompts), map(len, responses), strict=True):
+    for prompt, response in ((len(prompt), len(response)) for prompt, response in pairs):
         if response > room(model, prompt):
             raise UserError(
                 f"max_length: an example has {prompt} and {response} tokens, {type(model).__name__} "
