@@ -254,7 +254,8 @@ def bytes_needed(config: StageConfig) -> int:
     with contextlib.suppress(UserError):
         places += parents_of(config).values()
     model = max(sum(p.stat().st_size for p in place.glob("*.safetensors")) for place in places)
-    return (3 * (3 * networks + averages) + 1 + averages) * model
+    best = int(getattr(config, "keep", "last") == "best")
+    return (3 * (3 * networks + averages + best) + 1 + averages) * model
 
 
 def start_again(config: StageConfig) -> None:

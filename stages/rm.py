@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TRLConfig
 
@@ -47,6 +48,7 @@ from pipeline.models.tokens import pad_id
 from pipeline.process import faults
 from pipeline.process.progress import say, tracked
 from pipeline.run import StageRun, by_source, given
+from pipeline.training.best import Best
 from pipeline.training.kwise import KwiseCollator, KwiseTrainer
 from pipeline.training.trainers import (
     Recorder,
@@ -66,6 +68,8 @@ LOGGED = {
     "mean_reward": "train/score_mean",
     "grad_norm": "train/grad_norm",
     "learning_rate": "lr",
+    "eval_accuracy": "validation/accuracy",
+    "eval_loss": "validation/loss",
 }
 
 PADDING_TOLERANCE = 1e-2
@@ -118,7 +122,10 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
             processing_class=tokenizer,
         )
         first = {"validation/accuracy": before.accuracy.share, "validation/loss": before.loss}
-        train(trainer, stage.work, Recorder(stage.tracker, LOGGED, config.log_every), first)
+        best = Best(config, "eval_accuracy") if config.keep == "best" else None
+        trainer.held_out = lambda: _held_out(trainer, tokenizer, held_out_rows)
+        recorder = Recorder(stage.tracker, LOGGED, config.log_every, best)
+        train(trainer, stage.work, recorder, first)
 
         if config.lora is not None:
             save_adapter(trainer.accelerator.unwrap_model(trainer.model), stage.output / ADAPTER)
@@ -153,6 +160,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
                 "responses_too_long": too_long,
                 **by_source(training),
                 "steps": trainer.state.global_step,
+                **({"best_step": best.step} if best else {}),
             },
             tokenizer_hash(tokenizer),
             template_hash(tokenizer),
@@ -237,6 +245,16 @@ def _score(
         )
         for row in rows
     ]
+
+
+def _held_out(
+    trainer: KwiseTrainer, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]
+) -> dict[str, float]:
+    """Accuracy and loss on held-out rankings while it trains."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with torch.random.fork_rng():
+        found = measure(_score(model, tokenizer, rows))
+    return {"eval_accuracy": found.accuracy.share, "eval_loss": found.loss}
 
 
 def _ranked_ids(row: dict) -> dict:

@@ -33,7 +33,7 @@ from pipeline.data.template import (
     tokenizer_hash,
     well_formed,
 )
-from pipeline.errors import at
+from pipeline.errors import UserError, at
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import merged
 from pipeline.models.device import device
@@ -43,6 +43,7 @@ from pipeline.process import faults
 from pipeline.process.files import jsonl
 from pipeline.process.progress import tracked
 from pipeline.run import StageRun, by_source, given
+from pipeline.training.best import Best
 from pipeline.training.supervised import check_packing, sft_trainer
 from pipeline.training.trainers import (
     Recorder,
@@ -97,7 +98,13 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(ShowsEvaluation("sft: held-out loss"))
         before = _validation_loss(trainer)
-        train(trainer, stage.work, Recorder(stage.tracker, LOGGED, config.log_every), before)
+        best = Best(config, "eval_loss") if config.keep == "best" else None
+        if best and not before:
+            raise UserError(
+                "keep: best needs held-out data: validation_data or validation_fraction"
+            )
+        recorder = Recorder(stage.tracker, LOGGED, config.log_every, best)
+        train(trainer, stage.work, recorder, before)
         after = _validation_loss(trainer)
 
         final = merged(
@@ -117,6 +124,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
                 "examples_too_long": too_long,
                 **by_source(training),
                 "steps": trainer.state.global_step,
+                **({"best_step": best.step} if best else {}),
             },
             tokenizer_hash(tokenizer),
             template_hash(tokenizer),

@@ -166,6 +166,13 @@ class Optimisation(Section):
     too_long: Fraction = 0.1
     """Share of the training examples (rm: responses) that may be over `max_length` and are dropped; more are
     refused, for what is left would be another data set."""
+    keep: Literal["last", "best"] = "last"
+    """What is published: the last state, or of those measured on held-out data the best (sft: by loss; rm: by
+    accuracy)."""
+    eval_every: Positive = 50
+    """Optimizer steps between those measurements; the last step has one too."""
+    patience: Positive | None = None
+    """Stop after so many measurements that were no better than the best."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """At its highest, after the warm-up."""
     schedule: Schedule = "cosine"
@@ -188,6 +195,9 @@ class Optimisation(Section):
     def _trains_fp32(self):
         if self.dtype != "fp32" and self.lora is None:
             raise ValueError("dtype bf16 is for weights that are not trained: it needs lora")
+        if self.keep == "last" and (unread := {"eval_every", "patience"} & self.model_fields_set):
+            if any(getattr(self, k) != type(self).model_fields[k].default for k in unread):
+                raise ValueError("eval_every and patience go with keep: best")
         return self
 
 

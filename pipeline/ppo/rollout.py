@@ -29,7 +29,7 @@ class Query:
 
 
 def queries_of(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt] | Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt | str]
 ) -> Sequence[Query]:
     """Prompts, or plain user texts, as token ids. UserError for anything else."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:

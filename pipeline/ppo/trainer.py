@@ -6,8 +6,7 @@ Source of the recipe: arXiv 2203.02155 (InstructGPT) appendix C.4 and openai/lm-
 
 import contextlib
 import functools
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import abc, defaultdict
 
 import torch
 from accelerate import Accelerator
@@ -95,7 +94,7 @@ class PPO:
         self.iteration, self.optimizer_steps = 0, 0
         self.kl_coef, self.scale = config.kl_coef, RunningScale()
 
-    def queries(self, prompts: Sequence[Prompt] | Sequence[str]) -> Sequence[Query]:
+    def queries(self, prompts: abc.Sequence[Prompt | str]) -> abc.Sequence[Query]:
         """Prompts, or plain user texts, tokenised as in every stage."""
         return queries_of(self.tokenizer, prompts)
 

@@ -1,5 +1,6 @@
 """InstructGPT's K-wise ranking loss, its batches, and TRL's reward trainer with it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,14 @@ class KwiseTrainer(Checked, RewardTrainer):
     """
 
     loss_is_scaled_for_ga = True  # by the prompts of the whole batch, however it is cut up
+    held_out: Callable[[], dict[str, float]]
+    """Measures the model on held-out rankings."""
+
+    def evaluate(self, *args, **kwargs):
+        metrics = self.held_out()
+        self.log(dict(metrics))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset  # tokenised by us, the same way in every stage

@@ -24,6 +24,7 @@ from pipeline.process import faults, stopping
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say, track, tracked
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.best import Best
 
 SCRATCH = "trainer"
 """Folder of `work` in which transformers writes a checkpoint, before it is sealed and put in its place."""
@@ -157,8 +158,10 @@ class Recorder(TrainerCallback):
     been summed up for the next row is part of a training state, so that a resumed run writes the same rows.
     """
 
-    def __init__(self, tracker: Tracker, names: dict[str, str], every: int):
-        self.tracker, self.names, self.every = tracker, names, every
+    def __init__(
+        self, tracker: Tracker, names: dict[str, str], every: int, best: Best | None = None
+    ):
+        self.tracker, self.names, self.every, self.best = tracker, names, every, best
         self.bar: Any = None
         self.sums: dict[str, list[float]] = {}  # name -> [sum, number of steps]
 
@@ -208,6 +211,8 @@ class Recorder(TrainerCallback):
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
         write_atomically(written / _RECORDER, json.dumps(self.sums))
+        if self.best:
+            self.best.save(written)
         self.tracker.sync()
         sealed.publish(written, Path(args.output_dir).parent, state.global_step)
 
@@ -218,6 +223,8 @@ class Recorder(TrainerCallback):
     def load(self, directory: Path) -> None:
         """Go on from the state in `directory`."""
         self.sums = json.loads((directory / _RECORDER).read_text())
+        if self.best:
+            self.best.load(directory)
         self.tracker.truncate(sealed.step_of(directory))
 
 
@@ -249,6 +256,8 @@ def train(
     """
     trainer.remove_callback(PrinterCallback)  # it prints dictionaries; the recorder shows a bar
     trainer.add_callback(recorder)
+    if recorder.best:
+        trainer.add_callback(recorder.best)
     stage = recorder.tracker.stage
     newest = sealed.newest(work)
     step = 0 if newest is None else sealed.step_of(newest)
@@ -258,11 +267,19 @@ def train(
         recorder.load(newest)
     elif before:
         recorder.tracker.log(0, before)
-    if newest is not None and step == trainer.args.max_steps:
+    ended = step == trainer.args.max_steps or (recorder.best is not None and recorder.best.ended)
+    if newest is not None and ended:
         # cut off after the last save: transformers would train one step too many
         trainer._load_from_checkpoint(str(newest))
         trainer.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
-        return
+    else:
+        _go_on(trainer, work, newest, stage)
+    if recorder.best:
+        recorder.best.restore(trainer.model)
+        trainer.remove_callback(recorder.best)  # what is measured from now on is itself
+
+
+def _go_on(trainer: Trainer, work: Path, newest: Path | None, stage: str) -> None:
     weight = next(p for p in trainer.model.parameters() if p.requires_grad)
     faults.watch_gradient(weight, lambda: trainer.state.global_step + 1)
     with stopping.deferred(), checkpoint.refusing_code(newest or work):
