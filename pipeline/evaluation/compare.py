@@ -173,7 +173,8 @@ class Study:
         source = Data(path=str(ranked)) if ranked.is_file() else config.data
         if source is None:
             raise UserError(f"{rm}: its rankings came in memory and are not there to compare with")
-        return split_by_prompt(load_rankings(source), config.validation_fraction, config.seed)[0]
+        rankings = load_rankings(source, seed=config.seed)
+        return list(split_by_prompt(rankings, config.validation_fraction, config.seed)[0])
 
     def _dpo(self) -> dict[str, Policy]:
         """DPO's policies by beta."""

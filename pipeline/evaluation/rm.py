@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, help="file for the card as JSON")
     args = parser.parse_args(argv)
-    rankings = load_rankings(Data(path=args.data, split=args.split))
+    rankings = list(load_rankings(Data(path=args.data, split=args.split)))
     found = card(scored(args.model, rankings, args.max_length))
     if args.out is not None:
         write_atomically(args.out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
