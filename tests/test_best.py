@@ -86,7 +86,7 @@ def test_a_reward_model_is_kept_by_its_accuracy(stages, lora):
 
 @pytest.mark.parametrize("at", [3, 5, 7, 9])
 @pytest.mark.parametrize("patience", [None, 2])
-def test_a_killed_run_publishes_the_same_bytes(stages, monkeypatch, at, patience):
+def test_a_killed_run_publishes_the_same_bytes(stages, monkeypatch, tmp_path, at, patience):
     one, _ = stages
     straight = contents(one("a", patience=patience))
     log = Tracker.log

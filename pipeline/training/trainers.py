@@ -164,6 +164,7 @@ class Recorder(TrainerCallback):
         self.tracker, self.names, self.every, self.best = tracker, names, every, best
         self.bar: Any = None
         self.sums: dict[str, list[float]] = {}  # name -> [sum, number of steps]
+        self.measured: tuple[int, dict[str, float]] = (0, {})  # the latest, on held-out data
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -194,6 +195,7 @@ class Recorder(TrainerCallback):
             return
         if "loss" not in logs:  # validation
             self.tracker.log(state.global_step, named)
+            self.measured = (state.global_step, named)
             return
         self.bar.advance(0, loss=logs["loss"])
         latest = {new for old, new in self.names.items() if old in _LATEST}
@@ -210,7 +212,7 @@ class Recorder(TrainerCallback):
             return
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-        write_atomically(written / _RECORDER, json.dumps(self.sums))
+        write_atomically(written / _RECORDER, json.dumps([self.sums, self.measured]))
         if self.best:
             self.best.save(written)
         self.tracker.sync()
@@ -222,10 +224,14 @@ class Recorder(TrainerCallback):
 
     def load(self, directory: Path) -> None:
         """Go on from the state in `directory`."""
-        self.sums = json.loads((directory / _RECORDER).read_text())
+        self.sums, self.measured = json.loads((directory / _RECORDER).read_text())
         if self.best:
             self.best.load(directory)
         self.tracker.truncate(sealed.step_of(directory))
+        if self.measured[0] == sealed.step_of(
+            directory
+        ):  # before the save, unlike what ends a stage
+            self.tracker.log(*self.measured)
 
 
 class ShowsEvaluation(TrainerCallback):
