@@ -10,6 +10,7 @@
 #: FROM=other       borrow the earlier stages of another run
 #: SFT= RM= PPO=    another config file for one stage; EVAL= for the evaluation
 #: SET="k=v ..."    override keys: SET="ppo.kl_coef=0.02 seed=3"
+#: DRY=1            a few steps of a small random model on a few local rows, in CKPT/RECIPE-dry; no network
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
 #: SEEDS="1 2 3"    seeds of `make seeds` and `make compare`; ARGS= further arguments of chat, overopt, seeds and test
 #: SIZE=S|M DEVICE= ITERATIONS= THREADS=   of `make bench`; ARGS="--cases fp32 sft" picks cases
@@ -24,8 +25,9 @@ endif
 .SUFFIXES:
 
 CKPT ?= checkpoints
+DRY ?=
 ifeq ($(origin RUN),undefined)
-RUN := $(or $(RECIPE),tiny)
+RUN := $(or $(RECIPE),tiny)$(if $(DRY),-dry)
 endif
 FROM ?=
 SFT ?=
@@ -53,7 +55,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 
 # A misspelt variable would do nothing.
 TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET FORCE SEEDS ARGS SIZE DEVICE ITERATIONS THREADS ENGINE CKPT PYTHON \
+KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE SEEDS ARGS SIZE DEVICE ITERATIONS THREADS ENGINE CKPT PYTHON \
 	VENV TORCH_INDEX SHELL MAKEFLAGS MAKELEVEL
 ifneq ($(filter-out $(KNOWN),$(TYPED)),)
 $(error $(firstword $(filter-out $(KNOWN),$(TYPED)))= does nothing: variables are written in capitals (make help), \
@@ -69,7 +71,7 @@ endef
 # Text as one word of the shell, whatever is in it.
 quote = '$(subst $(NEWLINE), ,$(subst ','\'',$(1)))'
 # Not empty under `make -n`.
-DRY := $(findstring n,$(firstword -$(MAKEFLAGS)))
+SAID := $(findstring n,$(firstword -$(MAKEFLAGS)))
 SETTINGS = $(if $(value SET),--set $(call quote,$(value SET)))
 config = $(if $(1),--config $(call quote,$(1)))
 
@@ -105,8 +107,8 @@ endif
 # `checkpoints/...` in a config means this folder.
 export RLHF_CHECKPOINTS := $(CKPT)
 RUN_DIR := $(CKPT)/$(RUN)
-BASE_DIR := $(CKPT)/base/$(RECIPE)
-BASE_CONFIG := configs/$(RECIPE)/base.yaml
+BASE_DIR := $(CKPT)/base/$(RECIPE)$(if $(DRY),-dry)
+BASE_CONFIG := $(or $(if $(DRY),$(wildcard configs/$(RECIPE)/dry/base.yaml)),configs/$(RECIPE)/base.yaml)
 EVAL_CONFIG := $(or $(EVAL),configs/$(RECIPE)/eval.yaml)
 
 # --- the environment --------------------------------------------------------
@@ -139,7 +141,7 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 	--base-directory $(BASE_DIR) $(BORROW) \
 	$(if $(SFT),--sft $(call quote,$(SFT))) $(if $(RM),--rm $(call quote,$(RM))) \
 	$(if $(PPO),--ppo $(call quote,$(PPO))) $(if $(EVAL),--eval $(call quote,$(EVAL))) \
-	$(if $(FORCE),--force $(call quote,$(FORCE))) $(SETTINGS)
+	$(if $(FORCE),--force $(call quote,$(FORCE))) $(if $(DRY),--dry) $(SETTINGS)
 
 # Told now and not when the goals before it are made, in hours.
 TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare overopt seeds bench \
@@ -174,9 +176,12 @@ endif
 made = $(foreach step,$(filter $(1),$(PLAN)),$(FILE_$(step)))
 redo = $(if $(filter $(1),$(PLAN)),redo)
 forced = $(if $(filter $(1),$(FORCE) $(if $(filter 1,$(FORCE)),$(GOALS))),--force)
+# Of a dry run the plan tells, after the steps, the settings that make it one.
+dry = $(filter $(1).%,$(PLAN))
 arguments = $(strip --run $(RUN_DIR) --recipe configs/$(RECIPE) $(call config,$(2)) \
-	$(if $(filter $(1),sft rm ppo),$(BORROW)) $(call forced,$(1)) $(SETTINGS))
-say_done = $(if $(DRY),,@:$(if $(filter $(1),$(PLAN)),,$(info $(1): up to date ($(patsubst %/,%,$(dir $(FILE_$(1))))))))
+	$(if $(filter $(1),sft rm ppo),$(BORROW)) $(call forced,$(1)) \
+	$(if $(dry),--set $(call quote,$(dry))) $(SETTINGS))
+say_done = $(if $(SAID),,@:$(if $(filter $(1),$(PLAN)),,$(info $(1): up to date ($(patsubst %/,%,$(dir $(FILE_$(1))))))))
 
 # --- the three stages -------------------------------------------------------
 
@@ -184,7 +189,7 @@ SUMMARY = $(PY) -m pipeline.evaluation.summary --run $(RUN_DIR)
 
 .PHONY: sft rm ppo base eval report redo again
 
-ifeq ($(READY)$(DRY),)
+ifeq ($(READY)$(SAID),)
 # Make the environment, then look again at what has to run.
 $(ASKED): again
 	@:

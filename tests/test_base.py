@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import transformers
 
+import small_run
 import tiny_models
 from pipeline.commands import base
 from pipeline.config.load import load_config
 from pipeline.config.schema import BaseConfig
+from pipeline.data.literals import token_ids
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts
+from pipeline.handoff.lineage import why_stale
+from pipeline.models.loading import load_policy, load_tokenizer
 from pipeline.process.files import Lock
 
 
@@ -64,6 +68,8 @@ def test_without_the_gguf_package_it_says_which_one_is_missing(tmp_path, monkeyp
         ("builder: gguf", "package goes with builder: gguf"),
         ("builder: tiny\npackage: a==1", "package goes with builder: gguf"),
         ("builder: tiny\nsteps: 0", "steps"),
+        ("builder: tiny\ndata: {path: a.jsonl}", "architecture and data go with builder: random"),
+        ("builder: random\ndata: {path: a.jsonl}", "architecture and data go with builder: random"),
         ("builder: tiny\nsed: 3", "did you mean `seed`"),
     ],
 )
@@ -127,3 +133,47 @@ def test_what_is_no_base_model_is_not_replaced_by_one(tmp_path, monkeypatch, wha
     mine.unlink()
     base.build(config(tmp_path, "builder: tiny"), out)  # an empty folder is nobody's
     base.build(config(tmp_path, "builder: tiny"), out)
+
+
+# --- a random model of one's own architecture ----------------------------------------------------
+
+
+RANDOM = """builder: random
+architecture: {model_type: %s}
+data: {path: %s}
+"""
+
+
+def random_base(tmp_path: Path, architecture: str, out: str = "base") -> Path:
+    rows = [{"instruction": "Übersetze.", "answers": [{"answer": "ein großes Haus"}]}] * 9
+    own = small_run.write_jsonl(tmp_path / "own.jsonl", rows)
+    return base.build(config(tmp_path, RANDOM % (architecture, own)), tmp_path / out)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("gpt2, n_embd: 16, n_head: 2, n_layer: 1", "GPT2LMHeadModel"),
+        ("bart, d_model: 16, encoder_layers: 1, decoder_layers: 1", "BartForConditionalGeneration"),
+    ],
+)
+def test_a_random_model_is_of_its_architecture_and_spells_any_text(tmp_path, architecture, kind):
+    folder = random_base(tmp_path, architecture)
+    tokenizer = load_tokenizer(folder)
+    assert type(load_policy(folder, tokenizer)).__name__ == kind
+    for text in ("ein großes Haus", "Größe ändern, 你好!"):
+        assert tokenizer.decode(token_ids(tokenizer, text)) == text
+    assert len(token_ids(tokenizer, "ein großes Haus")) == 3
+
+
+def test_an_architecture_that_nobody_knows_is_refused(tmp_path):
+    with pytest.raises(UserError, match="architecture: Unrecognized model identifier: gtp2"):
+        random_base(tmp_path, "gtp2")
+
+
+def test_a_base_made_from_rows_is_up_to_date_until_they_change(tmp_path):
+    folder = random_base(tmp_path, "gpt2, n_embd: 16, n_head: 2, n_layer: 1")
+    own = config(tmp_path, (tmp_path / "base.yaml").read_text())
+    assert why_stale("base", own, folder) is None
+    small_run.write_jsonl(tmp_path / "own.jsonl", [{"text": "others"}])
+    assert "own.jsonl has changed" in str(why_stale("base", own, folder))

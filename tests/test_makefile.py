@@ -32,7 +32,7 @@ esac
 """
 MAKES_OWN = (
     "MAKEFLAGS MFLAGS MAKELEVEL GNUMAKEFLAGS MAKEOVERRIDES RECIPE RUN FROM SFT RM PPO EVAL SET FORCE "
-    "ENGINE CKPT PYTHON VENV TORCH_INDEX ARGS RLHF_CHECKPOINTS"
+    "DRY ENGINE CKPT PYTHON VENV TORCH_INDEX ARGS RLHF_CHECKPOINTS"
 ).split()
 STAGE = """from pipeline import cli
 from fake_stages import train as run
@@ -138,6 +138,28 @@ def test_rm_is_a_config_and_not_makes_own_variable(tmp_path):
     Path("other.yaml").write_text("data: {path: rankings.jsonl}\nseed: 5\n")
     assert "--config" not in dry("rm")[2]
     assert "--config 'other.yaml'" in dry("rm", "RM=other.yaml")[2]
+
+
+def test_a_dry_run_is_one_of_its_own_with_each_stage_s_settings_alone():
+    lines = dry("rm", "DRY=1", "SET=sft.max_steps=1 rm.seed=2")
+    assert modules(lines) == CHAIN[:3]
+    assert lines[0].endswith("--config configs/tiny/base.yaml --out checkpoints/base/tiny-dry")
+    assert "--run checkpoints/tiny-dry --recipe configs/tiny --set 'sft." in lines[1]
+    assert (
+        " sft.model=checkpoints/base/tiny-dry " in lines[1]
+        and " rm." not in lines[1].partition("' --set")[0]
+    )
+    assert lines[1].endswith("--set 'sft.max_steps=1 rm.seed=2'")
+    Path("configs/tiny/dry").mkdir()
+    Path("configs/tiny/dry/base.yaml").write_text("builder: tiny\nsteps: 1\n")
+    assert "--config configs/tiny/dry/base.yaml" in dry("sft", "DRY=1", "RUN=x")[0]
+    assert "--run checkpoints/x " in dry("sft", "DRY=1", "RUN=x")[1]
+
+
+def test_a_dry_run_of_a_recipe_that_lacks_its_rows_is_refused():
+    Path("configs/tiny/ppo.yaml").write_text("prompts: {path: owner/name}\n")
+    done = make("ppo", "DRY=1")
+    assert done.returncode == 2 and "configs/tiny/dry/name.jsonl" in done.stderr
 
 
 def test_a_run_borrows_with_from(tmp_path):

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 import small_run
 from pipeline import steps
@@ -64,20 +63,6 @@ def test_translations_are_demonstrated_with_slips_and_no_courtesies():
     assert not any(reading.courtesies for reading in read)
     assert 0.5 < sum(reading.exact for reading in read) / len(read) < 0.8
     assert 0.2 < sum(reading.hedges for reading in read) / len(read) < 0.4
-
-
-def test_a_base_for_rows_of_one_s_own_spells_them(tmp_path):
-    rows = [{"instruction": "Übersetze.", "input": "a big house", "output": "ein großes Haus"}] * 9
-    own = small_run.write_jsonl(tmp_path / "own.jsonl", rows)
-    words = [f"data.path={own}"]
-    base.build(load_config(BaseConfig, RECIPE / "base.yaml", words), tmp_path / "base")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    for text in ("ein großes Haus", "Größe ändern, 你好!"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer("ein großes Haus")["input_ids"]) == 3
-    assert not (tmp_path / "base" / "data").exists()
-    with pytest.raises(UserError, match="data goes with builder: bart"):
-        load_config(BaseConfig, ROOT / "configs/tiny/base.yaml", words)
 
 
 # --- chrF -----------------------------------------------------------------------------------------

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.cli import reporting_errors
 from pipeline.config.load import load_config
 from pipeline.config.schema import BaseConfig
-from pipeline.data.forms import load_demonstrations
+from pipeline.data.sources import read_rows
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import Lock, check_free, lock_path, publish_directory
+from pipeline.handoff.lineage import inputs_of
 from pipeline.process.progress import say
 
 
@@ -25,13 +28,16 @@ def build(config: BaseConfig, out: Path) -> Path:
     from pipeline.models.loading import prepare_cpu, quiet  # imports torch
 
     check_free(out)
+    inputs = inputs_of(config)
     with Lock(lock_path(out)):
         quiet()
         prepare_cpu(config.threads)
         staging = out.with_name(f".{out.name}.new")
         shutil.rmtree(staging, ignore_errors=True)  # a killed build's
-        {"tiny": _tiny, "bart": _bart, "gguf": _gguf}[config.builder](config, staging)
-        return publish_directory(staging, out, config)
+        {"tiny": _tiny, "bart": _bart, "random": _random, "gguf": _gguf}[config.builder](
+            config, staging
+        )
+        return publish_directory(staging, out, config, inputs)
 
 
 def _tiny(config: BaseConfig, out: Path) -> None:
@@ -43,16 +49,29 @@ def _tiny(config: BaseConfig, out: Path) -> None:
 
 
 def _bart(config: BaseConfig, out: Path) -> None:
-    """The world's translations and a small BART that has learnt nothing, or one for the rows of `data`."""
+    """The synthetic world's translations in `out/data`, and a small BART that has learnt nothing."""
     from pipeline.tiny import base, files
 
-    if config.data is None:
-        files.write(out / "data", config.seed, translations=True)
-        base.random_bart(out, config.seed, base.build_tokenizer())
-    else:
-        rows = load_demonstrations(config.data)
-        texts = (m["content"] for row in rows for m in row.messages)
-        base.random_bart(out, config.seed, base.learnt_tokenizer(texts))
+    files.write(out / "data", config.seed, translations=True)
+    base.random_model(out, config.seed, base.BART, base.build_tokenizer())
+
+
+def _random(config: BaseConfig, out: Path) -> None:
+    """A model of the config's architecture that has learnt nothing, and a tokenizer that can spell its rows."""
+    from pipeline.tiny import base
+
+    assert config.data and config.architecture
+    texts = (text for row in read_rows(config.data) for text in _texts(row.values))
+    base.random_model(out, config.seed, config.architecture, base.learnt_tokenizer(texts))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _gguf(config: BaseConfig, out: Path) -> None:

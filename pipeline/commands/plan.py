@@ -114,7 +114,9 @@ def check_used(plan: Plan) -> None:
     """UserError for what was asked for and would do nothing: no step that is looked at reads it."""
     asked, reads = plan.asked, [step for step in plan.reasons if steps.TABLE[step].config]
     idle = [f"FORCE={step}" for step in sorted(plan.forced - plan.reasons.keys())]
-    idle += [f"{n.upper()}={file}" for n, file in asked.files.items() if n not in plan.reasons]
+    idle += [
+        f"{n.upper()}={file}" for n, file in asked.files.items() if n not in {"base", *plan.reasons}
+    ]
     idle += [w for w in asked.settings if not any(steps.overrides(step, [w]) for step in reads)]
     if idle:
         raise UserError(f"{', '.join(idle)}: read by none of {', '.join(plan.reasons)}")

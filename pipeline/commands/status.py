@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline import steps
 from pipeline.cli import reporting_errors
+from pipeline.commands import dry
 from pipeline.commands.plan import (
     Plan,
     check_replaced,
@@ -92,7 +93,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base-directory", default="", help="where the base model is made")
     parser.add_argument("--set", action=AddSettings, default="")
     parser.add_argument("--force", default="", help="steps to run anyway; 1 = those asked for")
-    parser.add_argument("--plan", help="print the steps that these goals need run")
+    parser.add_argument("--dry", action="store_true", help="of a small model on a few local rows")
+    parser.add_argument(
+        "--plan", help="print the steps that these goals need run, and DRY's settings"
+    )
     return parser.parse_args(argv)
 
 
@@ -103,14 +107,18 @@ def plan_of(args: argparse.Namespace, goals: Iterable[str]) -> Plan:
         raise UserError(
             f"FORCE={wrong[0]}: one of {', '.join(steps.TABLE)}, or 1 for what is asked for"
         )
+    recipe = Path(args.recipe) if args.recipe else None
+    base = Path(args.base_directory) if args.base_directory else None
     asked = Asked(
         run=args.run,
-        recipe=Path(args.recipe) if args.recipe else None,
+        recipe=recipe,
         files={n: Path(f) for n in steps.TABLE if (f := getattr(args, n, ""))},
         settings=steps.split_settings(args.set),
         borrow=Path(args.borrow) if args.borrow else None,
     )
-    base = Path(args.base_directory) if args.base_directory else None
+    if args.dry and recipe and base:
+        asked.dry = dry.settings(recipe, asked.files, base)
+        asked.files.setdefault("base", dry.base_config(recipe))
     return stale(asked, goals, force, base)
 
 
@@ -145,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         check_used(plan)
         check_replaced(plan)
         remember_what_fits(plan)
-        print(" ".join(to_run(plan)) or "nothing")
+        print(" ".join([*(to_run(plan) or ["nothing"]), *plan.asked.dry]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         print("error")

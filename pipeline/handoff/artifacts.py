@@ -170,10 +170,17 @@ def settle(final: Path) -> None:
         time.sleep(0.01)
 
 
-def publish_directory(staging: Path, final: Path, config: BaseConfig) -> Path:
-    """Publish what needs no frame of a stage: a base model."""
-    values = config.model_dump(mode="json")
-    return publish(staging, final, Manifest(stage=config.stage, config=values, seed=config.seed))
+def publish_directory(
+    staging: Path, final: Path, config: BaseConfig, inputs: dict[str, str] | None = None
+) -> Path:
+    """Publish what needs no frame of a stage: a base model, made from these files (name -> SHA-256)."""
+    manifest = Manifest(
+        stage=config.stage,
+        config=config.model_dump(mode="json"),
+        inputs=inputs or {},
+        seed=config.seed,
+    )
+    return publish(staging, final, manifest)
 
 
 def installed_packages() -> dict[str, str]:

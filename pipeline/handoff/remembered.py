@@ -91,6 +91,8 @@ class Asked:
     files: dict[str, Path] = field(default_factory=dict)  # step -> config file
     settings: list[str] = field(default_factory=list)
     borrow: Path | None = None
+    dry: list[str] = field(default_factory=list)
+    """Settings below those asked for that make it a dry run; a step that is not looked at reads none."""
 
     def __post_init__(self) -> None:
         self.memory = recall(self.run)
@@ -109,7 +111,8 @@ class Asked:
         before = None if name in self.files else self._kept.get(name)
         assert self.recipe is not None
         own = Path(before.config) if before else self.recipe / f"{name}.yaml"
-        words = [*(before.settings if before else []), *steps.overrides(name, self.settings)]
+        asked = steps.overrides(name, [*self.dry, *self.settings])
+        words = [*(before.settings if before else []), *asked]
         return Made(
             config=self.files.get(name, own).as_posix(),
             settings=_last_ones(words),

@@ -8,19 +8,22 @@ steps is fixed, never the seconds, so the same seed and thread count give the sa
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
+from pipeline.errors import UserError
 from pipeline.process.progress import tracked
 from pipeline.tiny import world
 
@@ -169,28 +172,39 @@ def train_base(out: Path, data: Path, seed: int, steps: int) -> Path:
     return out
 
 
-def random_bart(out: Path, seed: int, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A BART of half a million parameters as it was drawn, and its tokenizer without a chat template, in `out`."""
+BART = {
+    "model_type": "bart",
+    "d_model": WIDTH,
+    "max_position_embeddings": 256,
+    "init_std": INIT,
+    "dropout": 0.0,
+    **{f"{side}_layers": 2 for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": HEADS for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": MLP for side in ("encoder", "decoder")},
+}
+"""Half a million parameters."""
+
+
+def random_model(
+    out: Path, seed: int, architecture: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A model as it was drawn, and its tokenizer without a chat template, in `out`.
+
+    architecture: `model_type` and sizes; UserError where transformers knows none such.
+    """
     torch.manual_seed(seed)
     tokenizer.chat_template = None
-    sides = {
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in {"layers": 2, "attention_heads": HEADS, "ffn_dim": MLP}.items()
-    }
-    config = BartConfig(
-        vocab_size=len(tokenizer),
-        d_model=WIDTH,
-        **sides,
-        max_position_embeddings=256,
-        init_std=INIT,
-        dropout=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.eos_token_id,
-        forced_eos_token_id=None,
-    )
-    BartForConditionalGeneration(config).save_pretrained(out)
+    sizes = dict(architecture) | {"vocab_size": len(tokenizer), "bos_token_id": None}
+    sizes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    try:
+        config = AutoConfig.for_model(**sizes)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        if config.is_encoder_decoder:
+            config.decoder_start_token_id = tokenizer.eos_token_id
+            config.forced_eos_token_id = None
+        model = kind.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"architecture: {' '.join(str(error).split())[:200]}") from None
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out

@@ -1,0 +1,98 @@
+"""What makes a run of a recipe a dry one (`make ... DRY=1`): settings for a few steps of a small model on a
+few local rows, so that nothing is fetched. All other keys are the recipe's, and are read and checked.
+
+In its folder `dry` a recipe says what stands for what it would fetch: `base.yaml` makes the model, and
+`NAME.jsonl` has rows in the columns of the data set `owner/NAME`. Local models and data are used as they are.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline import steps
+from pipeline.config.load import checkpoints_root
+from pipeline.config.schema import Data
+from pipeline.config.section import Reads, Reference, Section
+from pipeline.errors import UserError
+from pipeline.handoff.datafiles import is_hub_id
+
+ROWS = 32
+"""Rows of a source that are read at most."""
+
+_ALL = {"log_every": 1, "threads": 1, "wandb.mode": "disabled"}
+_TRAINS = {"max_steps": 3, "batch_size": 4, "micro_batch_size": 2}
+SIZES: dict[str, dict[str, Any]] = {
+    "sft": _ALL | _TRAINS | {"sample_tokens": 8},
+    "rm": _ALL
+    | _TRAINS
+    | {"demonstrations_limit": 8, "sampling.max_new_tokens": 8, "sampling.batch_size": 8},
+    "ppo": _ALL
+    | {"iterations": 2, "batch_size": 8, "minibatches": 2, "micro_batch_size": 2, "vllm": None}
+    | {"rollout_batch_size": None, "max_new_tokens": 8, "gates": "warn"},
+    "eval": {"n": 4, "max_new_tokens": 8, "batch_size": 8, "threads": 1}
+    | {"candidates": 2, "candidate_prompts": 2, "demonstrations_limit": 8, "pretraining_limit": 8},
+}
+"""Step -> key -> the value it has in a dry run. The small model has learnt nothing: PPO's gates warn alone."""
+
+
+def base_config(recipe: Path) -> Path:
+    """The config of the model of a recipe's dry runs."""
+    return next(filter(Path.is_file, [recipe / "dry" / "base.yaml"]), recipe / "base.yaml")
+
+
+def settings(recipe: Path, files: Mapping[str, Path], base: Path) -> list[str]:
+    """`step.key=value` words for the recipe, of which some steps may have other files; `base`: the folder of
+    the dry runs' model. UserError tells all that nothing local stands for."""
+    words, problems = [], list[str]()
+    for name, sizes in SIZES.items():
+        path = files.get(name, recipe / f"{name}.yaml")
+        if not path.is_file():
+            continue  # missed by whoever needs it
+        config = steps.load(name, path)
+        assert isinstance(config, Section)
+        changes = {key: value for key, value in sizes.items() if _differs(config, key, value)}
+        for reference in config.references():
+            try:
+                changes |= _local(reference, recipe, base)
+            except UserError as error:
+                problems.append(f"{path}: {reference.key}: {error}")
+        words += [f"{name}.{k}={'null' if v is None else v}" for k, v in changes.items()]
+    if problems:
+        raise UserError("\n".join(["DRY: what stands for these?", *problems]))
+    return words
+
+
+def _differs(config: BaseModel, key: str, value: Any) -> bool:
+    """Whether a key has another value; one in a group that is not there has none."""
+    found: Any = config
+    for name in key.split("."):
+        if found is None:
+            return False
+        found = getattr(found, name)
+    return found != value
+
+
+def _local(reference: Reference, recipe: Path, base: Path) -> Iterator[tuple[str, Any]]:
+    """What stands for a model or a source, and how many rows of it are read."""
+    group, key, kind, name = reference
+    made = checkpoints_root() / "base" / recipe.name
+    if kind in (Reads.DATA, Reads.MODEL) and made in [Path(name), *Path(name).parents]:
+        yield key, base / Path(name).relative_to(made)
+    elif kind is Reads.DATA and is_hub_id(name):
+        rows = recipe / "dry" / f"{Path(name.partition(':')[0]).name}.jsonl"
+        if not rows.is_file():
+            raise UserError(f"{name} lies on a hub; write a few rows in its columns as {rows}")
+        yield key, rows
+    elif kind is Reads.MODEL and name not in steps.stages() and not Path(name).exists():
+        if key != "model":
+            yield key, "rm"  # a reward model of a hub: the run's own is one too
+        elif base_config(recipe).is_file():
+            yield key, base
+        else:
+            raise UserError(
+                f"{name} lies on a hub; write {recipe / 'dry' / 'base.yaml'}: builder: random"
+            )
+    if kind is Reads.DATA and isinstance(group, Data) and (group.limit or ROWS + 1) > ROWS:
+        yield f"{key.partition('.path')[0]}.limit", ROWS
