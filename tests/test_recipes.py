@@ -48,6 +48,15 @@ def test_every_recipe_has_what_its_dry_run_needs_and_a_readme(root, name):
                 assert Path(text).exists() or plan.base in [Path(text), *Path(text).parents], key
 
 
+VARIANTS = sorted(p for p in Path("configs").glob("*/*-*.yaml") if p.parent.name in RECIPES)
+
+
+@pytest.mark.parametrize("path", VARIANTS, ids=str)
+def test_every_variant_can_be_run_dry(root, path):
+    step = path.stem.partition("-")[0]
+    assert plan_of(root, path.parent, f"--{step}", str(path)).asked.of(step).config == str(path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_dry(root, name):
@@ -90,7 +99,7 @@ def test_all_but_sizes_models_and_data_is_the_recipe_s_own_and_checked(root, min
     config = plan_of(root, mine, "--set", "ppo.iterations=1").configs["ppo"]
     assert (config.kl_coef, config.seed, config.scale_scores) == (0.25, 7, True)
     assert (config.vllm, config.rewards[0].model, config.gates) == (None, "rm", "warn")
-    assert (config.iterations, config.batch_size, config.prompts.limit) == (1, 8, 32)
+    assert (config.iterations, config.batch_size, config.prompts.limit) == (1, 8, 96)
     (mine / "ppo.yaml").write_text(text + "kl_coeff: 1\n")
     with pytest.raises(UserError, match="kl_coeff: unknown key"):
         plan_of(root, mine)

@@ -78,6 +78,20 @@ def test_chrf_by_hand_and_where_a_reward_finds_the_right_answer():
         chrf.reward([], ["a"], [{"instruction": "b"}])
 
 
+def test_chrf_is_a_labeler(tmp_path):
+    """Its ranks go into the very lines it was given, as those of people."""
+    rows = [{"prompt": "a", "responses": ["xyz", "abd", "abd", "abc"], "output": "abc", "n": 1}]
+    samples, out = small_run.write_jsonl(tmp_path / "s.jsonl", rows), tmp_path / "out.jsonl"
+    words = ["--samples", str(samples), "--out", str(out), "--seed", "3"]
+    subprocess.run([sys.executable, "-m", "pipeline.evaluation.chrf", *words], check=True, cwd=ROOT)
+    assert json.loads(out.read_text()) == rows[0] | {"ranks": [4, 2, 2, 1]}
+    small_run.write_jsonl(samples, [{"prompt": "a", "responses": ["b"]}])
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.evaluation.chrf", *words], capture_output=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and b"no text under reference or output" in done.stderr
+
+
 def test_without_its_package_chrf_says_which_one_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(UserError, match="pip install sacrebleu"):

@@ -18,7 +18,7 @@ from pipeline.config.section import Reads, Reference, Section
 from pipeline.errors import UserError
 from pipeline.handoff.datafiles import is_hub_id
 
-ROWS = 32
+ROWS = 96
 """Rows of a source that are read at most."""
 
 _ALL = {"log_every": 1, "threads": 1, "wandb.mode": "disabled"}
