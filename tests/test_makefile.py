@@ -162,6 +162,11 @@ def test_a_dry_run_of_a_recipe_that_lacks_its_rows_is_refused():
     assert done.returncode == 2 and "configs/tiny/dry/name.jsonl" in done.stderr
 
 
+def test_a_study_is_not_run_dry():
+    done = make("seeds", "DRY=1")
+    assert done.returncode == 2 and "DRY=1 is for a run" in done.stderr
+
+
 def test_a_run_borrows_with_from(tmp_path):
     make_all(tmp_path, "a")
     lines = dry("ppo", "RUN=b", "FROM=a")

@@ -1,6 +1,7 @@
 """Every recipe in configs, run dry: whole and checked, on its own rows, without a network."""
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 from pipeline.commands import base, status
 from pipeline.commands.plan import Plan
 from pipeline.config.section import Reads
+from pipeline.data.messages import message
+from pipeline.data.template import encode_responses, prepare_tokenizer
 from pipeline.errors import UserError
 from pipeline.evaluation.__main__ import run_evaluation
+from pipeline.tiny.base import learnt_tokenizer
 from stages import ppo, rm, sft
 
 RECIPES = sorted(path.parent.name for path in Path("configs").glob("*/ppo.yaml"))
@@ -41,6 +45,7 @@ def root(tmp_path, monkeypatch):
 def test_every_recipe_has_what_its_dry_run_needs_and_a_readme(root, name):
     plan = plan_of(root, Path("configs", name))
     assert (Path("configs") / name / "README.md").is_file()
+    assert f"[{name}](configs/{name})" in Path("README.md").read_text()
     assert plan.reasons["ppo"] and plan.reasons["base"] and "eval" in plan.configs
     for config in plan.configs.values():
         for _, key, kind, text in config.references():
@@ -115,3 +120,31 @@ def test_local_models_and_data_are_used_as_they_are(root, mine):
         str(rows),
         5,
     )
+
+
+# --- templates ------------------------------------------------------------------------------------
+
+TALK = [("system", "你是助手。"), ("user", "你好"), ("assistant", "您好！"), ("user", "再见")]
+
+
+def dressed(recipe: str):
+    tokenizer = learnt_tokenizer(["a"])
+    prepare_tokenizer(tokenizer, Path("configs", recipe, "template.jinja"))
+    return tokenizer
+
+
+def test_the_chinese_template_writes_no_word_of_english():
+    tokenizer = dressed("zh")
+    prompt, [reply] = encode_responses(tokenizer, [message(*turn) for turn in TALK], ["再见！"])
+    text = tokenizer.decode(prompt + reply)
+    assert text.endswith(f"\n\n用户：\n再见\n\n助手：\n再见！{tokenizer.eos_token}")
+    assert not re.search("[A-Za-z]", text.replace(tokenizer.eos_token, ""))
+
+
+def test_tldr_s_template_writes_the_post_and_the_summary_alone():
+    tokenizer = dressed("tldr-pythia-1b")
+    row = json.loads(Path("configs/tldr-pythia-1b/dry/tldr.jsonl").read_text().splitlines()[0])
+    asked = [message("user", row["prompt"])]
+    prompt, [reply] = encode_responses(tokenizer, asked, [row["completion"]])
+    assert tokenizer.decode(prompt) == row["prompt"] and row["prompt"].endswith("TL;DR:")
+    assert tokenizer.decode(reply) == row["completion"] + tokenizer.eos_token
