@@ -190,6 +190,9 @@ say_done = $(if $(SAID),,@:$(if $(filter $(1),$(PLAN)),,$(info $(1): up to date 
 
 SUMMARY = $(PY) -m pipeline.evaluation.summary --run $(RUN_DIR)
 
+# Its verdicts are of a model that has learnt nothing.
+AFTER_DRY = $(if $(DRY), && echo "  dry: every stage ran; its numbers mean nothing. Without DRY=1 the recipe itself")
+
 .PHONY: sft rm ppo base eval report redo again
 
 ifeq ($(READY)$(SAID),)
@@ -205,7 +208,7 @@ sft: $(call made,sft)  ## stage 1: supervised fine-tuning
 rm: $(call made,rm)  ## stage 2: reward model
 	$(call say_done,rm)
 ppo: $(call made,ppo eval report)  ## stage 3: PPO, then evaluation, report and a summary
-	$(if $(filter ppo eval report,$(PLAN)),@exec $(SUMMARY),$(call say_done,ppo))
+	$(if $(filter ppo eval report,$(PLAN)),@$(if $(DRY),,exec )$(SUMMARY)$(AFTER_DRY),$(call say_done,ppo))
 base: $(call made,base)  ## the recipe's base model, if it is one that is made here
 	$(if $(wildcard $(BASE_CONFIG)),$(call say_done,base),@echo "base: $(RECIPE) needs none")
 eval: $(call made,eval)  ## measure the run on held-out prompts

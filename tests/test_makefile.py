@@ -162,6 +162,11 @@ def test_a_dry_run_of_a_recipe_that_lacks_its_rows_is_refused():
     assert done.returncode == 2 and "configs/tiny/dry/name.jsonl" in done.stderr
 
 
+def test_a_dry_run_ends_by_saying_that_its_numbers_mean_nothing():
+    assert "its numbers mean nothing" in make("-n", "ppo", "DRY=1").stdout
+    assert "its numbers" not in make("-n", "ppo").stdout
+
+
 def test_a_study_is_not_run_dry():
     done = make("seeds", "DRY=1")
     assert done.returncode == 2 and "DRY=1 is for a run" in done.stderr

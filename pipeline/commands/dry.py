@@ -25,14 +25,12 @@ _ALL = {"log_every": 1, "threads": 1, "wandb.mode": "disabled"}
 _TRAINS = {"max_steps": 3, "batch_size": 4, "micro_batch_size": 2}
 SIZES: dict[str, dict[str, Any]] = {
     "sft": _ALL | _TRAINS | {"sample_tokens": 8},
-    "rm": _ALL
-    | _TRAINS
-    | {"demonstrations_limit": 8, "sampling.max_new_tokens": 8, "sampling.batch_size": 8},
+    "rm": _ALL | _TRAINS | {"sampling.max_new_tokens": 8, "sampling.batch_size": 8},
     "ppo": _ALL
     | {"iterations": 2, "batch_size": 8, "minibatches": 2, "micro_batch_size": 2, "vllm": None}
     | {"rollout_batch_size": None, "max_new_tokens": 8, "gates": "warn"},
     "eval": {"n": 4, "max_new_tokens": 8, "batch_size": 8, "threads": 1}
-    | {"candidates": 2, "candidate_prompts": 2, "demonstrations_limit": 8, "pretraining_limit": 8},
+    | {"candidates": 2, "candidate_prompts": 2},
 }
 """Step -> key -> the value it has in a dry run. The small model has learnt nothing: PPO's gates warn alone."""
 
