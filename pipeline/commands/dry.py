@@ -93,4 +93,4 @@ def _local(reference: Reference, recipe: Path, base: Path) -> Iterator[tuple[str
                 f"{name} lies on a hub; write {recipe / 'dry' / 'base.yaml'}: builder: random"
             )
     if kind is Reads.DATA and isinstance(group, Data) and (group.limit or ROWS + 1) > ROWS:
-        yield f"{key.partition('.path')[0]}.limit", ROWS
+        yield f"{key.rpartition('.path')[0]}.limit", ROWS
