@@ -159,6 +159,9 @@ def test_missing_data_is_told_hours_before_it_is_read():
         ("own_rewards:kind", ""),
         ("own_rewards:sqrt", ""),
         ("own_lazy:anything", ""),
+        ("own_folder.inner.rewards:polite", ""),
+        ("own_folder.inner.rewards:polit", "has no `polit` (did you mean `polite`?)"),
+        ("own_folder.iner.rewards:polite", "no module own_folder.iner in"),
         ("urllib.request:urlopen", ""),
     ],
 )
@@ -170,6 +173,8 @@ def test_a_reward_that_nobody_could_import_is_told_before_anything_runs(
     Path("own_rewards.py").write_text(f"{body}kind = polite\nraise RuntimeError('never run')\n")
     Path("own_lazy.py").write_text("def __getattr__(name): ...\nraise RuntimeError('never run')\n")
     Path("own_broken.py").write_text("def f(:\n")
+    Path("own_folder/inner").mkdir(parents=True)  # folders without __init__.py, as configs/NAME
+    Path("own_folder/inner/rewards.py").write_text("def polite(p, r, rows): ...\n")
     with (CONFIGS / "ppo.yaml").open("a") as file:
         file.write(f"rewards: [{{model: rm}}, {{function: '{function}'}}]\n")
     if not told:

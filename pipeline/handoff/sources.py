@@ -50,8 +50,8 @@ def problem(name: str, function: bool) -> str | None:
         part = f"{part}.{last}".removeprefix(".")
         if spec is None:
             spec = find_spec(part)
-        else:  # `find_spec` would import what it is in
-            spec = PathFinder.find_spec(part, inside) if inside is not None else None
+        else:  # `find_spec` would import what it is in; by its whole name, look for that as imported
+            spec = PathFinder.find_spec(last, inside) if inside is not None else None
         if spec is None:
             hint = did_you_mean(last, (near.name for near in iter_modules(inside)))
             return f"{name}: no module {part} in {Path.cwd()} or on PYTHONPATH{hint}"
