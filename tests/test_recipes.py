@@ -90,8 +90,8 @@ def test_what_nothing_local_stands_for_is_told_at_once_with_the_remedy(root, min
     with pytest.raises(UserError) as error:
         plan_of(root, mine)
     told = str(error.value)
-    assert f"sft.yaml: model: a/b lies on a hub; write {mine}/dry/base.yaml" in told
-    assert f"sft.yaml: data.path: c/d:e lies on a hub; write a few rows in its columns as {mine}/dry/d.jsonl" in told  # fmt: skip
+    assert f"sft.yaml: model: a/b is not here; say in {mine}/dry/base.yaml" in told
+    assert f"sft.yaml: data.path: c/d:e is not here; write a few rows in its columns as {mine}/dry/d.jsonl" in told  # fmt: skip
     assert "rm.yaml: data.path: openbmb/UltraFeedback" in told
 
 
@@ -110,16 +110,18 @@ def test_all_but_sizes_models_and_data_is_the_recipe_s_own_and_checked(root, min
         plan_of(root, mine)
 
 
-def test_local_models_and_data_are_used_as_they_are(root, mine):
-    rows = mine / "dry" / "alpaca.jsonl"
+def test_local_models_and_data_are_used_as_they_are_unless_something_stands_for_them(root, mine):
+    rows = root / "rows.jsonl"
+    rows.write_text((mine / "dry" / "alpaca.jsonl").read_text())
     (mine / "sft.yaml").write_text(f"model: {root / 'model'}\ndata: {{path: {rows}, limit: 5}}\n")
     (root / "model").mkdir()
     config = plan_of(root, mine).configs["sft"]
-    assert (config.model, config.data.path, config.data.limit) == (
-        str(root / "model"),
-        str(rows),
-        5,
-    )
+    assert config.model == str(root / "base" / "mine-dry")
+    assert (config.data.path, config.data.limit) == (str(rows), 5)
+    (mine / "dry" / "base.yaml").unlink()
+    assert plan_of(root, mine).configs["sft"].model == str(root / "model")
+    rows.rename(mine / "dry" / rows.name)  # a file that is made elsewhere, such as by a script
+    assert plan_of(root, mine).configs["sft"].data.path == str(mine / "dry" / rows.name)
 
 
 # --- templates ------------------------------------------------------------------------------------

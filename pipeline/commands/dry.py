@@ -1,8 +1,9 @@
 """What makes a run of a recipe a dry one (`make ... DRY=1`): settings for a few steps of a small model on a
 few local rows, so that nothing is fetched. All other keys are the recipe's, and are read and checked.
 
-In its folder `dry` a recipe says what stands for what it would fetch: `base.yaml` makes the model, and
-`NAME.jsonl` has rows in the columns of the data set `owner/NAME`. Local models and data are used as they are.
+In its folder `dry` a recipe says what stands for its model and data: `base.yaml` makes the model, and
+`NAME.jsonl` has rows in the columns of the data set `owner/NAME` or of a file of that name. What has nothing
+that stands for it is used as it is, if it is here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from pipeline.config.load import checkpoints_root
 from pipeline.config.schema import Data
 from pipeline.config.section import Reads, Reference, Section
 from pipeline.errors import UserError
-from pipeline.handoff.datafiles import is_hub_id
+from pipeline.handoff.datafiles import KINDS
 
 ROWS = 96
 """Rows of a source that are read at most."""
@@ -75,22 +76,30 @@ def _differs(config: BaseModel, key: str, value: Any) -> bool:
 def _local(reference: Reference, recipe: Path, base: Path) -> Iterator[tuple[str, Any]]:
     """What stands for a model or a source, and how many rows of it are read."""
     group, key, kind, name = reference
-    made = checkpoints_root() / "base" / recipe.name
-    if kind in (Reads.DATA, Reads.MODEL) and made in [Path(name), *Path(name).parents]:
-        yield key, base / Path(name).relative_to(made)
-    elif kind is Reads.DATA and is_hub_id(name):
-        rows = recipe / "dry" / f"{Path(name.partition(':')[0]).name}.jsonl"
-        if not rows.is_file():
-            raise UserError(f"{name} lies on a hub; write a few rows in its columns as {rows}")
-        yield key, rows
-    elif kind is Reads.MODEL and name not in steps.stages() and not Path(name).exists():
+    made, there = checkpoints_root() / "base" / recipe.name, Path(name)
+    if kind is Reads.DATA:
+        if (rows := recipe / "dry" / f"{_of_data(name)}.jsonl").is_file():
+            yield key, rows
+        elif made in there.parents:
+            yield key, base / there.relative_to(made)
+        elif not there.exists():
+            raise UserError(f"{name} is not here; write a few rows in its columns as {rows}")
+        if isinstance(group, Data) and (group.limit or ROWS + 1) > ROWS:
+            yield f"{key.rpartition('.path')[0]}.limit", ROWS
+    elif kind is Reads.MODEL and name not in steps.stages():
         if key != "model":
-            yield key, "rm"  # a reward model of a hub: the run's own is one too
-        elif base_config(recipe).is_file():
+            if not there.exists():
+                yield key, "rm"  # the run's own reward model is one too
+        elif there == made or (recipe / "dry" / "base.yaml").is_file():
             yield key, base
-        else:
+        elif not there.exists():
+            told = recipe / "dry" / "base.yaml"
             raise UserError(
-                f"{name} lies on a hub; write {recipe / 'dry' / 'base.yaml'}: builder: random"
+                f"{name} is not here; say in {told} what stands for it: builder: random"
             )
-    if kind is Reads.DATA and isinstance(group, Data) and (group.limit or ROWS + 1) > ROWS:
-        yield f"{key.rpartition('.path')[0]}.limit", ROWS
+
+
+def _of_data(name: str) -> str:
+    """`c` of a/b/c.jsonl and of the hub's a/c:config."""
+    last = Path(name.partition(":")[0])
+    return last.stem if last.suffix in KINDS else last.name
