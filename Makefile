@@ -149,7 +149,7 @@ TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults chec
 ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
 $(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
 endif
-ifneq ($(and $(DRY),$(filter overopt seeds bench,$(MAKECMDGOALS))),)
+ifneq ($(and $(DRY),$(filter compare overopt seeds bench,$(MAKECMDGOALS))),)
 $(error DRY=1 is for a run: sft rm ppo eval report, chat, status and show-config)
 endif
 ifneq ($(and $(filter clean,$(MAKECMDGOALS)),$(filter-out clean,$(MAKECMDGOALS))),)

@@ -154,6 +154,7 @@ KNOW_A_KIND = {
     "pipeline.training.supervised": "its trainer",
     "pipeline.evaluation.likelihoods": "refuses a text by itself",
     "pipeline.ppo.build": "refuses PPO-ptx and vLLM",
+    "pipeline.tiny.base": "draws one at random",
 }
 """The modules that know whether a model is an encoder-decoder, and what for."""
 
