@@ -27,6 +27,7 @@ from pipeline.errors import UserError
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import merged
 from pipeline.models.causal import places
+from pipeline.models.dtypes import check_dtype
 from pipeline.models.forward import layout
 from pipeline.models.loading import load_policy, prepare_cpu, quiet
 from pipeline.ppo import preflight
@@ -49,6 +50,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
     `dataset` replaces `config.prompts` by prompts in memory.
     """
     check_divides(config)
+    check_dtype(config.dtype)
     prompts = load_prompts(given(config.prompts, dataset, "prompts"), seed=config.seed)
     with StageRun(config, dataset) as stage:
         preflight.check(config, stage.parents)

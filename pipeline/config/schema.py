@@ -25,7 +25,7 @@ Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["constant", "linear", "cosine"]
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "int8", "nf4"]
 
 
 class Data(Section):
@@ -191,13 +191,16 @@ class Optimisation(Section):
     lora: Lora | None = None
     """Adapters instead of full weights."""
     dtype: Dtype = "fp32"
-    """Of the weights under them; bf16 takes half the memory. What is trained is fp32, and what is published
-    has its adapters merged into the weights as they were in fp32."""
+    """Of the weights under them: bf16 takes half the memory; int8 and nf4 (4 bits) hold the linear layers in
+    a quarter and an eighth and leave the rest fp32 (bitsandbytes: `pip install -e ".[quantized]"`). What is
+    trained is fp32, and what is published has its adapters merged into the weights as they were in fp32."""
 
     @model_validator(mode="after")
     def _trains_fp32(self):
         if self.dtype != "fp32" and self.lora is None:
-            raise ValueError("dtype bf16 is for weights that are not trained: it needs lora")
+            raise ValueError(
+                f"dtype {self.dtype} is for weights that are not trained: it needs lora"
+            )
         if self.keep == "last" and (unread := {"eval_every", "patience"} & self.model_fields_set):
             if any(getattr(self, k) != type(self).model_fields[k].default for k in unread):
                 raise ValueError("eval_every and patience go with keep: best")
@@ -507,8 +510,8 @@ class PPOConfig(StageConfig):
     """What ends a response besides EOS: tokens, or strings of several that are looked for in its text."""
     old_logprobs: Literal["sampler", "recompute"] | None = None
     """Where the ratio's denominator comes from: kept while sampling, or a forward pass like the
-    update's; none = sampler in fp32, where they agree; recompute in bf16 (precision, or dtype with
-    lora), where they do not quite, and with vllm, whose weights may be rounded."""
+    update's; none = sampler in fp32, where they agree; recompute in bf16 (precision) and on a rounded
+    base (dtype with lora), where they do not quite, and with vllm, whose weights may be rounded."""
     sampler_correction: Annotated[float, Field(ge=1)] | None = None
     """Weigh tokens by old policy / sampler, at most this (truncated importance sampling); with recompute."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
@@ -555,7 +558,8 @@ class PPOConfig(StageConfig):
     adapter starts as the reward model's."""
     dtype: Dtype = "fp32"
     """Of weights that are not trained: reference, reward models, and what is under `lora` and `value_lora`.
-    bf16 takes half the memory; what is published has its adapters merged into fp32 weights."""
+    bf16 takes half the memory; int8 and nf4 hold the linear layers in a quarter and an eighth. What is
+    published has its adapters merged into fp32 weights."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Also publish an exponential moving average of the policy (InstructGPT: 0.992), in `RUN/ppo/ema`."""
 
@@ -627,7 +631,7 @@ class PPOConfig(StageConfig):
         return self.critic() if self.whiten_advantages is None else self.whiten_advantages
 
     def rounds(self) -> bool:
-        """Whether the policy computes in bf16."""
+        """Whether the policy computes in bf16, or its base is rounded."""
         return self.precision != "fp32" or (self.lora is not None and self.dtype != "fp32")
 
     def recompute(self) -> bool:

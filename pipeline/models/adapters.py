@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import Lora
 from pipeline.errors import UserError
-from pipeline.models.packing import Model, hidden_width
+from pipeline.models.packing import Model, hidden_width, rounded
 
 ADAPTER = "adapter"
 """Folder of a reward model that was trained with LoRA: its adapter and head, not merged."""
@@ -33,9 +33,12 @@ def add_lora(model: Model, lora: Lora | None, task: str) -> Model:
     if task == "CAUSAL_LM" and model.config.is_encoder_decoder:
         task = "SEQ_2_SEQ_LM"
     try:
-        return get_peft_model(model, _config(lora, task))
+        adapted = get_peft_model(model, _config(lora, task))
     except ValueError as error:  # nothing in the model has that name
         raise UserError(f"lora.target_modules: {error}") from error
+    # that a base is quantised TRL takes for a wish to train adapters in bf16, but for those it resumes with
+    adapted.is_loaded_in_8bit = adapted.is_loaded_in_4bit = False
+    return adapted
 
 
 def _config(lora: Lora, task: str):
@@ -55,11 +58,11 @@ def _config(lora: Lora, task: str):
 
 
 def merged(model: Model, base: Callable[[], Model] | None = None) -> Model:
-    """A plain transformers model: the adapter folded into the weights it adapts; where these are rounded to
-    bf16 into those of `base()`, the same in float32."""
+    """A plain transformers model: the adapter folded into the weights it adapts; where these are rounded
+    (bf16, int8, nf4) into those of `base()`, the same in float32."""
     if not hasattr(model, "merge_and_unload"):
         return model
-    if base is not None and model.get_base_model().dtype == torch.bfloat16:
+    if base is not None and rounded(model):
         from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
         trained = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -33,6 +33,7 @@ from pipeline.data.literals import around
 from pipeline.data.template import prepare_tokenizer
 from pipeline.errors import UserError
 from pipeline.models import encoder_decoder
+from pipeline.models.dtypes import check_dtype, held_in, settle
 from pipeline.models.forward import score_head
 from pipeline.models.packing import pack_if_possible
 from pipeline.models.scorer import EncoderDecoderScorer
@@ -130,9 +131,6 @@ def _pad_apart_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = spare[0]
     else:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_policy(
@@ -239,13 +237,14 @@ def _load_weights(
 
     transformers would draw it at random.
     """
-    told = {"dtype": DTYPES[dtype], "output_loading_info": True}
-    model, info = _load(kind, path, **told, **kwargs)
+    check_dtype(dtype)
+    model, info = _load(kind, path, output_loading_info=True, **held_in(dtype), **kwargs)
     if lacking := sorted(set(info["missing_keys"]) - {fresh}):
         raise UserError(
             f"{path}: of a {type(model).__name__} its weights lack {', '.join(lacking[:3])}"
             f"{', ...' if lacking[3:] else ''}; give a folder that save_pretrained wrote of the whole model"
         )
+    settle(model, dtype)
     return model
 
 

@@ -172,7 +172,7 @@ def enable_packing(model: Model) -> str | None:
     ) as error:  # a model's own code may raise anything on a layout it does not expect
         reason = f"its attention refused: {type(error).__name__}"
     else:
-        tolerance = 1e-4 if padded.dtype in (torch.float32, torch.float64) else 0.05
+        tolerance = 0.05 if rounded(model) else 1e-4
         if not gap <= tolerance:
             reason = f"packed and padded hidden states differ by {gap.item():.0e}"
     if reason is not None:
@@ -184,6 +184,12 @@ def enable_packing(model: Model) -> str | None:
 def inner(model: Model) -> Model:
     """The transformers model in peft's wrapper, if it is in one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def rounded(model: Model) -> bool:
+    """Whether its weights are held in less than float32."""
+    bare = inner(model)
+    return bare.dtype.itemsize < 4 or getattr(bare, "is_quantized", False)
 
 
 def trunk(model: Model) -> Model:

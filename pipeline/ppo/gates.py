@@ -56,7 +56,8 @@ def starts_at_reference(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, to
     if not gap <= tolerance:
         raise InvariantError(
             f"ppo: iteration 0: policy and reference differ by {gap.item():.2e} nats per token "
-            f"(allowed {tolerance:.0e}); they must start from the same weights."
+            f"(allowed {tolerance:.0e}); they must start from the same weights, and dtype "
+            "round the reference less than that."
         )
 
 

@@ -19,6 +19,7 @@ from pipeline.handoff import checkpoint, sealed
 from pipeline.models import loading as models
 from pipeline.models.causal import places
 from pipeline.models.device import device
+from pipeline.models.dtypes import check_dtype
 from pipeline.models.forward import layout
 from pipeline.process import faults, stopping
 from pipeline.process.files import write_atomically
@@ -89,6 +90,7 @@ def check(config: Any, kind: type[StageConfig]) -> None:
         name = kind.__name__
         raise UserError(f"{kind.stage}: run() takes a {name}, not a {type(config).__name__}")
     assert isinstance(config, Optimisation)
+    check_dtype(config.dtype)
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(
             f"{config.stage}: {processes} processes; this stage trains in one, start it plainly"
