@@ -219,7 +219,6 @@ def test_a_reward_model_without_an_adapter_is_refused_with_the_remedy(run, tmp_p
         ({"lora": None}, "lora"),
         ({"value": "shared"}, "value: separate"),
         ({"value_lora": {"r": 2}}, "no value_lora"),
-        ({"gradient_checkpointing": True}, "no gradient_checkpointing"),
     ],
 )
 def test_options_that_do_not_go_with_a_shared_base_are_refused(change, need):

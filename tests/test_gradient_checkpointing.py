@@ -24,8 +24,9 @@ CONFIG = {
 }
 
 
-def updated(folder: Path, **changes) -> tuple[list, dict, dict[str, list[int]], list]:
-    """Responses, metrics, passes through a layer in (rollout, update), and weights after it."""
+def updated(folder: Path, **changes) -> tuple[list, dict, dict[str, list[int]], list, int]:
+    """Responses, metrics, passes through a layer in (rollout, update), weights after it, and the bytes that
+    a pass keeps."""
     torch.manual_seed(0)
     ppo = build_ppo(PPOConfig(**{**CONFIG, **changes}), folder)
     count: dict[str, list[int]] = {}
@@ -44,8 +45,28 @@ def updated(folder: Path, **changes) -> tuple[list, dict, dict[str, list[int]], 
             inside[0].register_forward_hook(add)
     torch.manual_seed(1)
     rollout = ppo.rollout(QUERIES)
+    kept = saved_bytes(ppo, rollout)
+    for passes in count.values():
+        passes[True] = 0
     metrics = ppo.update(rollout)
-    return rollout.response_ids(), metrics, count, list(ppo.networks.trained().values())
+    return rollout.response_ids(), metrics, count, list(ppo.networks.trained().values()), kept
+
+
+def saved_bytes(ppo, rollout) -> int:
+    """What policy and value keep for going backward, each by itself."""
+    kept = 0
+
+    def count(tensor):
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    ppo.networks.train()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        for networks in ppo.passes:
+            networks(rollout, 1.0)
+    ppo.networks.eval()
+    return kept
 
 
 @pytest.mark.parametrize(
@@ -54,10 +75,14 @@ def updated(folder: Path, **changes) -> tuple[list, dict, dict[str, list[int]], 
         ("llama-gqa", {}),
         ("llama-gqa", {"lora": {"r": 2}, "value_lora": {"r": 2}}),
         ("llama-gqa", {"value": "shared"}),
+        ("llama-gqa", {"lora": {"r": 2}, "shared_base": True}),
+        ("llama-gqa", {"lora": {"r": 2}, "shared_base": True, "dtype": "nf4"}),
         ("bloom", {}),  # padded batches, transformers' own cache
     ],
 )
-def test_no_number_changes_and_the_update_runs_layers_twice(kind, changes, tmp_path, monkeypatch):
+def test_no_number_changes_and_the_update_runs_layers_twice_keeping_less(
+    kind, changes, tmp_path, monkeypatch
+):
     rewards = SimpleNamespace(length=lambda prompts, texts, rows: [float(len(t)) for t in texts])
     monkeypatch.setitem(sys.modules, "own_rewards", rewards)
     tiny_models.causal(kind).save_pretrained(tmp_path)
@@ -68,5 +93,6 @@ def test_no_number_changes_and_the_update_runs_layers_twice(kind, changes, tmp_p
     assert plain[1] == pytest.approx(again[1], rel=1e-5, abs=1e-7)
     for a, b in zip(plain[3], again[3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert again[4] < 0.5 * plain[4]
     for name, (rollout, update) in plain[2].items():
         assert again[2][name] == [rollout, 2 * update] and update > 0, name

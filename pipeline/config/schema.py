@@ -602,9 +602,6 @@ class PPOConfig(StageConfig):
             "shared_base needs lora": self.shared_base and not self.lora,
             "shared_base needs value: separate": self.shared_base and self.value == "shared",
             "shared_base needs no value_lora": self.shared_base and self.value_lora,
-            "shared_base needs no gradient_checkpointing": (
-                self.shared_base and self.gradient_checkpointing
-            ),
             "lora.dropout must be 0: PPO's logprobs need dropout off": any(
                 lora and lora.dropout for lora in (self.lora, self.value_lora)
             ),

@@ -86,6 +86,21 @@ def _using(model: Model, name: str) -> Iterator[None]:
         yield
 
 
+def checkpoint_layers(model: Model) -> None:
+    """Compute the layers again going backward, each with the adapter that worked going forward."""
+    how: dict = {"use_reentrant": False}
+    if hasattr(model, "peft_config"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+        # asked when a layer goes forward: what is around that pass, and around the one again
+        how["context_fn"] = lambda: (
+            contextlib.nullcontext(),
+            _using(model, layer.active_adapters[0]),
+        )
+    model.gradient_checkpointing_enable(how)
+
+
 @contextlib.contextmanager
 def _flag(model: Model, name: str, value: object) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer

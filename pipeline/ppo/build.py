@@ -13,7 +13,7 @@ from pipeline.data.kept import like
 from pipeline.data.literals import text_ids
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.errors import UserError
-from pipeline.models.adapters import add_lora, scorers_on
+from pipeline.models.adapters import add_lora, checkpoint_layers, scorers_on
 from pipeline.models.forward import reward_bias
 from pipeline.models.loading import (
     check_policy,
@@ -72,8 +72,9 @@ def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) 
     else:
         value = _value(config, sft, rm, tokenizer)
     if config.gradient_checkpointing:
-        for model in filter(None, (policy, value)):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for model in (policy, None if config.shared_base else value):
+            if model is not None:
+                checkpoint_layers(model)
     sequence_terms = [r for r in config.rewards if not r.per_token]
     token_terms = [r for r in config.rewards if r.per_token]
     return PPO(
