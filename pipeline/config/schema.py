@@ -422,7 +422,8 @@ class PPOConfig(StageConfig):
 
     stage: ClassVar[str] = "ppo"
     cosmetic: ClassVar[set[str]] = StageConfig.cosmetic | {
-        *("gates", "gate_bars", "alarms", "rollout_batch_size", "sample_prompts", "sample_every")
+        *("gates", "gate_bars", "alarms", "rollout_batch_size", "sample_prompts", "sample_every"),
+        "offload",
     }
 
     log_every: Positive = 1
@@ -560,6 +561,8 @@ class PPOConfig(StageConfig):
     """Of weights that are not trained: reference, reward models, and what is under `lora` and `value_lora`.
     bf16 takes half the memory; int8 and nf4 hold the linear layers in a quarter and an eighth. What is
     published has its adapters merged into fp32 weights."""
+    offload: Literal["cpu"] | None = None
+    """Where reference and reward models wait while they are not used; none = on the accelerator."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Also publish an exponential moving average of the policy (InstructGPT: 0.992), in `RUN/ppo/ema`."""
 
@@ -602,6 +605,9 @@ class PPOConfig(StageConfig):
             "shared_base needs lora": self.shared_base and not self.lora,
             "shared_base needs value: separate": self.shared_base and self.value == "shared",
             "shared_base needs no value_lora": self.shared_base and self.value_lora,
+            "offload has nothing to move: the reference is the policy's base, and no other reward model is "
+            "loaded": self.offload and self.lora and not self.own_reward_models(),
+            "offload needs dtype: fp32 or bf16": self.offload and self.dtype in ("int8", "nf4"),
             "lora.dropout must be 0: PPO's logprobs need dropout off": any(
                 lora and lora.dropout for lora in (self.lora, self.value_lora)
             ),
@@ -609,6 +615,11 @@ class PPOConfig(StageConfig):
         if problems := [told for told, is_so in wrong.items() if is_so]:
             raise ValueError("; ".join(problems))
         return self
+
+    def own_reward_models(self) -> set[str]:
+        """Reward models that are networks of their own."""
+        names = {name for reward in self.rewards for name in reward.members()}
+        return names - {"rm"} if self.shared_base else names
 
     def value_lr(self) -> float:
         """The value network's learning rate at its highest."""

@@ -14,6 +14,7 @@ from pipeline.data.literals import text_ids
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.errors import UserError
 from pipeline.models.adapters import add_lora, checkpoint_layers, scorers_on
+from pipeline.models.device import placed
 from pipeline.models.forward import reward_bias
 from pipeline.models.loading import (
     check_policy,
@@ -30,6 +31,7 @@ from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import pad_id, right_pad
 from pipeline.ppo.ptx import Ptx
 from pipeline.ppo.rewards import (
+    Episodes,
     Score,
     ensemble,
     function_reward,
@@ -45,6 +47,7 @@ from pipeline.ppo.sampler import Sampler
 from pipeline.ppo.trainer import PPO
 from pipeline.ppo.vllm import VLLMSampler, require_vllm
 from pipeline.process import launch
+from pipeline.process.progress import say
 
 
 def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) -> PPO:
@@ -66,7 +69,9 @@ def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) 
     dtype = config.dtype if config.lora else "fp32"
     policy = add_lora(load_policy(sft, tokenizer, dtype), config.lora, "CAUSAL_LM")
     at_once = config.rollout_batch_size or 64
-    terms = _Terms(rm, tokenizer, accelerator.device, at_once, config.dtype)
+    terms = _Terms(rm, tokenizer, accelerator.device, at_once, config.dtype, config.offload)
+    if config.offload and accelerator.device.type == "cpu":
+        say("ppo: offload: this machine has no accelerator; all models are on the CPU anyway")
     if config.shared_base:
         value: Model | None = _on_shared_base(policy, config, rm, terms)
     else:
@@ -134,14 +139,15 @@ class _Terms:
         device: torch.device,
         batch_size: int,
         dtype: Dtype = "fp32",
+        home: str | None = None,
     ):
         self.rm, self.tokenizer, self.device, self.batch_size = rm, tokenizer, device, batch_size
-        self.dtype = dtype
+        self.dtype, self.home = dtype, home
         self._models: dict[str, Score] = {}
 
     def add(self, name: str, model: nn.Module) -> None:
         """A reward model that is there already, with the policy's tokenizer."""
-        self._models[name] = self._score(model, self.tokenizer)
+        self._models[name] = self._score(model.to(self.device), self.tokenizer)
 
     def build(self, reward: Reward) -> Score:
         if reward.function is not None:
@@ -161,10 +167,15 @@ class _Terms:
         assert path is not None, "the stage makes `rm` a parent when a reward names it"
         model, own = load_reward(path, self.dtype), load_tokenizer(path)
         fit_tokenizer(model, own)
-        return self._score(model.requires_grad_(False), own)
+        score = self._score(model.requires_grad_(False).to(self.home or self.device), own)
+
+        def scored(episodes: Episodes) -> list[float]:
+            with placed(model, self.device, self.home):
+                return score(episodes)
+
+        return scored
 
     def _score(self, model: nn.Module, own: PreTrainedTokenizerBase) -> Score:
-        model.to(self.device)
         mine, other = self.tokenizer, own
         if (tokenizer_hash(mine), template_hash(mine)) == (
             tokenizer_hash(other),

@@ -18,6 +18,7 @@ from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import Prompt
 from pipeline.data.template import response_text, scored_ids
 from pipeline.models.adapters import adapter_off
+from pipeline.models.device import placed
 from pipeline.models.forward import response_logprobs
 from pipeline.models.generation import stops
 from pipeline.models.packing import pack_if_possible
@@ -66,9 +67,9 @@ class PPO:
         self.device = self.accelerator.device
         self.stop = stops(tokenizer, config.stop_tokens)
         self.sampler = sampler or PolicySampler(config, policy, tokenizer, self.accelerator)
-        self.reference = (
-            None if reference is None else reference.requires_grad_(False).to(self.device)
-        )
+        self.reference = reference
+        if reference is not None:
+            reference.requires_grad_(False).to(config.offload or self.device)
         for model in (policy, reference, value):
             if model is not None:
                 pack_if_possible(model)
@@ -85,10 +86,8 @@ class PPO:
         self.networks = networks.to(self.device)
         passes = networks.passes(self.accelerator.num_processes)
         *self.passes, self.optimizer = self.accelerator.prepare(*passes, optimizer)
-        self.total_steps = config.iterations * config.ppo_epochs * config.minibatches
-        rate = functools.partial(
-            maths.lr_factor, self.total_steps, config.warmup_ratio, config.schedule
-        )
+        self.total_steps = steps = config.iterations * config.ppo_epochs * config.minibatches
+        rate = functools.partial(maths.lr_factor, steps, config.warmup_ratio, config.schedule)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         self.ema = Ema(self.networks.policy_parameters(), config.ema_decay)
         self.iteration, self.optimizer_steps = 0, 0
@@ -112,7 +111,8 @@ class PPO:
         strings = bool(self.stop.strings)
         gates.mask_is_prefix(mask, sampled.responses, sampled.ended, self.stop.ids, strings)
         episodes = self.episodes(queries, real_rows(sampled.responses, mask))
-        old, reference, values = self._evaluate(s, sampled.logprobs)
+        with placed(self.reference, self.device, self.config.offload):
+            old, reference, values = self._evaluate(s, sampled.logprobs)
         rollout = Rollout(
             **vars(s),
             ended=sampled.ended,
