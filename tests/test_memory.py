@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import tiny_models
 from pipeline.process import memory
 
 FAULTS = """
@@ -46,3 +48,32 @@ def test_the_peak_has_the_unit_and_grows() -> None:
     block = bytearray(b"x") * (int(before) << 20)
     assert memory.peak_mb() > 1.5 * before
     del block
+
+
+LOADING = """
+import sys
+import bitsandbytes
+from pipeline.models import loading
+
+def held() -> int:  # pages of the file that is read are the system's to take back
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) << 10
+
+loading.prepare_cpu(1)
+kept = []
+for dtype in ("fp32", "int8"):
+    before = held()
+    kept.append(loading.load_policy(sys.argv[1], None, dtype))
+    print((held() - before) / sum(p.nbytes for p in kept[-1].parameters()))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what it measures is glibc's")
+def test_a_model_is_loaded_without_a_second_copy(tmp_path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+    tiny_models.policy(0, torch.bfloat16, **sizes).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", LOADING, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    converted, quantised = map(float, out.split())
+    assert converted < 1.1
+    assert quantised < 1.5  # bitsandbytes' own modules too; 3 with the gaps

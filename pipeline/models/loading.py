@@ -238,7 +238,8 @@ def _load_weights(
     transformers would draw it at random.
     """
     check_dtype(dtype)
-    model, info = _load(kind, path, output_loading_info=True, **held_in(dtype), **kwargs)
+    with memory.returned_at_once():
+        model, info = _load(kind, path, output_loading_info=True, **held_in(dtype), **kwargs)
     if lacking := sorted(set(info["missing_keys"]) - {fresh}):
         raise UserError(
             f"{path}: of a {type(model).__name__} its weights lack {', '.join(lacking[:3])}"

@@ -21,10 +21,27 @@ def keep_freed() -> None:
     It gives them back to the system as soon as some are free at a time, and the next ones have every
     page cleared and mapped again: at each step of a training. (Larger ones would leave gaps.)
     """
+    _mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc takes
+    _mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def returned_at_once() -> Iterator[None]:
+    """Within, larger blocks go back to the system when they are freed.
+
+    A model is converted tensor by tensor as it is read, and the gaps that this leaves between the weights
+    that stay would be as large as the model.
+    """
+    _mallopt(_M_MMAP_THRESHOLD, 2**19)
+    try:
+        yield
+    finally:
+        _mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+
+
+def _mallopt(name: int, value: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc takes
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(name, value)
 
 
 def peak_mb() -> float:
