@@ -44,6 +44,7 @@ from pipeline.models.causal import places
 from pipeline.models.device import device
 from pipeline.models.forward import layout, score_head, score_sequences
 from pipeline.models.loading import load_tokenizer, prepare_cpu, reward_from_policy
+from pipeline.models.needs import check_training
 from pipeline.models.tokens import pad_id
 from pipeline.process import faults
 from pipeline.process.progress import say, tracked
@@ -90,6 +91,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
         sft = stage.parent("sft")
+        check_training(config, sft)
         tokenizer = load_tokenizer(sft)
         if rankings is None:
             faults.at("rollout", 0)

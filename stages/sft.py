@@ -39,6 +39,7 @@ from pipeline.models.adapters import merged
 from pipeline.models.device import device
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
+from pipeline.models.needs import check_training
 from pipeline.process import faults
 from pipeline.process.files import jsonl
 from pipeline.process.progress import tracked
@@ -82,6 +83,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         quiet()
         prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
+        check_training(config, config.model)
         tokenizer = load_tokenizer(
             config.model, config.chat_template, config.source_language, config.target_language
         )

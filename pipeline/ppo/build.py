@@ -26,6 +26,7 @@ from pipeline.models.loading import (
     load_tokenizer,
     reward_from_policy,
 )
+from pipeline.models.needs import check_ppo
 from pipeline.models.packing import Model
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import pad_id, right_pad
@@ -63,6 +64,7 @@ def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) 
     if rm is None and any("rm" in reward.members() for reward in config.rewards):
         raise UserError("build_ppo: rewards name rm: give its folder, rm=..., or other rewards")
     _check_models(config, sft)
+    check_ppo(config, sft, rm)
     accelerator = launch.accelerator()
     launch.check_supported(accelerator.distributed_type)
     tokenizer = load_tokenizer(sft)

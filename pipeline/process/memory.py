@@ -57,6 +57,27 @@ def peak_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def limit(root: Path = Path("/")) -> int:
+    """Bytes that this process may have: the machine's, or those of its cgroups if they are fewer, and swap."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return sys.maxsize
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    sizes = [kib["MemTotal"] << 10]
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        own = root / "sys/fs/cgroup" / controllers / path.lstrip("/")
+        for folder in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                name = "memory.limit_in_bytes" if controllers else "memory.max"
+                sizes.append(int((folder / name).read_text()))
+    return min(sizes) + (kib["SwapTotal"] << 10)
+
+
 def is_out(error: BaseException) -> bool:
     """Whether an error says that an accelerator's or this machine's memory did not suffice."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -1,0 +1,103 @@
+"""Memory that a stage needs, told before any weight is read: of weights, gradients and optimizer state to
+the byte, of activations and logits roughly."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.errors import UserError
+from pipeline.models.device import device
+from pipeline.models.loading import config_of
+from pipeline.process import memory
+from pipeline.process.progress import say
+
+HELD = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}
+"""Bytes a weight, at least: what of a quantised model stays float32 is not counted."""
+TRAINED = 16.0
+"""Bytes a weight that trains: itself, its gradient, and AdamW's two moments, float32 each."""
+
+
+def check_training(config: SFTConfig | RMConfig, model: str | Path) -> None:
+    """UserError when a supervised stage cannot fit; one line when it may not."""
+    frozen = config.lora is not None or getattr(config, "head_only", False)
+    least = {"the model": _weights(model) * (HELD[config.dtype] if frozen else TRAINED)}
+    tokens = (config.micro_batch_size or config.batch_size) * config.max_length
+    _check(config, model, least, tokens, [] if frozen else ["lora"])
+
+
+def check_ppo(config: PPOConfig, sft: Path, rm: Path | None) -> None:
+    """The same of PPO, by the networks that it loads."""
+    held, policy = HELD[config.dtype], _weights(sft)
+    value = _weights(rm or sft)
+    least = {"the policy": policy * (held if config.lora else TRAINED)}
+    if not config.lora and not config.offload:
+        least["the reference"] = policy * held
+    if config.value == "separate" and not config.shared_base:
+        least["the value network"] = value * (held if config.value_lora else TRAINED)
+    if not config.offload:
+        rewards = (rm if name == "rm" else name for name in config.own_reward_models())
+        least["reward models"] = sum(_weights(path) * held for path in rewards if path)
+    episodes = config.micro_batch_size or config.batch_size // config.minibatches
+    tokens = episodes * (config.max_prompt_length + config.max_new_tokens)
+    less = [] if config.shared_base else ["lora and shared_base"]
+    _check(config, sft, least, tokens, less)
+
+
+def _check(
+    config: SFTConfig | RMConfig | PPOConfig,
+    model: str | Path,
+    least: dict[str, float],
+    tokens: int,
+    less: list[str],
+) -> None:
+    have, need = room(), sum(least.values())
+    if not need:  # its files are not known yet
+        return
+    if config.dtype != "nf4":
+        less = [*less, "dtype: bf16, int8 or nf4 (with lora)"]
+    roles = ", ".join(f"{name} {_gib(size)}" for name, size in least.items() if size)
+    if need > have:
+        raise UserError(
+            f"{config.stage}: weights, gradients and optimizer state need {_gib(need)} GiB ({roles}), there "
+            f"are {_gib(have)}; try {', '.join(less) or 'a smaller model'}"
+        )
+    passing = _activations(model, tokens, config.gradient_checkpointing)
+    if need + passing > have:
+        less += [] if config.gradient_checkpointing else ["gradient_checkpointing: true"]
+        say(
+            f"{config.stage}: memory may not suffice: {_gib(need)} GiB ({roles}) and some {_gib(passing)} of "
+            f"activations, of {_gib(have)}; try {', '.join([*less, 'a smaller micro_batch_size'])}"
+        )
+
+
+def room() -> int:
+    """Bytes of the accelerator, or those that this machine lets the process have."""
+    if device().type == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return memory.limit()
+
+
+def _weights(path: str | Path) -> int:
+    """How many a model has; 0 of one that does not lie here as safetensors."""
+    count = 0
+    for file in Path(path).glob("model*.safetensors"):
+        with file.open("rb") as raw:
+            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+        shapes = (entry["shape"] for name, entry in header.items() if name != "__metadata__")
+        count += sum(torch.Size(shape).numel() for shape in shapes)
+    return count
+
+
+def _activations(model: str | Path, tokens: int, checkpointing: bool) -> float:
+    """Bytes that a pass keeps for going backward, roughly: 20 vectors a layer and token, and logits."""
+    config = config_of(model).get_text_config()
+    layers, width = (getattr(config, n, 0) or 0 for n in ("num_hidden_layers", "hidden_size"))
+    vectors = layers + 20 if checkpointing else 20 * layers
+    logits = min(tokens * (getattr(config, "vocab_size", 0) or 0), 2**24)
+    return 4.0 * (tokens * vectors * width + 3 * logits)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g}"
