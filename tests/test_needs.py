@@ -58,6 +58,7 @@ def test_a_frozen_base_needs_its_dtype(run, monkeypatch, dtype, size):
         ({"offload": "cpu"}, 16, 16),
         ({"dtype": "bf16"}, 16 + 2, 16 + 2),
         ({"value": "shared"}, 16 + 4, 4),
+        ({"advantages": "rloo", "samples_per_prompt": 2}, 16 + 4, 4),
         ({"lora": {"r": 2}, "value_lora": {"r": 2}, "dtype": "nf4"}, 0.5, 1),
         ({"lora": {"r": 2}, "shared_base": True, "dtype": "int8"}, 1, 0),
     ],

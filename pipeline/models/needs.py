@@ -34,7 +34,7 @@ def check_ppo(config: PPOConfig, sft: Path, rm: Path | None) -> None:
     least = {"the policy": policy * (held if config.lora else TRAINED)}
     if not config.lora and not config.offload:
         least["the reference"] = policy * held
-    if config.value == "separate" and not config.shared_base:
+    if config.critic() and config.value == "separate" and not config.shared_base:
         least["the value network"] = value * (held if config.value_lora else TRAINED)
     if not config.offload:
         rewards = (rm if name == "rm" else name for name in config.own_reward_models())
