@@ -50,6 +50,9 @@ def settle(model: nn.Module, dtype: Dtype) -> None:
     """
     if dtype not in QUANTISED:
         return
+    for p in model.parameters():
+        if p.is_floating_point():  # a view of the file, which would stay in memory whole
+            p.data = p.data.clone()
     for module in model.modules():
         if type(module).__module__.startswith("bitsandbytes"):
             module.register_forward_pre_hook(_as_in_training)
