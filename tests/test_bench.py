@@ -290,6 +290,33 @@ def test_the_machine_is_named():
     json.dumps(said)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are pinned Linux's way")
+def test_a_thread_that_waits_leaves_its_core_to_the_one_it_waits_for():
+    """Two threads on one core, as beside other programs: each waits while the other computes."""
+    code = """
+import os, time
+import pipeline
+import torch
+torch.set_num_threads(2)
+a, b = torch.randn(200, 400), torch.randn(400, 200)
+a @ b
+for thread in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(thread), {min(os.sched_getaffinity(0))})
+start = time.process_time()
+for _ in range(100):
+    torch.relu(a) @ b
+print(time.process_time() - start)
+"""
+    free = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+
+    def seconds(**more: str) -> float:
+        command = [sys.executable, "-c", code]
+        out = subprocess.run(command, env=free | more, capture_output=True, text=True, check=True)
+        return float(out.stdout)
+
+    assert seconds() < seconds(GOMP_SPINCOUNT="300000") / 5  # measured: a fiftieth
+
+
 # --- start-up -------------------------------------------------------------------------------------
 
 

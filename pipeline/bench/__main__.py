@@ -7,6 +7,8 @@ and .md.
 import argparse
 import json
 import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,9 @@ def measure(case: Case, args: argparse.Namespace) -> tuple[dict[str, list[Answer
     answers: dict[str, list[Answer]] = {side: [] for side in sides}
     failed: dict[str, str] = {}
     with ExitStack() as stack:
+        if case.busy:
+            other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(other.kill)
         workers = {side: stack.enter_context(started(side, case, args)) for side in sides}
         for number in range(-1, rounds + 1):  # -1: they get ready, 0: a warm-up
             for side, worker in workers.items():
@@ -123,13 +128,15 @@ def refuse_unequal(drawn: int, answers: dict[str, list[Answer]], failed: dict[st
 def started(side: str, case: Case, args: argparse.Namespace) -> Worker:
     """A worker that gets ready."""
     path = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    if side == "theirs" and case.task == "ppo":
-        path.insert(0, str(overlay(OVERLAY)))
     environment = {
         **ENVIRONMENT,
         "OMP_NUM_THREADS": str(args.threads),
-        "PYTHONPATH": os.pathsep.join(path),
     }
+    if side == "theirs":
+        environment["GOMP_SPINCOUNT"] = "300000"  # libgomp's default, which ours is not
+        if case.task == "ppo":
+            path.insert(0, str(overlay(OVERLAY)))
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     if args.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     words = [case.precision] if side == "peak" else [args.size, case.name]

@@ -84,6 +84,7 @@ class Case:
     precision: Literal["fp32", "bf16"] = "fp32"
     theirs: Literal["", "autocast", "weights"] = ""
     full: bool = False
+    busy: bool = False  # another program computes on one core
     lora: bool = False
     k: int = 0  # responses of a prompt
     batch: int = 16  # prompts of a reward model's step, rows of an SFT step
@@ -94,6 +95,7 @@ CASES = {
     for case in (
         Case("fp32", "TRL as shipped, float32"),
         Case("full", "all responses of full length", full=True),
+        Case("busy", "float32, beside a program that computes on one core", busy=True),
         Case("lora", "LoRA: ours all four on one base, TRL's value and reward apart", lora=True),
         Case("autocast", "TRL under bf16 autocast", precision="bf16", theirs="autocast"),
         Case("weights", "TRL with bf16 weights", precision="bf16", theirs="weights"),
