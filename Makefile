@@ -13,7 +13,7 @@
 #: DRY=1            a few steps of a small random model on a few local rows, in CKPT/RECIPE-dry; no network
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
 #: SEEDS="1 2 3"    seeds of `make seeds` and `make compare`; ARGS= further arguments of chat, overopt, seeds and test
-#: SIZE=S|M DEVICE= ITERATIONS= THREADS=   of `make bench`; ARGS="--cases fp32 sft" picks cases
+#: SIZE=S|M|L DEVICE= ITERATIONS= THREADS= CASES="fp32 sft"   of `make bench`; CASES=growth: what grows
 #: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
 
@@ -47,6 +47,7 @@ SIZE ?= S
 DEVICE ?=
 ITERATIONS ?=
 THREADS ?=
+CASES ?=
 ARGS ?=
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
@@ -55,7 +56,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 
 # A misspelt variable would do nothing.
 TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE SEEDS ARGS SIZE DEVICE ITERATIONS THREADS ENGINE CKPT PYTHON \
+KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE SEEDS ARGS SIZE DEVICE ITERATIONS THREADS CASES ENGINE CKPT PYTHON \
 	VENV TORCH_INDEX SHELL MAKEFLAGS MAKELEVEL
 ifneq ($(filter-out $(KNOWN),$(TYPED)),)
 $(error $(firstword $(filter-out $(KNOWN),$(TYPED)))= does nothing: variables are written in capitals (make help), \
@@ -268,7 +269,8 @@ seeds: $(STAMP)  ## repeat the recipe over seeds
 
 bench: $(STAMP)  ## time PPO against TRL's own, and the other stages against its trainers
 	exec $(PY) -m pipeline.bench --size $(SIZE) $(if $(DEVICE),--device $(DEVICE)) \
-	  $(if $(ITERATIONS),--iterations $(ITERATIONS)) $(if $(THREADS),--threads $(THREADS)) $(ARGS)
+	  $(if $(ITERATIONS),--iterations $(ITERATIONS)) $(if $(THREADS),--threads $(THREADS)) \
+	  $(if $(CASES),--cases $(CASES)) $(ARGS)
 
 status: $(STAMP)  ## what the run has, and what would be made again
 	@$(STATUS)

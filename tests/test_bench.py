@@ -281,7 +281,8 @@ def test_a_side_with_other_lengths_is_refused():
 
 
 def test_every_case_can_be_asked_for():
-    assert set(parser().parse_args([]).cases) == {*CASES, "startup"}
+    for name in (*CASES, "startup", "growth"):
+        assert parser().parse_args(["--cases", name]).cases == [name]
 
 
 def test_the_machine_is_named():
@@ -345,12 +346,12 @@ def test_help_imports_nothing_slow(stage):
 
 
 def test_make_passes_its_variables_on():
-    words = ["make", "-n", "bench", "VENV=", "PYTHON=py", "SIZE=M", "THREADS=2", "ARGS=--cases sft"]
+    words = ["make", "-n", "bench", "VENV=", "PYTHON=py", "SIZE=M", "THREADS=2", "CASES=sft rm-4"]
     root = Path(__file__).parent.parent
     plain = {"PATH": os.environ["PATH"]}  # not as inside `make test`
     done = subprocess.run(words, cwd=root, env=plain, capture_output=True, text=True, check=True)
     said = " ".join(done.stdout.replace("\\\n", " ").split())
-    assert said == "exec py -m pipeline.bench --size M --threads 2 --cases sft"
+    assert said == "exec py -m pipeline.bench --size M --threads 2 --cases sft rm-4"
 
 
 @pytest.mark.parametrize(

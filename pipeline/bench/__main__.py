@@ -5,17 +5,19 @@ and .md.
 """
 
 import argparse
+import base64
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pipeline.bench import machine, startup, table
 from pipeline.bench.overlay import overlay
-from pipeline.bench.shapes import CASES, SIZES, Case, draw
+from pipeline.bench.shapes import CASES, GROWTH, SIZES, Case, draw, size_of
 from pipeline.bench.turns import Answer, Worker, WorkerFailed
 from pipeline.cli import reporting_errors
 from pipeline.config.load import checkpoints_root
@@ -38,6 +40,7 @@ ENVIRONMENT = {
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make bench`."""
     args = parser().parse_args(argv)
+    args.iterations = args.iterations or SIZES[args.size].iterations
     if min(args.iterations, args.threads) < 1:
         raise UserError("--iterations and --threads are at least 1")
     if args.device == "cuda" and not machine.has_cuda():
@@ -49,9 +52,11 @@ def main(argv: list[str] | None = None) -> None:
         "results": [],
     }
     say(f"bench: {whole['machine']}")
-    for name in args.cases:
+    for name in args.cases or SIZES[args.size].cases or [*CASES, "startup"]:
         if name == "startup":
             whole["startup"] = startup.measure()
+        elif name == "growth":
+            grow(whole, args)
         else:
             whole["results"].append(result_of(CASES[name], args))
         write(whole, args.out)
@@ -60,18 +65,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of `make bench`."""
-    names = [*CASES, "startup"]
+    names = [*CASES, "startup", "growth"]
     out = argparse.ArgumentParser(prog="python -m pipeline.bench", description=__doc__)
     out.add_argument("--size", default="S", choices=SIZES, help="of the models and the rollouts")
     out.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     out.add_argument(
         "--iterations",
         type=int,
-        default=5,
-        help=f"of PPO, after a warm-up; {STEPS}x optimizer steps",
+        help=f"of PPO, after a warm-up; {STEPS}x optimizer steps; default: 5, L: 2",
     )
     out.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side")
-    out.add_argument("--cases", nargs="+", default=names, choices=names, metavar="CASE")
+    out.add_argument("--cases", nargs="+", choices=names, metavar="CASE")
     out.add_argument("--out", type=Path, default=checkpoints_root() / "bench")
     return out
 
@@ -83,15 +87,38 @@ def result_of(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     say(f"bench: {case.name}: {case.title}")
     answers, failed = measure(case, args)
     if case.task == "ppo":
-        refuse_unequal(draw(SIZES[args.size], case.full).response_tokens, answers, failed)
+        refuse_unequal(draw(size_of(args.size), case.full).response_tokens, answers, failed)
     flops = max((answer["flops"] for answer in answers.pop("peak", [])), default=None)
     return {"case": case.name, "answers": answers, "failed": failed, "flops": flops}
 
 
-def measure(case: Case, args: argparse.Namespace) -> tuple[dict[str, list[Answer]], dict[str, str]]:
+def grow(whole: dict[str, Any], args: argparse.Namespace) -> None:
+    """Our iteration as responses, batch and vocabulary grow; OUT/growth.svg beside the table."""
+    rows = whole["growth"] = []
+    for name, value in ((name, value) for name, values in GROWTH.items() for value in values):
+        one = argparse.Namespace(**{**vars(args), "size": f"grows {name}={value}"})
+        answers, failed = measure(CASES["full"], one, ["ours", "peak"])
+        row = {"grows": name, "to": value, "failed": failed.get("ours", "")}
+        if not failed:
+            flops = max(answer["flops"] for answer in answers["peak"])
+            least = table.floor_seconds(one.size, CASES["full"], flops)
+            peak = max(answer["peak_mb"] for answer in answers["ours"])
+            row |= {key: table.median(answers["ours"], key) for key in ("seconds", "cpu_seconds")}
+            row |= {"floor": least, "peak_mb": peak}
+        rows.append(row)
+        write(whole, args.out)
+    from pipeline.evaluation import plots  # imports matplotlib
+
+    picture = plots.growth(rows).partition(",")[2]  # of a data URI
+    (args.out / "growth.svg").write_bytes(base64.b64decode(picture))
+
+
+def measure(
+    case: Case, args: argparse.Namespace, sides: Sequence[str] = ()
+) -> tuple[dict[str, list[Answer]], dict[str, str]]:
     """Answers of each side, warm-up left out, and the last words of a side that failed, which is out."""
     rounds = args.iterations * (1 if case.task == "ppo" else STEPS)
-    sides = ["ours", "theirs", *(["peak"] if case.task == "ppo" else [])]
+    sides = sides or ["ours", "theirs", *(["peak"] if case.task == "ppo" else [])]
     answers: dict[str, list[Answer]] = {side: [] for side in sides}
     failed: dict[str, str] = {}
     with ExitStack() as stack:

@@ -8,8 +8,10 @@ from pipeline.bench.shapes import Size, Work
 
 
 def linear(size: Size) -> int:
-    """One token through the trunk's weights: attention's four square products, a gated MLP's three."""
-    return 2 * size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.feed_forward)
+    """One token through the trunk's weights: attention's four products, a gated MLP's three."""
+    shared = (size.kv_heads or size.heads) / size.heads  # keys and values, fewer than queries
+    attention = int((2 + 2 * shared) * size.hidden**2)
+    return 2 * size.layers * (attention + 3 * size.hidden * size.feed_forward)
 
 
 def attention(size: Size, length: int) -> int:

@@ -32,7 +32,7 @@ def main(size: str, case: str) -> None:
     quiet()
     prepare_cpu(None)  # OMP_NUM_THREADS says how many
     tasks: dict[str, Callable[[Size, Case, Turns], None]] = {"ppo": ppo, "rm": rm, "sft": sft}
-    tasks[shapes.CASES[case].task](shapes.SIZES[size], shapes.CASES[case], turns)
+    tasks[shapes.CASES[case].task](shapes.size_of(size), shapes.CASES[case], turns)
 
 
 def ppo(size: Size, case: Case, turns: Turns) -> None:

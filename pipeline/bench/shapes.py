@@ -2,8 +2,8 @@
 
 import itertools
 import random
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 PAD, EOS, FIRST_WORD = 0, 1, 3  # token ids; 2 stands for unknown words
 LEARNING_RATE = 3e-6  # random networks stay close to what they were, on both sides
@@ -26,6 +26,10 @@ class Size:
     episodes: int = 64
     minibatches: int = 4
     epochs: int = 4
+    kv_heads: int = 0  # 0 = heads
+    tied: bool = False  # the head's weights are the embeddings'
+    iterations: int = 5  # that are timed
+    cases: tuple[str, ...] = ()  # that are timed unless others are asked for; none = all
 
 
 SIZES = {
@@ -34,8 +38,30 @@ SIZES = {
         Size("XS", 2, 32, 2, 64, 64, 8, 10, 1 / 5, episodes=8),  # for tests
         Size("S", 4, 256, 4, 704, 4096, 32, 48, 1 / 24),
         Size("M", 6, 384, 6, 1024, 16384, 32, 64, 1 / 32),
+        Size(  # SmolLM2-135M's shape
+            *("L", 30, 576, 9, 1536, 49152, 32, 32, 1 / 16, 8, 2, 2),
+            kv_heads=3,
+            tied=True,
+            iterations=2,
+            cases=("lora",),
+        ),
+        Size("grows", 4, 256, 4, 704, 2**14, 16, 32, 1 / 16, episodes=16, epochs=1),
     )
 }
+GROWTH = {
+    "response": (32, 64, 128, 256, 512),
+    "episodes": (16, 32, 64, 128),
+    "vocabulary": (2**14, 2**15, 2**16, 152_064),
+}
+"""What grows while the rest of the size `grows` stays; the first of each is its own."""
+
+
+def size_of(name: str) -> Size:
+    """`M`, or `grows response=512`, which differs in that."""
+    base, _, change = name.partition(" ")
+    key, _, value = change.partition("=")
+    changed: dict[str, Any] = {key: int(value)} if change else {}
+    return replace(SIZES[base], name=name, **changed)
 
 
 @dataclass(frozen=True)

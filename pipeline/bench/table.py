@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.bench import floor
 from pipeline.bench.overlay import VERSION
-from pipeline.bench.shapes import CASES, SIZES, Case, draw
+from pipeline.bench.shapes import CASES, SIZES, Case, draw, size_of
 
 PHASES = ("generation", "reference", "reward and value", "optimisation")
 SIDES = {"ours": "ours", "theirs": f"TRL {VERSION}"}
@@ -23,6 +23,8 @@ def markdown(whole: dict[str, Any]) -> str:
         parts += ["## PPO\n", _about(whole), ppo_table(whole["size"], chosen)]
     if chosen := [r for r in results if CASES[r["case"]].task != "ppo"]:
         parts += ["## Reward model and SFT, an optimizer step\n", steps_table(chosen)]
+    if whole.get("growth"):
+        parts += ["## As it grows\n", growth_table(whole["growth"])]
     if whole.get("startup"):
         parts += ["## Start-up\n", startup_table(whole["startup"])]
     return "\n".join(parts)
@@ -85,8 +87,8 @@ def _ppo_rows(size: str, result: Result) -> list[list[str]]:
 
 def floor_seconds(size: str, case: Case, flops: float) -> float:
     """The least an iteration can take at so many operations a second."""
-    work = draw(SIZES[size], case.full)
-    return sum(floor.of_ppo(SIZES[size], work, case.lora).values()) / flops
+    work = draw(size_of(size), case.full)
+    return sum(floor.of_ppo(size_of(size), work, case.lora).values()) / flops
 
 
 def _distance(size: str, case: Case, result: Result, seconds: float) -> str:
@@ -121,6 +123,22 @@ def _step_row(result: Result) -> list[str]:
 def goal(case: Case) -> float:
     """Pairs cost K - 1 forward passes a response instead of one; SFT is the same trainer."""
     return 0.8 * (case.k - 1) if case.task == "rm" else 0.95
+
+
+def growth_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Our iteration beside its floor, as one thing grows. By CPU seconds, which show a cliff on a machine that
+    is busy too."""
+    cells = [
+        [row["grows"], f"{row['to']:,}"]
+        + (
+            [f"failed: {row['failed']}"]
+            if row["failed"]
+            else [f"{row[key]:.2f}" for key in ("seconds", "cpu_seconds", "floor")]
+            + [f"{row['cpu_seconds'] / row['floor']:.1f}", f"{row['peak_mb']:.0f}"]
+        )
+        for row in rows
+    ]
+    return grid(["", "", "seconds", "CPU", "floor", "CPU / floor", "peak MiB"], cells)
 
 
 def startup_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -30,7 +30,7 @@ def main(size: str, case: str) -> None:
     """Prepare, then take a step whenever asked."""
     turns = Turns(shared.wait)
     tasks: dict[str, Callable[[Size, Case, Turns], None]] = {"ppo": ppo, "rm": rm, "sft": sft}
-    tasks[shapes.CASES[case].task](shapes.SIZES[size], shapes.CASES[case], turns)
+    tasks[shapes.CASES[case].task](shapes.size_of(size), shapes.CASES[case], turns)
 
 
 def ppo(size: Size, case: Case, turns: Turns) -> None:

@@ -113,3 +113,24 @@ def root_kl(studies: Mapping[str, Sequence[Mapping[str, float]]], *, axes: Axes)
     axes.set_xlabel("square root of KL to SFT (nats per response)")
     axes.set_ylabel("judge (full), reward model (dashed)")
     axes.legend()
+
+
+@functools.partial(chart, width=9.4, height=3.6)
+def growth(rows: Sequence[Mapping[str, Any]], *, axes: Axes) -> None:
+    """Of rows of `pipeline.bench`, CPU seconds of an iteration by those of its floor (full) and
+    memory (dashed), as each thing grows to so many times what it was."""
+    memory = axes.twinx()
+    for colour, name in zip(COLOURS, dict.fromkeys(row["grows"] for row in rows), strict=False):
+        points = [row for row in rows if row["grows"] == name and not row["failed"]]
+        times = [row["to"] / points[0]["to"] for row in points]
+        floors = [row["cpu_seconds"] / row["floor"] for row in points]
+        axes.plot(times, floors, "o-", color=colour, label=f"{name} from {points[0]['to']:,}")
+        memory.plot(times, [row["peak_mb"] for row in points], "--", color=colour)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("times as large")
+    axes.set_ylabel("CPU seconds / floor (full)")
+    memory.set_ylabel("peak MiB (dashed)")
+    memory.grid(visible=False)
+    for each in (axes, memory):
+        each.set_ylim(bottom=0)
+    axes.legend()
