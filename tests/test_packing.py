@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tiny_models
-from pipeline.models import packing
-from pipeline.models.causal import hidden_at, last_real, logits_at, needed, predicting
+from pipeline.models import generation, packing
+from pipeline.models.causal import hidden_at, joined, last_real, logits_at, needed, predicting
 from pipeline.models.forward import (
     response_logprobs,
     score_head,
@@ -13,6 +13,7 @@ from pipeline.models.forward import (
 )
 from pipeline.models.packing import enable_packing, inner, pack, pack_if_possible, packs
 from pipeline.models.sequences import Sequences
+from pipeline.models.tokens import left_pad
 
 IDS = torch.tensor(
     [
@@ -93,6 +94,39 @@ def test_packed_scores_and_their_gradients_equal_padded_ones_in_float64(where):
         found.append((values.detach(), _gradients(model, values.square().sum())))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-10, atol=1e-12)
     _close(found[1][1], found[0][1], 1e-9)
+
+
+@pytest.mark.parametrize("kind", tiny_models.CAUSAL)
+def test_a_beginning_in_common_is_computed_once_and_changes_no_number(kind, monkeypatch):
+    model = tiny_models.causal(kind).double()
+    assert enable_packing(model) is None
+    first, other = [2, 5, 6, 7, 8, 9], [2, 5, 6, 11, 12]
+    prompts = [first, first, other, first, [2, 9], [2, 9], other, other]
+    replies = [[10, 4], [10, 11, 12, 4], [7], [14, 15, 4], [8], [8], [5, 6, 4], [5, 4]]
+    s = Sequences.of(prompts, replies, 0)
+    found = {}
+    for tokens in (999, 4):
+        monkeypatch.setattr(packing, "SHARED_FROM", tokens)
+        logprobs = response_logprobs(model, s, 0.7)
+        found[tokens] = logprobs, _gradients(model, (logprobs * logprobs).sum())
+    assert pack(*joined(s)).ids.numel() == 54 - 7 - 6, "twice a prompt and a token of the reply"
+    assert (found[4][0] - found[999][0]).abs().max() < 1e-6  # norms are float32
+    _close(found[4][1], found[999][1], 1e-6)
+
+
+def test_samples_of_one_prompt_read_it_once_and_are_the_same(monkeypatch):
+    model, stop = tiny_models.causal("llama"), generation.stops(tiny_models.tokenizer(), ())
+    assert enable_packing(model) is None
+    queries = left_pad([[2, 5, 6, 7, 8]] * 3 + [[2, 9]] + [[2, 5, 6, 11, 12, 13]] * 4, 0)
+    uniforms = torch.linspace(0.05, 0.95, 32).view(8, 4)
+    found = []
+    for tokens in (999, 4):
+        monkeypatch.setattr(packing, "SHARED_FROM", tokens)
+        options = {"max_new_tokens": 4, "temperature": 1.0, "pad_id": 0, "uniforms": uniforms}
+        found.append(generation.sample(model, *queries, stop=stop, **options))
+    assert pack(*queries).ids.numel() == 5 + 2 + 6
+    assert torch.equal(found[0].responses, found[1].responses)
+    assert (found[0].logprobs - found[1].logprobs).abs().max() < 1e-6
 
 
 def test_scores_are_read_at_the_last_real_token_of_each_sequence():

@@ -30,9 +30,9 @@ def logits_and_hidden(model: Model, s: Sequences) -> tuple[Tensor, Tensor]:
     """Those, and the last hidden states (n, d) they come from."""
     ids, mask = joined(s)
     where = predicting(mask, s.responses.shape[1])
-    logits, out = _output_at(model, ids, mask, where, output_hidden_states=True)
-    hidden = out.hidden_states[-1]
-    return logits, hidden.squeeze(0)[where[needed(mask, where)]] if packs(model) else hidden[where]
+    logits, hidden = _output_at(model, ids, mask, where, output_hidden_states=True)
+    assert hidden is not None
+    return logits, hidden
 
 
 def hidden(model: Model, s: Sequences) -> Tensor:
@@ -104,12 +104,13 @@ def logits_at(model: Model, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
 
 def _output_at(
     model: Model, ids: Tensor, mask: Tensor, where: Tensor, **kwargs: Any
-) -> tuple[Tensor, Any]:
-    """Logits (n, V) at the positions of `where` (B, W), and the model's whole output."""
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (n, V) at the positions of `where` (B, W), and if asked for the last hidden states (n, d)."""
     if packs(model):
         packed = pack(ids, needed(mask, where))
-        out = model(**packed.inputs(), logits_to_keep=packed.index[where], **kwargs)
-        return out.logits.squeeze(0), out
+        at = packed.index[where]
+        out = model(**packed.inputs(), logits_to_keep=at, **kwargs)
+        return out.logits.squeeze(0), out.hidden_states[-1][0, at] if kwargs else None
     with head_at(inner(model), lambda states: states[where]):
         out = model(
             input_ids=ids,
@@ -118,7 +119,7 @@ def _output_at(
             **_positions(model, mask),
             **kwargs,
         )
-    return out.logits, out
+    return out.logits, out.hidden_states[-1][where] if kwargs else None
 
 
 def head_at(bare: Model, pick: Callable[[Tensor], Tensor]) -> RemovableHandle:

@@ -197,7 +197,8 @@ class _Layer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
             for buffer, states in ((self.keys, key_states), (self.values, value_states)):
                 prompts = states[0].transpose(0, 1)  # (N, heads, D)
-                buffer.transpose(1, 2)[:, : self.place.mask.shape[1]][self.place.mask] = prompts
+                mask = self.place.mask
+                buffer.transpose(1, 2)[:, : mask.shape[1]][mask] = prompts[self.place.index[mask]]
             return key_states, value_states
         rows, end = self.place.rows, self.place.columns + 1
         self.keys[:rows, :, end - 1 : end] = key_states

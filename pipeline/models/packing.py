@@ -4,6 +4,8 @@ Matrix products see real tokens alone; only attention looks at sequences side by
 models run this way through their attention interface: the layout of the row travels in the place of the
 attention mask, which models hand to every layer as it is.
 
+A long beginning that neighbours have in common, such as the prompt of K responses, is there once.
+
 `pack_if_possible` tries a model both ways and turns packing on when they agree; what cannot be packed
 (sliding windows, soft-capped logits, attention that bypasses the interface) keeps padded batches.
 """
@@ -36,6 +38,7 @@ class Packed:
     ids: Tensor  # (1, N)
     positions: Tensor  # (1, N), from 0 in every sequence
     layout: Tensor  # (1, 1, B, L) int64: a sequence's tokens as places in the row; N = padding
+    # ((1, 2, B, L), the same twice, where sequences share places)
     index: Tensor  # (B, width) of the padded batch -> place in the row (of real tokens)
 
     def inputs(self) -> dict[str, Any]:
@@ -56,11 +59,40 @@ def pack(ids: Tensor, mask: Tensor) -> Packed:
     steps = torch.arange(int(lengths.max()), device=ids.device)
     starts = lengths.cumsum(0) - lengths
     layout = torch.where(steps < lengths[:, None], starts[:, None] + steps, count)
-    return Packed(
+    packed = Packed(
         ids=ids[real][None],
         positions=position_ids(real)[real][None],
         layout=layout[None, None],
         index=real.flatten().long().cumsum(0).sub(1).view(real.shape),
+    )
+    return packed if layout.shape[1] < SHARED_FROM else _shared(packed)
+
+
+SHARED_FROM = 128
+"""Tokens from which on a common beginning is computed once; what is shorter hardly pays for the search."""
+
+
+def _shared(packed: Packed) -> Packed:
+    """The row without what a sequence has in common with the beginning of the one before it."""
+    own, count = packed.layout[0, 0], packed.ids.shape[1]
+    tokens = nn.functional.pad(packed.ids[0], (0, 1), value=-1)[own]  # (B, L)
+    same = (tokens[1:] == tokens[:-1]) & (own[1:] < count)
+    common = same.long().cumprod(1).sum(1).tolist()
+    if max(common, default=0) < SHARED_FROM:
+        return packed
+    places = own.clone()
+    for row, length in enumerate(common, start=1):
+        if length >= SHARED_FROM:
+            places[row, :length] = places[row - 1, :length]
+    kept, layout = places.unique(return_inverse=True)  # padding, the highest, stays the highest
+    kept, real = kept[kept < count], own < count
+    layout = layout.where(real, len(kept))
+    moved = torch.empty_like(packed.ids[0]).index_copy_(0, own[real], layout[real])
+    return Packed(
+        ids=packed.ids[:, kept],
+        positions=packed.positions[:, kept],
+        layout=layout.expand(1, 2, -1, -1),
+        index=moved[packed.index],
     )
 
 
@@ -113,8 +145,14 @@ def packed_attention(
     slots = torch.arange(len(places), device=places.device)
     back = slots.new_empty(count + 1).scatter_(0, places, slots)[:count]
 
+    shared = attention_mask.shape[1] == 2  # a token's gradient is then a sum over its places
+
     def side_by_side(x: Tensor) -> Tensor:
-        rows = _ToRows.apply(x.squeeze(0).transpose(0, 1), places, back)
+        tokens = x.squeeze(0).transpose(0, 1)
+        if shared:
+            rows = tokens.index_select(0, places.clamp(max=count - 1))
+        else:
+            rows = _ToRows.apply(tokens, places, back)
         return rows.view(*layout.shape, *rows.shape[1:]).transpose(1, 2)  # (B, H, L, D)
 
     q, k, v = side_by_side(query), side_by_side(key), side_by_side(value)
@@ -128,7 +166,8 @@ def packed_attention(
         enable_gqa=q.shape[1] != k.shape[1],
     )
     rows = out.transpose(1, 2).reshape(len(places), *out.shape[1::2])
-    return _ToTokens.apply(rows, places, back)[None], None
+    tokens = rows.index_select(0, back) if shared else _ToTokens.apply(rows, places, back)
+    return tokens[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
