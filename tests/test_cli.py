@@ -13,6 +13,7 @@ from fake_stages import make_base, train, write_recipe
 from pipeline import cli, run
 from pipeline.handoff.artifacts import manifest_hash
 from pipeline.process import disk
+from test_architecture import imported_by
 
 CALL = ["--config", "configs/tiny/sft.yaml", "--run", "checkpoints/tiny"]
 
@@ -117,6 +118,15 @@ def test_mistakes_are_a_message_and_exit_code_2(monkeypatch, capsys):
     assert told.startswith("error: sed=3: no key `sed`")
     assert "kl_coeff" in told
     assert "Traceback" not in told
+
+
+def test_what_a_stage_needs_late_or_never_is_not_imported_with_it():
+    loaded = imported_by(
+        "import importlib\nfrom pipeline import cli\nfrom pipeline.config import SFTConfig\n"
+        "cli._imported('sft', SFTConfig(model='any'))\nassert importlib.util.find_spec('wandb')"
+    )
+    assert "trl.trainer.sft_trainer" in loaded
+    assert not loaded & {"wandb", "bitsandbytes"}
 
 
 def test_missing_data_is_told_before_the_stage_is_imported(monkeypatch, capsys):

@@ -45,7 +45,7 @@ SIZES = {
             iterations=2,
             cases=("lora",),
         ),
-        Size("grows", 4, 256, 4, 704, 2**14, 16, 32, 1 / 16, episodes=16, epochs=1),
+        Size("grows", 2, 128, 2, 352, 2**14, 16, 32, 1 / 16, episodes=16, epochs=1),
     )
 }
 GROWTH = {
