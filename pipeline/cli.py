@@ -5,15 +5,17 @@ import contextlib
 import gc
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 from pipeline import run, steps
 from pipeline.config.load import AddSettings
-from pipeline.config.schema import StageConfig
+from pipeline.config.schema import Data, StageConfig
+from pipeline.data.forms import load_demonstrations, load_prompts
+from pipeline.data.rankings import load_rankings
 from pipeline.errors import UserError
-from pipeline.handoff import artifacts, sealed
+from pipeline.handoff import artifacts, datafiles, sealed
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.lineage import missing, why_stale
 from pipeline.handoff.remembered import Asked
@@ -51,6 +53,7 @@ def main(stage: str, argv: list[str] | None = None) -> None:
             say(f"{stage}: made again, {reason}")
         if problems := missing(config):  # told before the slow imports
             raise UserError("\n".join(f"{asked.of(stage).config}: {told}" for told in problems))
+        check_rows(config)
     with reporting_errors(config):
         try:
             final = _imported(stage, config).run(config)
@@ -58,6 +61,24 @@ def main(stage: str, argv: list[str] | None = None) -> None:
         except run.UpToDate:
             say(f"{stage}: up to date ({config.run / stage}), another process has just made it")
     sys.exit(0)
+
+
+AT_ONCE = 2**23
+"""Bytes of data that are read before the imports, in less than a second."""
+
+
+def check_rows(config: StageConfig) -> None:
+    """UserError for rows that the stage cannot use, where reading them twice costs nothing."""
+    readers: dict[str, dict[str, Callable]] = {
+        "sft": {"data": load_demonstrations, "validation_data": load_demonstrations},
+        "rm": {"data": load_rankings},
+        "ppo": {"prompts": load_prompts},
+    }
+    for key, read in readers.get(config.stage, {}).items():
+        data = getattr(config, key)
+        if isinstance(data, Data) and isinstance(data.path, str) and Path(data.path).exists():
+            if sum(file.stat().st_size for file in datafiles.files(data.path)[0]) < AT_ONCE:
+                read(data, [])
 
 
 def _imported(stage: str, config: StageConfig) -> ModuleType:

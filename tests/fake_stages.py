@@ -22,7 +22,7 @@ def write_recipe(root: Path, **configs: str) -> Path:
     recipe.mkdir(parents=True, exist_ok=True)
     for step, text in {**CONFIGS, **configs}.items():
         (recipe / f"{step}.yaml").write_text(text)
-    (root / "rankings.jsonl").write_text("{}\n")
+    (root / "rankings.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     return recipe
 
 
@@ -35,7 +35,7 @@ def make_base(root: Path) -> Path:
     staging = root / "staging"
     (staging / "data").mkdir(parents=True)
     for name in ("data/d.jsonl", "data/p.jsonl", "model.safetensors"):
-        (staging / name).write_text("{}\n")
+        (staging / name).write_text('{"prompt": "a", "completion": "b"}\n')
     config = load_config(BaseConfig, root / "configs" / "tiny" / "base.yaml")
     return publish_directory(staging, Path("checkpoints/base/tiny"), config)
 

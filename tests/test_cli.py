@@ -136,6 +136,13 @@ def test_missing_data_is_told_before_the_stage_is_imported(monkeypatch, capsys):
     assert "missing.jsonl: no such file" in capsys.readouterr().err
 
 
+def test_rows_without_a_reply_are_told_before_the_stage_is_imported(tmp_path, monkeypatch, capsys):
+    install(monkeypatch, lambda config: pytest.fail("ran"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    assert call(f"data.path={tmp_path}/rows.jsonl", "--force") == 2
+    assert "rows.jsonl:2: " in capsys.readouterr().err
+
+
 def raising(error: BaseException):
     def run(config):
         raise error
