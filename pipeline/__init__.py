@@ -10,6 +10,7 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 # It remarks on its own import, which peft brings about, and on every product in 8 bits.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 # A thread that is done with its share of a product spins for 10 ms before it sleeps, unless OpenMP is told
 # otherwise before torch loads it. Beside other programs it so takes the core that the thread it waits for needs,
 # at each product anew. This is libgomp's own count for more threads than cores, 35 us: it spans the gaps
