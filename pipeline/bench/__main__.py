@@ -40,7 +40,8 @@ ENVIRONMENT = {
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make bench`."""
     args = parser().parse_args(argv)
-    args.iterations = args.iterations or SIZES[args.size].iterations
+    if args.iterations is None:
+        args.iterations = SIZES[args.size].iterations
     if min(args.iterations, args.threads) < 1:
         raise UserError("--iterations and --threads are at least 1")
     if args.device == "cuda" and not machine.has_cuda():
