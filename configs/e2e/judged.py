@@ -1,0 +1,250 @@
+"""What the evaluation's answers are worth to the rule, to a held-out reward model and at equal length.
+
+    python -m configs.e2e.judged --run checkpoints/e2e-seed1 --judge checkpoints/e2e-judge --best checkpoints/e2e-seed1-best
+
+Reads RUN/eval/SPLIT_samples.jsonl (`make eval`), adds best-of-4 by the run's reward model and the answers of SFT on the
+best-ranked texts, writes RUN/judged-SPLIT.json. Intervals are bootstrapped over attribute lists, whose texts hang together.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from configs.e2e import rule
+from pipeline.config.evaluation import EvalConfig
+from pipeline.config.load import checkpoints_root, load_config
+from pipeline.config.schema import Data
+from pipeline.data.messages import message
+from pipeline.data.rankings import load_rankings
+from pipeline.data.template import encode_responses
+from pipeline.evaluation.evaluate import Exam, ask
+from pipeline.evaluation.metrics import untied_pairs
+from pipeline.handoff.found import read_json
+from pipeline.models.forward import score_sequences
+from pipeline.models.loading import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
+from pipeline.models.tokens import pad_id
+from pipeline.process.files import jsonl, read_jsonl, write_atomically
+
+CLOSE = 2
+"""Tokens by which two texts may differ in length and count as equally long."""
+
+Texts = list[tuple[str, str]]
+"""Prompts and responses."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument(
+        "--judge", type=Path, required=True, help="run of the held-out reward model"
+    )
+    parser.add_argument("--best", type=Path, help="run of SFT on the best-ranked texts")
+    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--config", type=Path, default=Path("configs/e2e/eval.yaml"))
+    args = parser.parse_args(argv)
+    config = load_config(EvalConfig, args.config, [])
+    quiet()
+    prepare_cpu(config.threads)
+    result = judged(args, config)
+    out = args.run / f"judged-{args.split}.json"
+    write_atomically(out, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def judged(args: argparse.Namespace, config: EvalConfig) -> dict:
+    """Everything that is reported of a run."""
+    own, held_out = (Scorer(run / "rm") for run in (args.run, args.judge))
+    ranked = checkpoints_root() / "data/e2e" / f"{args.split}_rm.jsonl"
+    answers = collected(args, config, own)
+    samples = args.run / f"judged-{args.split}_samples.jsonl"
+    write_atomically(samples, jsonl(row for rows in answers.values() for row in rows))
+    graded = {name: grades(rows, own, held_out) for name, rows in answers.items()}
+    lists = [row["prompt"] for row in answers["sft"]]
+    found = read_json(args.run / "eval" / f"{args.split}.json")
+    models = found["models"]
+    return {
+        "lists": len(set(lists)),
+        "answers": len(lists),
+        "kl": found["kl"],
+        "text_perplexity": {name: models[name].get("text_perplexity") for name in models},
+        "policies": {
+            name: {key: statistics.fmean(values) for key, values in columns.items()}
+            for name, columns in graded.items()
+        },
+        "over_sft": {
+            name: {
+                "rule": versus(columns, graded["sft"], "rule", lists),
+                "held_out_rm": versus(columns, graded["sft"], "held_out_rm", lists),
+                "rm": versus(columns, graded["sft"], "rm", lists),
+            }
+            for name, columns in graded.items()
+            if name != "sft"
+        },
+        "gain_over_best_of_4": interval(
+            np.subtract(graded["ppo"]["complete"], graded["best of 4"]["complete"]), lists
+        ),
+        "rankings": {
+            "rm": on_rankings(ranked, own, own.length),
+            "held_out_rm": on_rankings(ranked, held_out, own.length),
+            "rule": on_rankings(
+                ranked, lambda p: rule.score(*zip(*p, strict=True), []), own.length
+            ),
+        },
+    }
+
+
+class Scorer:
+    """A reward model as a function of prompts and texts."""
+
+    def __init__(self, path: Path):
+        self.model, self.tokenizer = load_reward(path), load_tokenizer(path)
+
+    def ids(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt and of a response, its end included."""
+        given, [response] = encode_responses(self.tokenizer, [message("user", prompt)], [text])
+        return given, response
+
+    def length(self, prompt: str, text: str) -> int:
+        """Tokens of a response, its end included."""
+        return len(self.ids(prompt, text)[1])
+
+    def __call__(self, pairs: Texts) -> list[float]:
+        given, responses = zip(*(self.ids(*pair) for pair in pairs), strict=True)
+        return score_sequences(self.model, list(given), list(responses), pad_id(self.tokenizer), 64)
+
+
+def collected(args: argparse.Namespace, config: EvalConfig, own: Scorer) -> dict[str, list[dict]]:
+    """Policy -> an answer to each prompt: prompt, policy, response, ended."""
+    samples = read_jsonl(args.run / "eval" / f"{args.split}_samples.jsonl")
+    out = {
+        name: [_answer(s["prompt"], name, **s["answers"][name]) for s in samples]
+        for name in ("sft", "ppo")
+    }
+    tokenizer = load_tokenizer(args.run / "sft")
+    asked, exam = ask(config, args.split, tokenizer), Exam(config, tokenizer, None, None)
+    if asked.texts != [s["prompt"] for s in samples]:
+        raise SystemExit(f"{args.run}: evaluated on other prompts: make eval again")
+
+    def answers(name: str, run: Path, n: int) -> list[dict]:
+        many = asked.at([i for i in range(len(asked.ids)) for _ in range(n)])
+        given = exam.answers(name, load_policy(run / "sft", tokenizer), many)
+        told = zip(many.texts, given, strict=True)
+        return [_answer(prompt, name, response=r.text, ended=r.ended) for prompt, r in told]
+
+    four = answers("best of 4", args.run, 4)
+    scores = own([(row["prompt"], row["response"]) for row in four])
+    places = [max(range(i, i + 4), key=scores.__getitem__) for i in range(0, len(four), 4)]
+    out["best of 4"] = [four[i] for i in places]
+    if args.best:
+        out["sft on the best-ranked"] = answers("sft on the best-ranked", args.best, 1)
+    return out
+
+
+def _answer(prompt: str, policy: str, response: str, ended: bool, **_) -> dict:
+    return {"prompt": prompt, "policy": policy, "response": response, "ended": ended}
+
+
+def grades(rows: list[dict], own: Scorer, held_out: Scorer) -> dict[str, list[float]]:
+    """Name of a grade -> one for each answer."""
+    pairs = [(row["prompt"], row["response"]) for row in rows]
+    prompts, texts = map(list, zip(*pairs, strict=True))
+    verdicts = [rule.read(*pair) for pair in pairs]
+    return {
+        "rule": rule.score(prompts, texts, [], [row["ended"] for row in rows]),
+        "said": [len(v.said) / v.slots for v in verdicts],
+        "complete": [float(v.complete) for v in verdicts],
+        "faithful": [float(v.faithful) for v in verdicts],
+        "wrong": [float(len(v.wrong)) for v in verdicts],
+        "ended": [float(row["ended"]) for row in rows],
+        "tokens": [float(own.length(*pair)) for pair in pairs],
+        "rm": own(pairs),
+        "held_out_rm": held_out(pairs),
+    }
+
+
+def versus(ours: dict, theirs: dict, grade: str, lists: Sequence[str]) -> dict:
+    """Wins by a grade, ties half: all, at equal length, and among pairs that are about as long.
+
+    At equal length: what a line through (difference in tokens, win) gives at 0, as length-controlled AlpacaEval does
+    with a logistic curve (arXiv 2404.04475).
+    """
+    difference = np.subtract(ours[grade], theirs[grade])
+    wins = (difference > 0) + 0.5 * (difference == 0)
+    longer = np.subtract(ours["tokens"], theirs["tokens"])
+    close = np.abs(longer) <= CLOSE
+
+    def at_equal_length(picks: np.ndarray) -> float:
+        line = np.stack([np.ones(len(picks)), longer[picks]], axis=1)
+        return float(np.linalg.lstsq(line, wins[picks], rcond=None)[0][0])
+
+    return {
+        **interval(wins, lists),
+        "ties": float(np.mean(difference == 0)),
+        "at_equal_length": bootstrap(at_equal_length, lists),
+        "close": {
+            "pairs": int(close.sum()),
+            "rate": float(wins[close].mean()) if close.any() else None,
+        },
+    }
+
+
+def on_rankings(
+    file: Path,
+    score: Callable[[Texts], Sequence[float]],
+    length: Callable[[str, str], int],
+) -> dict:
+    """Accuracy on people's rankings of lists that nobody trained on, beside the better of two baselines by length."""
+    pairs, lists = [], []
+    for ranking in load_rankings(Data(path=str(file))):
+        texts = [(ranking.messages[0]["content"], text) for text in ranking.responses]
+        scores, lengths = score(texts), [length(*text) for text in texts]
+        for better, worse in untied_pairs(ranking.ranks):
+            longer = lengths[better] - lengths[worse]
+            pairs.append([_win(scores[better] - scores[worse]), _win(longer), abs(longer)])
+            lists.append(texts[0][0])
+    right, longer, distance = np.array(pairs).T
+    baseline = longer if longer.mean() >= 0.5 else 1 - longer
+    close = distance <= CLOSE
+    of_close = [name for name, is_close in zip(lists, close, strict=True) if is_close]
+    return {
+        "pairs": len(pairs),
+        "accuracy": interval(right, lists),
+        "longer_wins": float(longer.mean()),
+        "over_length": interval(right - baseline, lists),
+        "close": {"pairs": int(close.sum()), **interval(right[close], of_close)},
+    }
+
+
+def _win(difference: float) -> float:
+    return float(difference > 0) + 0.5 * float(difference == 0)
+
+
+def interval(values: Sequence[float], lists: Sequence[str]) -> dict[str, float]:
+    """Mean and 95 % interval."""
+    x = np.asarray(values, dtype=float)
+    return bootstrap(lambda picks: float(x[picks].mean()), lists)
+
+
+def bootstrap(
+    measure: Callable[[np.ndarray], float], lists: Sequence[str], rounds: int = 1000
+) -> dict[str, float]:
+    """A measure of rows with its 95 % percentile interval, attribute lists drawn with replacement."""
+    members: dict[str, list[int]] = {}
+    for i, name in enumerate(lists):
+        members.setdefault(name, []).append(i)
+    groups, draw = [np.array(rows) for rows in members.values()], np.random.default_rng(0)
+    again = [
+        measure(np.concatenate([groups[i] for i in draw.integers(len(groups), size=len(groups))]))
+        for _ in range(rounds)
+    ]
+    low, high = np.quantile(again, [0.025, 0.975])
+    return {"value": measure(np.arange(len(lists))), "low": float(low), "high": float(high)}
+
+
+if __name__ == "__main__":
+    main()
