@@ -154,9 +154,9 @@ def rated(mr: str, texts: list[str], *ratings: list[int]) -> list[dict[str, str]
 
 def test_raters_of_the_same_texts_are_one_ranking():
     texts = ["one", "two ", "three", "two", "five"]
-    [found] = prepare.rankings(rated("name[A]", texts, [100, 40, 60, 60, 0], [80, 40, 60, 60, 20]))
+    [found] = prepare.rankings(rated("name[A]", texts, [100, 44, 63, 60, 0], [80, 40, 62, 60, 21]))
     assert found["responses"] == ["one", "two", "three", "five"]
-    assert found["scores"] == [90, 50, 60, 10]
+    assert found["scores"] == [90, 50, 60, 10]  # 90, 51, 62.5, 10.5
     assert found["raters"] == 2
 
 
@@ -164,7 +164,7 @@ def test_an_attribute_list_is_in_one_part_and_stays_there(tmp_path):
     rows = []
     for i in range(300):
         mr, texts = f"name[Place {i}], eatType[pub]", [f"Place {i} is pub {k}." for k in range(5)]
-        rows += rated(mr, texts, [90, 80, 70, 60, 50], [70, 90, 60, 50, 40])
+        rows += rated(mr, texts, [90, 80, 70, 60, 50], [72, 94, 66, 54, 38])
         rows += rated(mr, [t + " Yes." for t in texts], [50, 50, 50, 50, 50])  # prefers nothing
     with (tmp_path / "quality.csv").open("w", encoding="utf-8", newline="") as file:
         out = csv.DictWriter(file, rows[0].keys())
@@ -187,11 +187,11 @@ def test_an_attribute_list_is_in_one_part_and_stays_there(tmp_path):
 
     assert len(files["sft"]) == 10 * len(lists["sft"])
     first = files["rm"][0]
-    assert first["scores"] == [80, 85, 65, 55, 45]
+    assert first["scores"] == [80, 90, 70, 60, 40]
     assert all("is pub 1." in row["completion"] for row in files["best"])
     assert len(files["best"]) == len(files["rm"]) == len(lists["rm"])
 
-    some = {name: rows for name, rows in prepare.splits(prepare.rankings(rows[:300])).items()}
+    some = prepare.splits(prepare.rankings(rows[:300]))
     assert {r["prompt"] for r in some["test"]} <= lists["test"]
 
     assert load_rankings(Data(path=str(tmp_path / "rm.jsonl")))[0].ranks == [2, 1, 3, 4, 5]

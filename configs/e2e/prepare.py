@@ -17,7 +17,11 @@ from pathlib import Path
 SHARES = {"sft": 0.10, "rm": 0.34, "ppo": 0.14, "judge": 0.18, "validation": 0.08, "test": 0.16}
 """Part -> share of the attribute lists. `judge` is what the held-out reward model is made from."""
 
-Ranking = dict  # prompt, responses, scores (mean rating of each), raters
+NEAREST = 10
+"""Mean ratings are rounded to a multiple of this. Two or three people's means that are less than 5 apart say nothing:
+there the rule of `configs.e2e.rule` agrees with them in .56 of the pairs of the training parts, beyond 10 in .77."""
+
+Ranking = dict  # prompt, responses, scores (rounded mean rating of each), raters
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def rankings(rows: Iterable[dict[str, str]]) -> list[Ranking]:
-    """One ranking for each five texts that the same people rated, by the mean of their ratings.
+    """One ranking for each five texts that the same people rated, by the mean of their ratings, rounded.
 
-    A text that is there twice is one response, with the mean of its ratings. In the order of the file.
+    A text that is there twice is one response, with the mean of all its ratings. In the order of the file.
     """
     rated: dict[tuple[str, ...], list[list[float]]] = {}
     for row in rows:
@@ -49,7 +53,7 @@ def rankings(rows: Iterable[dict[str, str]]) -> list[Ranking]:
         of_text: dict[str, list[float]] = {}
         for text, column in zip(texts, zip(*ratings, strict=True), strict=True):
             of_text.setdefault(text, []).extend(column)
-        scores = [statistics.fmean(found) for found in of_text.values()]
+        scores = [NEAREST * round(statistics.fmean(found) / NEAREST) for found in of_text.values()]
         raters = len(ratings)
         out.append(
             {"prompt": prompt, "responses": list(of_text), "scores": scores, "raters": raters}

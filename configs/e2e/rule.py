@@ -52,13 +52,13 @@ FRIENDLY = (
     r"friendly (?:for|to|towards) (?:\w+ )?(?:famil\w+|kids|child\w*)|"
     r"(?:for|welcom\w+|allow\w*|accommodat\w+|accept\w*|cater\w*(?: to| for)?|bring) "
     r"(?:(?:the|your|you|all|whole|entire|a|any|with|its) ){0,3}(?:famil\w+|kids|child\w*)|"
-    r"(?:famil\w+|kids|child\w*) (?:are |is )?(?:also )?(?:very )?(?:welcome|allowed|welcomed|accepted)|"
+    r"(?:famil\w+|kids|child\w*) (?:are |is )?(?:also )?(?:very )?(?:welcome|allowed|welcomed|accepted|permitted)|"
     r"family (?:style )?(?:restaurant|pub|coffee shop|place|venue|establishment|atmosphere|environment)"
 )
 NEGATIVE = (
     r"(?:\b(?:not|no|non|isnt|never|doesnt|dont|arent|unsuitable|nor|without)\b(?: \w+){0,4}? ?)"
     rf"(?:{FRIENDLY}|kids\b|child\w*|famil\w+)|(?:famil\w+|kids|child\w*)(?: \w+){{0,2}} (?:not|never|arent|isnt)\b|"
-    r"(?:family|kids?|child(?:ren)?) unfriendly|adults? only|only (?:for )?adults"
+    r"(?:family|kids?|child(?:ren)?) unfriendly|(?:only|for) adults|adults? (?:only|friendly|oriented|pub|restaurant|coffee shop|atmosphere)"
 )
 CAPITALS = set(
     "i it its the this there they a an in on at with near by for you if located situated families customers french "
