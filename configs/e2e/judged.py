@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from configs.e2e import rule
+from pipeline.cli import reporting_errors
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import checkpoints_root, load_config
 from pipeline.config.schema import Data
 from pipeline.data.messages import message
 from pipeline.data.rankings import load_rankings
 from pipeline.data.template import encode_responses
+from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import Exam, ask
 from pipeline.evaluation.metrics import untied_pairs
 from pipeline.handoff.found import read_json
@@ -119,7 +121,7 @@ class Scorer:
 
 
 def collected(args: argparse.Namespace, config: EvalConfig, own: Scorer) -> dict[str, list[dict]]:
-    """Policy -> an answer to each prompt: prompt, policy, response, ended."""
+    """Policy -> an answer to each prompt: prompt, policy, response, ended, maybe rm."""
     samples = read_jsonl(args.run / "eval" / f"{args.split}_samples.jsonl")
     out = {
         name: [_answer(s["prompt"], name, **s["answers"][name]) for s in samples]
@@ -128,7 +130,7 @@ def collected(args: argparse.Namespace, config: EvalConfig, own: Scorer) -> dict
     tokenizer = load_tokenizer(args.run / "sft")
     asked, exam = ask(config, args.split, tokenizer), Exam(config, tokenizer, None, None)
     if asked.texts != [s["prompt"] for s in samples]:
-        raise SystemExit(f"{args.run}: evaluated on other prompts: make eval again")
+        raise UserError(f"{args.run}: evaluated on other prompts: make eval again")
 
     def answers(name: str, run: Path, n: int) -> list[dict]:
         many = asked.at([i for i in range(len(asked.ids)) for _ in range(n)])
@@ -139,14 +141,17 @@ def collected(args: argparse.Namespace, config: EvalConfig, own: Scorer) -> dict
     four = answers("best of 4", args.run, 4)
     scores = own([(row["prompt"], row["response"]) for row in four])
     places = [max(range(i, i + 4), key=scores.__getitem__) for i in range(0, len(four), 4)]
-    out["best of 4"] = [four[i] for i in places]
+    out["best of 4"] = [four[i] | {"rm": scores[i]} for i in places]
     if args.best:
         out["sft on the best-ranked"] = answers("sft on the best-ranked", args.best, 1)
     return out
 
 
-def _answer(prompt: str, policy: str, response: str, ended: bool, **_) -> dict:
-    return {"prompt": prompt, "policy": policy, "response": response, "ended": ended}
+def _answer(
+    prompt: str, policy: str, response: str, ended: bool, rm_score: float | None = None, **_
+) -> dict:
+    known = {} if rm_score is None else {"rm": rm_score}
+    return {"prompt": prompt, "policy": policy, "response": response, "ended": ended, **known}
 
 
 def grades(rows: list[dict], own: Scorer, held_out: Scorer) -> dict[str, list[float]]:
@@ -162,7 +167,7 @@ def grades(rows: list[dict], own: Scorer, held_out: Scorer) -> dict[str, list[fl
         "wrong": [float(len(v.wrong)) for v in verdicts],
         "ended": [float(row["ended"]) for row in rows],
         "tokens": [float(own.length(*pair)) for pair in pairs],
-        "rm": own(pairs),
+        "rm": [row["rm"] for row in rows] if "rm" in rows[0] else own(pairs),
         "held_out_rm": held_out(pairs),
     }
 
@@ -247,4 +252,5 @@ def bootstrap(
 
 
 if __name__ == "__main__":
-    main()
+    with reporting_errors():
+        main()
