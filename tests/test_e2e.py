@@ -6,7 +6,7 @@ import json
 import pytest
 
 from configs.e2e import prepare, rule
-from configs.e2e.judged import bootstrap, interval, on_rankings, versus
+from configs.e2e.judged import bootstrap, interval, versus
 from pipeline.config.schema import Data
 from pipeline.data.forms import load_demonstrations, load_prompts
 from pipeline.data.rankings import load_rankings
@@ -221,13 +221,3 @@ def test_an_interval_draws_whole_lists():
     assert clustered == {"value": 0.5, "low": 0.0, "high": 1.0}
     assert 0.38 < free["low"] < 0.42 and 0.58 < free["high"] < 0.62
     assert bootstrap(lambda picks: float(len(picks)), lists, 10)["value"] == 100
-
-
-def test_accuracy_stands_beside_the_better_baseline_by_length(tmp_path):
-    file = tmp_path / "ranked.jsonl"
-    row = {"prompt": "name[A]", "responses": ["a b c", "a b", "a"], "scores": [1, 2, 3]}
-    file.write_text(json.dumps(row) + "\n")
-    found = on_rankings(file, lambda pairs: [len(t) for _, t in pairs], lambda _, t: len(t))
-    assert found["accuracy"]["value"] == found["longer_wins"] == 0
-    assert found["over_length"]["value"] == -1  # "the shorter one wins" is always right
-    assert found["close"]["pairs"] == 2

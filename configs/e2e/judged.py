@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from pipeline.data.rankings import load_rankings
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import Exam, ask
-from pipeline.evaluation.metrics import untied_pairs
+from pipeline.evaluation.rankings import Scored
 from pipeline.handoff.found import read_json
 from pipeline.models.forward import score_sequences
 from pipeline.models.loading import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
@@ -55,13 +56,21 @@ def main(argv: list[str] | None = None) -> None:
     result = judged(args, config)
     out = args.run / f"judged-{args.split}.json"
     write_atomically(out, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    for name, row in result["policies"].items():
+        print(f"{name:24}", *(f"{key} {value:.3f}" for key, value in row.items()))
+    for name, row in result["over_sft"].items():
+        wins = (f"{by} {v['value']:.3f} ({v['low']:.3f}-{v['high']:.3f})" for by, v in row.items())
+        print(f"{name:24} wins over sft:", *wins)
+    for name, found in result["rankings"].items():
+        print(f"\non people's rankings: {name}\n{text(found)}")
 
 
 def judged(args: argparse.Namespace, config: EvalConfig) -> dict:
     """Everything that is reported of a run."""
     own, held_out = (Scorer(run / "rm") for run in (args.run, args.judge))
     ranked = checkpoints_root() / "data/e2e" / f"{args.split}_rm.jsonl"
+    rankings = load_rankings(Data(path=str(ranked)))
+    of_rm = scored(str(args.run / "rm"), rankings)
     answers = collected(args, config, own)
     samples = args.run / f"judged-{args.split}_samples.jsonl"
     write_atomically(samples, jsonl(row for rows in answers.values() for row in rows))
@@ -91,11 +100,9 @@ def judged(args: argparse.Namespace, config: EvalConfig) -> dict:
             np.subtract(graded["ppo"]["complete"], graded["best of 4"]["complete"]), lists
         ),
         "rankings": {
-            "rm": on_rankings(ranked, own, own.length),
-            "held_out_rm": on_rankings(ranked, held_out, own.length),
-            "rule": on_rankings(
-                ranked, lambda p: rule.score(*zip(*p, strict=True), []), own.length
-            ),
+            "rm": card(of_rm),
+            "held_out_rm": card(scored(str(args.judge / "rm"), rankings)),
+            "rule": card([by_rule(item) for item in of_rm]),
         },
     }
 
@@ -198,35 +205,10 @@ def versus(ours: dict, theirs: dict, grade: str, lists: Sequence[str]) -> dict:
     }
 
 
-def on_rankings(
-    file: Path,
-    score: Callable[[Texts], Sequence[float]],
-    length: Callable[[str, str], int],
-) -> dict:
-    """Accuracy on people's rankings of lists that nobody trained on, beside the better of two baselines by length."""
-    pairs, lists = [], []
-    for ranking in load_rankings(Data(path=str(file))):
-        texts = [(ranking.messages[0]["content"], text) for text in ranking.responses]
-        scores, lengths = score(texts), [length(*text) for text in texts]
-        for better, worse in untied_pairs(ranking.ranks):
-            longer = lengths[better] - lengths[worse]
-            pairs.append([_win(scores[better] - scores[worse]), _win(longer), abs(longer)])
-            lists.append(texts[0][0])
-    right, longer, distance = np.array(pairs).T
-    baseline = longer if longer.mean() >= 0.5 else 1 - longer
-    close = distance <= CLOSE
-    of_close = [name for name, is_close in zip(lists, close, strict=True) if is_close]
-    return {
-        "pairs": len(pairs),
-        "accuracy": interval(right, lists),
-        "longer_wins": float(longer.mean()),
-        "over_length": interval(right - baseline, lists),
-        "close": {"pairs": int(close.sum()), **interval(right[close], of_close)},
-    }
-
-
-def _win(difference: float) -> float:
-    return float(difference > 0) + 0.5 * float(difference == 0)
+def by_rule(item: Scored) -> Scored:
+    """A ranking with the rule's scores."""
+    k = len(item.responses)
+    return replace(item, scores=rule.score([item.prompt] * k, item.responses, [{}] * k))
 
 
 def interval(values: Sequence[float], lists: Sequence[str]) -> dict[str, float]:
