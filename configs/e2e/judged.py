@@ -24,8 +24,10 @@ from pipeline.data.messages import message
 from pipeline.data.rankings import load_rankings
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
+from pipeline.evaluation.card import card
 from pipeline.evaluation.evaluate import Exam, ask
 from pipeline.evaluation.rankings import Scored
+from pipeline.evaluation.rm import scored, text
 from pipeline.handoff.found import read_json
 from pipeline.models.forward import score_sequences
 from pipeline.models.loading import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
