@@ -5,11 +5,15 @@ import json
 
 import pytest
 
-from configs.e2e import prepare, rule
+import small_run
+from configs.e2e import judged, prepare, rule
 from configs.e2e.judged import bootstrap, interval, versus
+from pipeline.config.evaluation import EvalConfig
+from pipeline.config.load import load_config
 from pipeline.config.schema import Data
 from pipeline.data.forms import load_demonstrations, load_prompts
 from pipeline.data.rankings import load_rankings
+from pipeline.evaluation.__main__ import run_evaluation
 from pipeline.evaluation.judges import load_judge
 
 FULL = (
@@ -221,3 +225,38 @@ def test_an_interval_draws_whole_lists():
     assert clustered == {"value": 0.5, "low": 0.0, "high": 1.0}
     assert 0.38 < free["low"] < 0.42 and 0.58 < free["high"] < 0.62
     assert bootstrap(lambda picks: float(len(picks)), lists, 10)["value"] == 100
+
+
+def test_what_is_judged_beside_ppo_has_the_answers_of_the_evaluation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RLHF_CHECKPOINTS", str(tmp_path))
+    run = small_run.make_run(tmp_path)
+    judge = small_run.make_run(tmp_path / "judge", ("base", "sft", "rm"), first_seed=10)
+    prompts = [{"prompt": COFFEE}, {"prompt": NAMED}] * 2
+    ranked = [{"prompt": COFFEE, "responses": ["w1", "w2 w3", "w4"], "scores": [3, 2, 1]}]
+    data = small_run.write_jsonl(tmp_path / "lists.jsonl", prompts)
+    small_run.write_jsonl(tmp_path / "data/e2e/test_rm.jsonl", ranked)
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"prompts: {{path: {data}}}\njudge: configs.e2e.rule\nmax_new_tokens: 4\ncandidates: 1\n"
+    )
+    words = ["--run", str(run), "--judge", str(judge), "--best", str(judge)]
+    run_evaluation(run, load_config(EvalConfig, config, []))
+    judged.main([*words, "--config", str(config)])
+
+    found = json.loads((run / "judged-test.json").read_text())
+    names = ["sft", "ppo", "best of 4", "sft on the best-ranked"]
+    assert list(found["policies"]) == names and list(found["over_sft"]) == names[1:]
+    assert (found["lists"], found["answers"]) == (2, 4)
+    evaluated = json.loads((run / "eval" / "test.json").read_text())
+    for name in ("sft", "ppo"):
+        ours, theirs = found["policies"][name], evaluated["models"][name]
+        assert ours["rule"] == pytest.approx(theirs["judge"])
+        assert ours["rm"] == pytest.approx(theirs["rm_score"])
+    assert found["policies"]["best of 4"]["rm"] > found["policies"]["sft"]["rm"]
+    assert found["over_sft"]["ppo"]["rule"]["value"] == pytest.approx(
+        evaluated["comparisons"]["ppo_vs_sft"]["rate"]
+    )
+    assert found["rankings"]["rule"]["pairs"] == found["rankings"]["held_out_rm"]["pairs"] == 3
+    rows = (run / "judged-test_samples.jsonl").read_text().splitlines()
+    assert [json.loads(row)["policy"] for row in rows] == [name for name in names for _ in range(4)]
+    assert "ppo                      wins over sft: rule" in capsys.readouterr().out
