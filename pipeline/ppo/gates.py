@@ -39,14 +39,20 @@ def finite_step(losses: dict[str, Tensor], grad_norms: dict[str, Tensor], step: 
             )
 
 
-def ratio_is_one(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, tolerance: float, step: int):
-    """Before the first optimizer step of an iteration the policy is the one that sampled."""
-    gap = torch.where(mask, (logprobs - old_logprobs).abs(), 0.0).max()
+def ratio_is_one(
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, tolerance: float, step: int, rounded: bool
+):
+    """Before the first optimizer step of an iteration the policy is the one that sampled.
+
+    Rounding moves an unlikely token by far more than the others: where it is `rounded` the mean tells.
+    """
+    off = torch.where(mask, (logprobs - old_logprobs).abs(), 0.0)
+    gap = masked_mean(off, mask) if rounded else off.max()
     if not gap <= tolerance:
         raise InvariantError(
-            f"ppo: iteration {step}: before any step |log ratio| reaches {gap.item():.2e} (allowed "
-            f"{tolerance:.0e}). Rollout and update disagree: dropout, another temperature, another "
-            "precision, or an attention that depends on padding."
+            f"ppo: iteration {step}: before any step |log ratio| {'averages' if rounded else 'reaches'} "
+            f"{gap.item():.2e} (allowed {tolerance:.0e}). Rollout and update disagree: dropout, another "
+            "temperature, another precision, or an attention that depends on padding."
         )
 
 
