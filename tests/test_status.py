@@ -79,6 +79,17 @@ def test_an_edited_config_redoes_its_stage_and_those_after_it(tmp_path):
     assert plan("sft rm ppo") == ["ppo"]
 
 
+def test_a_key_that_came_after_a_stage_was_made_has_its_default_there(tmp_path):
+    make_all(tmp_path)
+    path = Path("checkpoints/tiny/sft/manifest.json")
+    manifest = json.loads(path.read_text())
+    del manifest["config"]["data"]["votes"], manifest["config"]["keep"]
+    path.write_text(json.dumps(manifest))
+    assert plan("sft") == []
+    assert plan("sft", "sft.keep=best") == ["sft"]
+    assert plan("sft", "sft.data.votes=majority") == ["sft"]
+
+
 def test_settings_force_and_other_files(tmp_path):
     make_all(tmp_path)
     assert plan("ppo", "ppo.kl_coef=0.5") == ["ppo"]

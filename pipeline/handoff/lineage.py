@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pipeline import steps
 from pipeline.config.evaluation import EvalConfig
@@ -124,8 +124,14 @@ def _portable(inputs: dict[str, str]) -> dict[str, str]:
 
 
 def deciding(kind: type[BaseModel] | None, config: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without the keys that decide nothing of the result."""
+    """A resolved config without the keys that decide nothing of the result.
+
+    One that was recorded before a key was there has its default, which means what was done then.
+    """
     cosmetic: set[str] = getattr(kind, "cosmetic", set())
+    if kind is not None:
+        with contextlib.suppress(ValidationError):  # of a version that had other keys: as it is
+            config = kind.model_validate_json(json.dumps(config)).model_dump(mode="json")
     return {key: portable(value) for key, value in config.items() if key not in cosmetic}
 
 
