@@ -31,7 +31,7 @@ def main(stage: str, argv: list[str] | None = None) -> None:
     """
     stopping.install()
     with reporting_errors():
-        args = parser(stage).parse_args(argv)
+        args = parser(stage).parse_intermixed_args(argv)
         faults.setup(stage, steps.phases())
         launch.check_environment()
         asked = request(stage, args)

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--force", action="store_true", help="even if nothing changed since")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     asked = request("eval", args)
     made = asked.of("eval")
     config = steps.load("eval", made.config, made.settings)

@@ -49,7 +49,7 @@ COLUMNS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make compare`."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     recipe, run, settings = steps.asked(args)
     runs = [steps.sibling(run, f"seed{seed}") for seed in args.seeds] or [run]
     config = load_config(EvalConfig, recipe / "eval.yaml", overrides("eval", settings))

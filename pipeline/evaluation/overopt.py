@@ -35,7 +35,7 @@ Samples = dict[int, list[dict[str, Any]]]
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make overopt`."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     recipe, run, settings = steps.asked(args)
     study = Study(recipe, run, args.prompts, args.n, settings)
     curves = study.curves(args.iterations, args.points)

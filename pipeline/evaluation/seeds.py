@@ -40,7 +40,7 @@ OF_POLICY = {
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `make seeds`; ends with code 1 when a seed failed."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     recipe, run, settings = steps.asked(args)
     _refuse_seed(settings)
     study = Study(recipe, run, args.split, settings, args.ppo, args.borrow)
