@@ -102,9 +102,11 @@ def test_set_may_be_given_more_than_once(capsys):
     assert "up to date" in capsys.readouterr().out
 
 
-def test_settings_may_stand_on_both_sides_of_an_option():
-    args = cli.parser("ppo").parse_intermixed_args("--run r a=1 --from x b=2".split())
-    assert args.settings == ["a=1", "b=2"] and str(args.borrow) == "x"
+def test_settings_may_stand_on_both_sides_of_an_option(capsys):
+    assert call("epochs=2", "--set", "seed=3", "max_length=40") == 0
+    capsys.readouterr()
+    assert call("--set", "seed=3 sft.epochs=2 sft.max_length=40") == 0
+    assert "up to date" in capsys.readouterr().out
 
 
 def test_force_starts_again_even_after_an_interruption(monkeypatch, capsys):
