@@ -76,8 +76,13 @@ def check_rows(config: StageConfig) -> None:
     }
     for key, read in readers.get(config.stage, {}).items():
         data = getattr(config, key)
-        if isinstance(data, Data) and isinstance(data.path, str) and Path(data.path).exists():
-            if sum(file.stat().st_size for file in datafiles.files(data.path)[0]) < AT_ONCE:
+        if not isinstance(data, Data):
+            continue
+        several = data.path if isinstance(data.path, list) else [data.path]
+        paths = [part.path if isinstance(part, Data) else part for part in several]
+        if all(isinstance(path, str) and Path(path).exists() for path in paths):  # and no hub ids
+            files = [file for path in paths for file in datafiles.files(path)[0]]
+            if sum(file.stat().st_size for file in files) < AT_ONCE:
                 read(data, [])
 
 

@@ -102,9 +102,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         before = _validation_loss(trainer)
         best = Best(config, "eval_loss") if config.keep == "best" else None
         if best and not before:
-            raise UserError(
-                "keep: best needs held-out data: validation_data or validation_fraction"
-            )
+            raise UserError("sft: keep: best needs held-out data, and there is a single prompt")
         recorder = Recorder(stage.tracker, LOGGED, config.log_every, best)
         train(trainer, stage.work, recorder, before)
         after = _validation_loss(trainer)

@@ -120,9 +120,10 @@ def test_a_run_killed_after_patience_ended_does_not_train_on(stages, monkeypatch
 
 
 def test_the_best_of_nothing_measured_is_refused(stages, tmp_path):
-    config = SFTConfig(model=str(tmp_path / "base"), run=tmp_path / "x", keep="best",
-                       validation_fraction=0, **QUIET)  # fmt: skip
-    with pytest.raises(UserError, match="keep: best needs held-out data"):
-        sft.run(config, TAUGHT)
+    config = SFTConfig(model=str(tmp_path / "base"), run=tmp_path / "x", keep="best", **QUIET)
+    with pytest.raises(UserError, match="keep: best needs held-out data, and there is a single"):
+        sft.run(config, [TAUGHT[0]])
+    with pytest.raises(ValueError, match="keep: best needs validation_data or a validation_fract"):
+        SFTConfig(model="m", keep="best", validation_fraction=0)
     with pytest.raises(ValueError, match="eval_every and patience go with keep: best"):
         SFTConfig(model="m", patience=3)

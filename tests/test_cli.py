@@ -146,8 +146,9 @@ def test_missing_data_is_told_before_the_stage_is_imported(monkeypatch, capsys):
 def test_rows_without_a_reply_are_told_before_the_stage_is_imported(tmp_path, monkeypatch, capsys):
     install(monkeypatch, lambda config: pytest.fail("ran"))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    assert call(f"data.path={tmp_path}/rows.jsonl", "--force") == 2
-    assert "rows.jsonl:2: " in capsys.readouterr().err
+    for given in (f"{tmp_path}/rows.jsonl", f"[{{path: {tmp_path}/rows.jsonl, weight: 2}}]"):
+        assert call(f"data.path={given}", "--force") == 2
+        assert "rows.jsonl:2: " in capsys.readouterr().err
 
 
 def raising(error: BaseException):

@@ -1,5 +1,6 @@
 """A stage that this machine's memory cannot hold is refused before a weight is read."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,7 @@ def test_what_may_not_fit_is_said_and_goes_on(run, monkeypatch, capsys):
         ("0::/box/inner", "box/memory.max"),
         ("0::/", "memory.max"),
         ("9:memory:/box", "memory/box/memory.limit_in_bytes"),
+        ("3:memory,hugetlb:/box", "memory/box/memory.limit_in_bytes"),
     ],
 )
 def test_a_cgroup_limits_the_machine(tmp_path, group, file):
@@ -103,3 +105,26 @@ def test_a_cgroup_limits_the_machine(tmp_path, group, file):
     for value, size in (("max", 9 << 20), (str(4 << 20), 5 << 20), (str(2**63), 9 << 20)):
         limited.write_text(f"{value}\n")
         assert memory.limit(tmp_path) == size
+
+
+def test_a_cgroup_without_swap_and_a_machine_that_tells_of_none(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/box\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  8192 kB\nSwapTotal: 1024 kB\n")
+    box = tmp_path / "sys/fs/cgroup/box"
+    box.mkdir(parents=True)
+    (box / "memory.swap.max").write_text("0\n")
+    assert memory.limit(tmp_path) == 8 << 20
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  8192 kB\n")
+    assert memory.limit(tmp_path) == 8 << 20
+
+
+def test_weights_are_counted_once_whatever_else_lies_there(tmp_path):
+    model = tiny_models.policy(0)
+    model.save_pretrained(tmp_path)
+    count = needs._weights(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "model.fp32-00001-of-00001.safetensors")
+    assert needs._weights(tmp_path) == count == sum(p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path / "parts", max_shard_size=4000)
+    assert len(list((tmp_path / "parts").glob("model*.safetensors"))) > 1
+    assert needs._weights(tmp_path / "parts") == count

@@ -201,6 +201,9 @@ class Optimisation(Section):
             raise ValueError(
                 f"dtype {self.dtype} is for weights that are not trained: it needs lora"
             )
+        held_out = getattr(self, "validation_data", None) or getattr(self, "validation_fraction", 0)
+        if self.keep == "best" and not held_out:
+            raise ValueError("keep: best needs validation_data or a validation_fraction over 0")
         if self.keep == "last" and (unread := {"eval_every", "patience"} & self.model_fields_set):
             if any(getattr(self, k) != type(self).model_fields[k].default for k in unread):
                 raise ValueError("eval_every and patience go with keep: best")

@@ -92,9 +92,8 @@ class Study:
         self.n, self.samples, self.betas = n, samples, betas
         self.stages, _ = fresh_stages(find_stages(run))
         if missing := {"sft", "rm", "ppo"} - self.stages.keys():
-            raise UserError(
-                f"{run}: needs {', '.join(sorted(missing))} first: {command(run, 'ppo')}"
-            )
+            remedy = command(run, "ppo") if run.is_dir() else "make seeds or make ppo, with RECIPE="
+            raise UserError(f"{run}: needs {', '.join(sorted(missing))} first: {remedy}")
         self.judge = load_judge(config.judge)
         self.out = run / "compare"
         self.made_from = {name: stage.manifest_sha256 for name, stage in self.stages.items()}

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
 from pipeline.errors import UserError
+from pipeline.handoff.found import read_json
 from pipeline.models.device import device
 from pipeline.models.loading import config_of
 from pipeline.process import memory
@@ -81,9 +82,11 @@ def room() -> int:
 
 def _weights(path: str | Path) -> int:
     """How many a model has; 0 of one that does not lie here as safetensors."""
-    count = 0
-    for file in Path(path).glob("model*.safetensors"):
-        with file.open("rb") as raw:
+    count, whole = 0, Path(path) / "model.safetensors"
+    shards = read_json(whole.with_name(f"{whole.name}.index.json")).get("weight_map", {})
+    names = {whole.name} if whole.is_file() else set(shards.values())  # as transformers chooses
+    for name in names:
+        with (Path(path) / name).open("rb") as raw:
             header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
         shapes = (entry["shape"] for name, entry in header.items() if name != "__metadata__")
         count += sum(torch.Size(shape).numel() for shape in shapes)

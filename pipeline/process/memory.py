@@ -65,17 +65,18 @@ def limit(root: Path = Path("/")) -> int:
     except OSError:  # not Linux
         return sys.maxsize
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    sizes = [kib["MemTotal"] << 10]
+    sizes, swap = [kib["MemTotal"] << 10], [kib.get("SwapTotal", 0) << 10]
     for line in groups:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers and "memory" not in controllers.split(","):
             continue
-        own = root / "sys/fs/cgroup" / controllers / path.lstrip("/")
+        own = root / "sys/fs/cgroup" / ("memory" if controllers else "") / path.lstrip("/")
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
         for folder in (own, *own.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                name = "memory.limit_in_bytes" if controllers else "memory.max"
-                sizes.append(int((folder / name).read_text()))
-    return min(sizes) + (kib["SwapTotal"] << 10)
+            for file, found in ((name, sizes), ("memory.swap.max", swap)):
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                    found.append(int((folder / file).read_text()))
+    return min(sizes) + min(swap)
 
 
 def is_out(error: BaseException) -> bool:

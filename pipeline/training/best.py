@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from pipeline.config.schema import Optimisation
+from pipeline.config.schema import RMConfig, SFTConfig
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
 
@@ -25,7 +25,7 @@ class Best(TrainerCallback):
 
     # transformers' own early stopping looks for its best checkpoint where ours have been sealed and pruned
 
-    def __init__(self, config: Optimisation, metric: str):
+    def __init__(self, config: SFTConfig | RMConfig, metric: str):
         self.config, self.metric = config, metric
         self.weights: dict[str, Tensor] = {}
         self.value, self.step, self.worse = float("inf"), 0, 0
@@ -67,7 +67,7 @@ class Best(TrainerCallback):
         """Give the model its best weights back."""
         for name, weight in _trained(model):
             weight.copy_(self.weights[name])
-        say(f"the best of what was measured: step {self.step}")
+        say(f"{self.config.stage}: the best of what was measured: step {self.step}")
 
 
 def _trained(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
