@@ -318,7 +318,7 @@ def test_nine_are_left_of_ten_with_a_duplicate():
         ({"prompt": "q", "responses": ["a", "b"], "ranks": 1}, "`ranks` is a number"),
         ({"prompt": "q", "responses": "ab", "ranks": [1, 2]}, "`responses` is a text"),
         ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, True]}, "`ranks[1]` is a boolean"),
-        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, "2"]}, "`ranks[1]` is a text"),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, "2nd"]}, "`ranks[1]` is a text"),
         ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1.5]}, "ranks are whole numbers"),
         ({"prompt": "q", "responses": ["a", "b"], "ranks": [-1, 1]}, "ranks are whole numbers"),
         ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, float("nan")]}, "`ranks[1]` is nan"),

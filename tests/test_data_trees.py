@@ -3,6 +3,7 @@
 import json
 import random
 
+import pandas
 import pytest
 
 from pipeline.config.schema import Data
@@ -86,6 +87,36 @@ def test_what_moderators_took_out_goes_with_its_answers():
     halted = [row | {"tree_state": "halted_by_moderator"} for row in FLAT]
     with pytest.raises(UserError, match="nothing to use in 10 rows"):
         load_prompts(halted)
+
+
+@pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_cells_of_a_table_mean_what_the_same_tree_says_in_json(tmp_path, ending, separator):
+    rows = [row | {"review_result": None} for row in FLAT]
+    rows[1] |= {"deleted": "false", "review_result": "TRUE"}
+    rows.append(said("10", "r", "a9", 0) | {"deleted": True, "review_result": None})
+    rows.append(said("11", "r", "a10", 0) | {"review_result": False})
+    path = tmp_path / f"trees.{ending}"
+    pandas.DataFrame(rows).to_csv(path, sep=separator, index=False)
+    assert "1.0" in path.read_text() and "True" in path.read_text()
+    notes = []
+    (item,) = load_demonstrations(Data(path=str(path)), notes)
+    assert words(item.messages) == ["q1", "a2", "q3", "a7"]
+    assert "2 messages that moderators took out" in notes[0]
+    found = {r.messages[-1]["content"]: r for r in load_rankings(Data(path=str(path)))}
+    assert found["q1"].responses == ["a2", "a1"]
+    assert found["q3"].responses == ["a7", "a5", "a6"]
+
+
+def test_unranked_and_ill_ranked_messages():
+    for empty in (None, ""):
+        rows = [FLAT[0], said("1", "r", "a1", empty), said("2", "r", "a2", "0")]
+        assert words(load_demonstrations(rows)[0].messages) == ["q1", "a2"]
+    for rank in ("first", "nan", True, [1]):
+        rows = [FLAT[0], said("1", "r", "a1", rank), said("2", "r", "a2", 0)]
+        with pytest.raises(UserError, match="row 2: `rank` is a .*expected a number"):
+            load_demonstrations(rows)
+        with pytest.raises(UserError, match="row 1: `rank` is a .*expected a number"):
+            load_demonstrations(nested(rows))
 
 
 def test_trees_lie_in_any_order_and_beside_other_rows(tmp_path):

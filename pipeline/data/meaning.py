@@ -1,9 +1,11 @@
 """Columns: those that forms read, and those that change what a row means, used rightly or refused."""
 
+import re
+import sys
 from difflib import get_close_matches
 from typing import Any
 
-from pipeline.data.problems import BadRow
+from pipeline.data.problems import BadRow, kind
 
 # fmt: off
 STANDARD_COLUMNS = frozenset((
@@ -29,6 +31,8 @@ _UNREAD = {
 
 _LABELS = dict.fromkeys("true 1 1.0 yes good chosen desirable".split(), True)
 _LABELS |= dict.fromkeys("false 0 0.0 -1 -1.0 no bad rejected undesirable".split(), False)
+
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 _EMPTY = ("", "[]", "{}", "null")
 
@@ -65,6 +69,20 @@ def label_of(values: dict[str, Any]) -> bool | None:
     if isinstance(chosen := values.get("chosen"), bool):
         return chosen
     return _LABELS.get(str(values.get("label")).strip().lower())
+
+
+def number_of(value: Any, name: str) -> float | None:
+    """A number, or the text of one: a table's cells are texts. BadRow for anything else but null."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"`{name}` is {kind(value)}, expected a number")
+    if not abs(value) <= sys.float_info.max:  # NaN, and integers beyond floats
+        shown = value if isinstance(value, float) else "too large"
+        raise BadRow(f"`{name}` is {shown}, not a finite number")
+    return value
 
 
 def is_context(turn: Any) -> bool:

@@ -18,7 +18,6 @@ there, ranks count. A response whose rank or score is null was not judged and is
 """
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,9 +31,9 @@ from pipeline.data.forms import (
     without_reply,
 )
 from pipeline.data.judgements import LISTS, consensus, paired
-from pipeline.data.meaning import TWO, missing, two_answers
+from pipeline.data.meaning import TWO, missing, number_of, two_answers
 from pipeline.data.messages import Message, complete, list_of
-from pipeline.data.problems import BadRow, Report, kind
+from pipeline.data.problems import BadRow, Report
 from pipeline.data.readers import Row
 
 MAX_K = trees.MOST
@@ -192,7 +191,7 @@ def _places_of(verdict: Any, column: str, ends: tuple[str, ...]) -> list[float |
     if verdict is None:
         return [None, None]
     if column in SIGNED:
-        sign = _number(verdict, column) or 0.0
+        sign = number_of(verdict, column) or 0.0
         return [sign, -sign]
     said = str(int(verdict) if isinstance(verdict, float) and verdict.is_integer() else verdict)
     said = said.strip().lower()
@@ -269,25 +268,14 @@ def _chosen(choice: Any, number: int) -> list[float | None]:
     return [-float(votes.count(at)) for at in range(number)]
 
 
-def _number(value: Any, name: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow(f"`{name}` is {kind(value)}, expected a number")
-    if not abs(value) <= sys.float_info.max:  # NaN, and integers beyond floats
-        shown = value if isinstance(value, float) else "too large"
-        raise BadRow(f"`{name}` is {shown}, not a finite number")
-    return value
-
-
 def _rank(value: Any, name: str) -> float | None:
     """A rank counted from 0 or 1, as an int or a float without a fraction."""
-    rank = _number(value, name)
+    rank = number_of(value, name)
     if rank is not None and (rank < 0 or rank != int(rank)):
         raise BadRow(f"`{name}` is {value}; ranks are whole numbers from 0 or 1, 1 before 2")
     return rank
 
 
 def _score(value: Any, name: str) -> float | None:
-    score = _number(value, name)
+    score = number_of(value, name)
     return None if score is None else -score

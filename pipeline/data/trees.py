@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.data.meaning import number_of
 from pipeline.data.messages import ROLES, Message, message
 from pipeline.data.problems import BadRow, Report
 from pipeline.data.readers import Row
@@ -18,6 +19,7 @@ from pipeline.data.readers import Row
 MOST = 9
 """Answers to one message that are ranked, the best; more cannot be."""
 _STRUCTURE = {"message_id", "parent_id", "text", "role", "rank", "replies"}
+_TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
 _ENDED = ("aborted_low_grade", "halted_by_moderator")
 
 
@@ -38,19 +40,28 @@ class Node:
         """Itself; what is no text is told by whoever reads the row."""
         return message(self.values["role"], self.values["text"])
 
-    def place(self) -> float:
-        """Its rank among its siblings; unranked ones come last, as they stand in the file."""
+    def rank(self) -> float | None:
+        """Its rank among its siblings, if it has one; BadRow for what is no number."""
         rank = self.values.get("rank")
-        return float("inf") if isinstance(rank, bool) or not isinstance(rank, int | float) else rank
+        return None if rank == "" else number_of(rank, "rank")
+
+    def place(self) -> float:
+        """Where its rank puts it; unranked ones come last, as they stand in the file."""
+        return float("inf") if (rank := self.rank()) is None else rank
 
     def gone(self) -> bool:
         """Whether moderators took it out."""
         values = self.values
         return (
-            values.get("deleted") is True
-            or values.get("review_result") is False
+            _word(values.get("deleted")) in _TRUE
+            or _word(values.get("review_result")) in _FALSE
             or values.get("tree_state") in _ENDED
         )
+
+
+def _word(value: Any) -> str:
+    """Of a table's `True` the same as of a boolean."""
+    return str(value).strip().lower()
 
 
 Branches = Callable[[Node], Iterable[Row]]
@@ -71,7 +82,9 @@ def grown(branches: Branches, rows: Iterable[Row], report: Report) -> Iterator[R
                 name = row.values.get("message_id")
                 if not isinstance(name, str) or "text" not in row.values:
                     raise BadRow("a message of a tree (`parent_id`) needs `message_id` and `text`")
-                if nodes.setdefault(name, node := Node(row.values, row.where)) is not node:
+                node = Node(row.values, row.where)
+                node.rank()
+                if nodes.setdefault(name, node) is not node:
                     raise BadRow(f"`message_id` {name} is also {nodes[name].where}")
             elif isinstance(prompt := row.values.get("prompt"), dict) and "replies" in prompt:
                 kept = {"tree_state": row.values.get("tree_state")}
@@ -110,6 +123,7 @@ def _nested(values: dict[str, Any], where: str, report: Report) -> Node | None:
     pending = [root]
     while pending:
         node = pending.pop()
+        node.rank()
         replies = node.values.get("replies") or []
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
             raise BadRow("`replies` is not a list of messages")
@@ -154,7 +168,7 @@ def rankings(root: Node) -> Iterator[Row]:
         if answers:
             row = _row(node, path)
             row.values["responses"] = [answer.values["text"] for answer in answers]
-            row.values["ranks"] = [answer.values.get("rank") for answer in answers]
+            row.values["ranks"] = [answer.rank() for answer in answers]
             yield row
 
 
