@@ -12,7 +12,7 @@ import pandas
 import pytest
 
 from pipeline.config.schema import Data, SFTConfig
-from pipeline.data import readers
+from pipeline.data import strict_json
 from pipeline.data.forms import load_demonstrations, load_prompts
 from pipeline.data.problems import Report
 from pipeline.data.rankings import load_rankings
@@ -170,13 +170,30 @@ def test_rows_may_lie_in_an_object(tmp_path, name, space):
     assert rows[0].values == GOOD
 
 
+@pytest.mark.parametrize("size", [1, 7, 1_000_000])
+def test_what_follows_the_rows_of_a_json_file_is_told(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(strict_json, "CHUNK", size)
+    path, row = tmp_path / "a.json", json.dumps(GOOD)
+    for text in ("[%s]\n[%s]", "[%s]\n, %s", "[%s]\n]%.0s", '{"data": [%s]\n, oops%.0s'):
+        path.write_text(text % (row, row))
+        assert f"{path}:2: bad JSON behind the array" in failure(read_rows, Data(path=str(path)))
+    for rest in ("", "}\n{", ', "x": 1\n "y": 2}', ', "x"\n}', ', "x": [1,\n}'):
+        path.write_text(f'{{"data": [{row}]{rest}')
+        assert "bad JSON behind the array" in failure(read_rows, Data(path=str(path)))
+    path.write_text(f'{{"data": [{row}], "n": -1.25e+10, "rows": [{row}]}} \n')
+    notes = []
+    assert len(load_demonstrations(Data(path=str(path)), notes)) == 1
+    told = "a.json has rows under `data` and `rows`; those of `data` are read"
+    assert notes == [f"{path}: {told}"]
+
+
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_a_json_array_is_read_in_parts(tmp_path, monkeypatch, size):
     rows = [
         {"text": text, "n": 1.5, "o": {"x": [n]}}
         for n, text in enumerate(["你\u2028好", "]}", '"', ""])
     ]
-    monkeypatch.setattr(readers, "CHUNK", size)
+    monkeypatch.setattr(strict_json, "CHUNK", size)
     path = tmp_path / "a.json"
     for space in (None, 2):
         path.write_text(json.dumps(rows, ensure_ascii=False, indent=space))

@@ -80,3 +80,11 @@ def kind(value: object) -> str:
     if isinstance(value, dict):
         return "an object"
     return "a list" if isinstance(value, list | tuple) else type(value).__name__
+
+
+def not_utf8(error: UnicodeDecodeError, place: str = "") -> str:
+    """What to do about bytes that are no UTF-8."""
+    return (
+        f"not UTF-8: byte 0x{error.object[error.start]:02x}{place}; recode the file, for example from "
+        "GBK: iconv -f GB18030 -t UTF-8 IN > OUT"
+    )

@@ -5,25 +5,18 @@ A row that cannot be read goes to the report, and the next one follows. No more 
 are in memory.
 """
 
-import codecs
 import csv
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pipeline.data.problems import BadRow, Report
-from pipeline.data.strict_json import end_of, parse_line, parse_object, skip_space
+from pipeline.data.problems import BadRow, Report, not_utf8
+from pipeline.data.strict_json import MAX_LINE, WRAPPERS, Window, end_of, parse_line, skip_space
 from pipeline.errors import UserError
 from pipeline.handoff.datafiles import opened
 
-MAX_LINE = 10_000_000
-"""Bytes; a longer line is taken for a mistake, not for a row."""
-CHUNK = 1_000_000
-"""Bytes of a JSON array that are read at once."""
-WRAPPERS = ("data", "rows", "examples", "instances")
-"""Keys of an object under which a JSON file may hold its rows."""
 MAX_PARAGRAPH = 100_000
 """Characters; a longer paragraph is taken for a file whose texts are not kept apart."""
 
@@ -64,26 +57,19 @@ def _decoded(raw: bytes) -> str:
     try:
         return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRow(_not_utf8(error, f" at byte {error.start + 1}")) from error
-
-
-def _not_utf8(error: UnicodeDecodeError, place: str = "") -> str:
-    return (
-        f"not UTF-8: byte 0x{error.object[error.start]:02x}{place}; recode the file, for example from "
-        "GBK: iconv -f GB18030 -t UTF-8 IN > OUT"
-    )
+        raise BadRow(not_utf8(error, f" at byte {error.start + 1}")) from error
 
 
 def read_json(path: Path, report: Report) -> Iterator[Row]:
     """An array of objects, alone or in an object under one of `WRAPPERS`; lines of objects under this
     ending are read as JSONL."""
     with opened(path) as file:
-        window = _Window(path, file)
-        first = window.next()
+        window = Window(path, file)
+        first, key = window.next(), ""
         if first == "[":
             window.at += 1
-        if first == "[" or (first == "{" and _enters(window)):
-            yield from _items(window, report)
+        if first == "[" or (first == "{" and (key := _enters(window))):
+            yield from _items(window, report, key)
             return
         if first == "{" and window.next() == "}" and window.lines > 1 and not _starts_whole(path):
             raise UserError(
@@ -93,78 +79,46 @@ def read_json(path: Path, report: Report) -> Iterator[Row]:
     yield from read_jsonl(path, report)
 
 
-class _Window:
-    """A part of a JSON file's text that moves on as its values are read."""
-
-    def __init__(self, path: Path, file: IO[bytes]):
-        self.path, self.file = path, file
-        self.text, self.at = "", 0
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.lines = 1  # read so far
-        self.ended = False
-
-    def more(self) -> bool:
-        """Read on, and forget what lies behind; False at the end of the file."""
-        if self.ended:
-            return False
-        raw = self.file.read(CHUNK)
-        self.ended = not raw
-        try:
-            said = self.decoder.decode(raw, self.ended)
-        except UnicodeDecodeError as error:
-            line = self.lines + error.object[: error.start].count(b"\n")
-            raise UserError(f"{self.path}:{line}: {_not_utf8(error)}") from error
-        self.lines += raw.count(b"\n")
-        self.text, self.at = self.text[self.at :] + said, 0
-        return True
-
-    def next(self, beyond: int = 0) -> str:
-        """The next character that is no white space, "" at the end of the file; `beyond`: the one after so
-        many, which moves nothing."""
-        while (at := skip_space(self.text, self.at + beyond)) >= len(self.text) and self.more():
-            pass
-        self.at = self.at if beyond else at
-        return self.text[at : at + 1]
-
-    def row(self) -> dict[str, Any]:
-        """The object here; BadRow if there is none, or a faulty one."""
-        try:
-            values, end = parse_object(self.text, self.at)
-        except BadRow:
-            if self.end() is None:
-                raise
-            values, end = parse_object(
-                self.text, self.at
-            )  # read to its end, or as faulty as before
-        self.at = end
-        return values
-
-    def end(self) -> int | None:
-        """Where the value here ends, read as far as that; None if it is not JSON."""
-        while (end := end_of(self.text, self.at)) is None:
-            if len(self.text) - self.at > MAX_LINE or not self.more():
-                return None
-        return end
-
-
-def _enters(window: _Window) -> bool:
-    """Whether the object here holds rows, objects too, under one of `WRAPPERS`; the window is then before
-    the first of them, else behind what can be read."""
+def _enters(window: Window) -> str:
+    """The one of `WRAPPERS` under which the object here holds rows, objects too, or ""; the window is then
+    before the first of them, else behind what can be read."""
     window.at += 1
-    while window.next() == '"' and (end := window.end()):
-        name, window.at = window.text[window.at + 1 : end - 1], end
-        if window.next() != ":":
-            return False
-        window.at += 1
-        if window.next() == "[" and name in WRAPPERS and window.next(1) == "{":
+    while (name := window.name()) is not None:
+        if window.holds_rows(name):
             window.at += 1
-            return True
+            return name
         if (end := window.end()) is None:
-            return False
+            break
         window.at = end
         if window.next() == ",":
             window.at += 1
-    return False
+    return ""
+
+
+def _leaves(window: Window, report: Report, key: str) -> None:
+    """Tell what follows the rows, the window being at their closing bracket: UserError for anything but
+    the rest of the object that has them under `key`."""
+    window.at, whole = window.at + 1, True
+    while key and window.next() == ",":
+        window.at += 1
+        if window.holds_rows(name := window.name()):
+            report.remarks.append(
+                f"{window.path.name} has rows under `{key}` and `{name}`; those of `{key}` are read"
+            )
+        if name is None or (end := window.end()) is None:
+            whole = False
+            break
+        window.at = end
+    if key:
+        whole = whole and window.next() == "}"
+        window.at += 1
+    if len(window.text) - window.at > MAX_LINE:
+        return  # a value too large to look behind
+    if not whole or window.next():
+        line = window.lines - window.text.count("\n", window.at)
+        raise UserError(
+            f"{window.path}:{line}: bad JSON behind the array of rows: one array a file, or a row a line"
+        )
 
 
 def _starts_whole(path: Path) -> bool:
@@ -174,8 +128,8 @@ def _starts_whole(path: Path) -> bool:
     return end_of(line, skip_space(line, 0)) is not None
 
 
-def _items(window: _Window, report: Report) -> Iterator[Row]:
-    """Rows of an array, the window being behind its bracket."""
+def _items(window: Window, report: Report, key: str) -> Iterator[Row]:
+    """Rows of an array, the window being behind its bracket; `key`: of the object that has it."""
     number = 0
     while window.next() not in ("", "]"):
         number += 1
@@ -192,7 +146,9 @@ def _items(window: _Window, report: Report) -> Iterator[Row]:
             window.at += 1
         elif window.next() != "]":
             break
-    if window.next() != "]":
+    if window.next() == "]":
+        _leaves(window, report, key)
+    else:
         report.problem(
             window.path.as_posix(), f"bad JSON: no comma or closing ] after item {number}"
         )

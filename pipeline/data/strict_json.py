@@ -1,10 +1,20 @@
-"""JSON without its silent traps: duplicate keys, lone surrogates, NaN that a caller overlooks."""
+"""JSON without its silent traps: duplicate keys, lone surrogates, NaN that a caller overlooks; files in parts."""
 
+import codecs
 import json
 import re
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
-from pipeline.data.problems import BadRow, kind
+from pipeline.data.problems import BadRow, kind, not_utf8
+from pipeline.errors import UserError
+
+MAX_LINE = 10_000_000
+"""Bytes; a longer line is taken for a mistake, not for a row."""
+CHUNK = 1_000_000
+"""Bytes of a JSON array that are read at once."""
+WRAPPERS = ("data", "rows", "examples", "instances")
+"""Keys of an object under which a JSON file may hold its rows."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -71,3 +81,73 @@ def check_unicode(value: Any) -> None:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise BadRow(f"a lone surrogate ({error.object[error.start]!a}) in a text") from error
+
+
+class Window:
+    """A part of a JSON file's text that moves on as its values are read."""
+
+    def __init__(self, path: Path, file: IO[bytes]):
+        self.path, self.file = path, file
+        self.text, self.at = "", 0
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.lines = 1  # read so far
+        self.ended = False
+
+    def more(self) -> bool:
+        """Read on, and forget what lies behind; False at the end of the file."""
+        if self.ended:
+            return False
+        raw = self.file.read(CHUNK)
+        self.ended = not raw
+        try:
+            said = self.decoder.decode(raw, self.ended)
+        except UnicodeDecodeError as error:
+            line = self.lines + error.object[: error.start].count(b"\n")
+            raise UserError(f"{self.path}:{line}: {not_utf8(error)}") from error
+        self.lines += raw.count(b"\n")
+        self.text, self.at = self.text[self.at :] + said, 0
+        return True
+
+    def next(self, beyond: int = 0) -> str:
+        """The next character that is no white space, "" at the end of the file; `beyond`: the one after so
+        many, which moves nothing."""
+        while (at := skip_space(self.text, self.at + beyond)) >= len(self.text) and self.more():
+            pass
+        self.at = self.at if beyond else at
+        return self.text[at : at + 1]
+
+    def row(self) -> dict[str, Any]:
+        """The object here; BadRow if there is none, or a faulty one."""
+        try:
+            values, end = parse_object(self.text, self.at)
+        except BadRow:
+            if self.end() is None:
+                raise
+            values, end = parse_object(
+                self.text, self.at
+            )  # read to its end, or as faulty as before
+        self.at = end
+        return values
+
+    def end(self) -> int | None:
+        """Where the value here ends, read as far as that; None if it is not JSON."""
+        while (end := end_of(self.text, self.at)) is None or end > len(self.text) - 4:
+            # a number's 1e+ may go on
+            if len(self.text) - self.at > MAX_LINE or not self.more():
+                break
+        return end
+
+    def name(self) -> str | None:
+        """The name of an object's next value, which the window is then before; None if none is here."""
+        if self.next() != '"' or (end := self.end()) is None:
+            return None
+        name, self.at = self.text[self.at + 1 : end - 1], end
+        if self.next() != ":":
+            return None
+        self.at += 1
+        self.next()
+        return name
+
+    def holds_rows(self, name: str | None) -> bool:
+        """Whether the value here, of that name, is an array of objects under one of `WRAPPERS`."""
+        return name in WRAPPERS and self.next() == "[" and self.next(1) == "{"
