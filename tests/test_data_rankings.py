@@ -44,6 +44,36 @@ PAIRS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("columns", "cells"),
+    [
+        ("response_0,response_1,score_0,score_1", "b,a,0.5,7e-1"),
+        ("response_1,response_2,overall_preference", "a,b,-1"),
+        ("response_1,response_2,preference", "a,b,1.0"),
+        ("response_0,response_1,label", "a,b,0.0"),
+        ("responses,choice", '"[""b"", ""a""]",1'),
+        ("responses,choice", '"[""b"", ""a""]",1.0'),
+        ("responses,ranks", '"[""a"", ""b""]","[""1"", "" 2.0""]"'),
+        ("responses,scores", '"[""a"", ""b""]","[""-1"", ""-.5e1""]"'),
+        (
+            "responses",
+            '"[{""text"": ""a"", ""rank"": ""1""}, {""text"": ""b"", ""rank"": ""2""}]"',
+        ),
+    ],
+)
+def test_a_number_in_a_table_is_one(tmp_path, columns, cells):
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,{columns}\nq,{cells}\n")
+    (found,) = load_rankings(Data(path=str(path)))
+    assert dict(zip(found.responses, found.ranks, strict=True)) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("number", ["", "1e400", "nan", "1_0", "one", "1 2", "٣"])
+def test_a_text_that_is_no_finite_number_is_none(number):
+    with pytest.raises(UserError, match="`ranks.1.` is"):
+        load_rankings([GOOD | {"ranks": [1, number]}])
+
+
 @pytest.mark.parametrize("row", PAIRS)
 def test_a_pair_is_a_ranking_of_two(row):
     (ranking,) = load_rankings([row])

@@ -71,10 +71,14 @@ def label_of(values: dict[str, Any]) -> bool | None:
     return _LABELS.get(str(values.get("label")).strip().lower())
 
 
+def as_number(value: Any) -> Any:
+    """Of a number's text the number, as a table's cells are texts; anything else as it is."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
 def number_of(value: Any, name: str) -> float | None:
-    """A number, or the text of one: a table's cells are texts. BadRow for anything else but null."""
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        value = float(value)
+    """A number, or the text of one. BadRow for anything else but null."""
+    value = as_number(value)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -31,7 +31,7 @@ from pipeline.data.forms import (
     without_reply,
 )
 from pipeline.data.judgements import LISTS, consensus, paired
-from pipeline.data.meaning import TWO, missing, number_of, two_answers
+from pipeline.data.meaning import TWO, as_number, missing, number_of, two_answers
 from pipeline.data.messages import Message, complete, list_of
 from pipeline.data.problems import BadRow, Report
 from pipeline.data.readers import Row
@@ -193,8 +193,8 @@ def _places_of(verdict: Any, column: str, ends: tuple[str, ...]) -> list[float |
     if column in SIGNED:
         sign = number_of(verdict, column) or 0.0
         return [sign, -sign]
-    said = str(int(verdict) if isinstance(verdict, float) and verdict.is_integer() else verdict)
-    said = said.strip().lower()
+    said = as_number(verdict)
+    said = str(int(said) if isinstance(said, float) and said.is_integer() else said).strip().lower()
     if said.startswith(_TIES) or (said == "0" and "0" not in ends):
         return [1, 1]
     end = said.rpartition("_")[2]  # model_a
@@ -261,7 +261,7 @@ def _places(values: dict[str, Any], name: str, items: Sequence[Any]) -> list[flo
 
 def _chosen(choice: Any, number: int) -> list[float | None]:
     """Places when one response, counted from 0, was said to be the best; or several people said so."""
-    votes = choice if isinstance(choice, list) else [choice]
+    votes = [as_number(vote) for vote in (choice if isinstance(choice, list) else [choice])]
     for vote in votes:
         if isinstance(vote, bool) or vote not in range(number):
             raise BadRow(f"`choice` is {vote!r}; the {number} responses are counted from 0")
