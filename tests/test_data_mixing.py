@@ -38,6 +38,16 @@ def asked(items):
     return [item.messages[0]["content"] for item in items]
 
 
+@pytest.mark.parametrize("weights", [(0.01, 1), (1, 0.04)])
+def test_a_source_whose_weight_gives_no_row_is_an_error(files, weights):
+    name, size = (files[0], 40) if weights[0] < 1 else (files[1], 10)
+    for load in (load_demonstrations, load_prompts, load_texts):
+        with pytest.raises(UserError, match=f"{name}: weight .* of {size} rows is less than one"):
+            load(mixed(files, *weights))
+        with pytest.raises(UserError, match="a.jsonl: weight 0.001 of 40 rows"):
+            load(Data(path=[Source(path=files[0], weight=0.001)]))
+
+
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (0.5, 1), (0.25, 4), (2.5, 1.3)])
 def test_each_source_has_the_share_that_its_weight_gives(files, a, b):
     for load in (load_demonstrations, load_prompts):

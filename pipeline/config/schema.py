@@ -59,7 +59,7 @@ class Source(Data):
     """A file, a folder or a hub id."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often an epoch has each of its rows: 2 = twice; 0.5 = half of them, drawn by the stage's seed. Its
-    share of the whole is its rows times this."""
+    share of the whole is its rows times this, a row at least."""
 
 
 Data.model_rebuild()

@@ -58,9 +58,14 @@ def sources_of(source: Any) -> list[Source]:
 
 def drawn(number: int, weight: float, seed: int, name: str) -> list[int]:
     """Which of so many rows of a source an epoch has: all of them as often as `weight` is whole, and of its
-    fraction a part, drawn by the seed."""
+    fraction a part, drawn by the seed. UserError where that is none."""
     whole, part = int(weight), weight % 1
     some = random.Random(f"{seed}:{name}").sample(range(number), round(part * number))
+    if not whole and not some:
+        raise UserError(
+            f"{name}: weight {weight:g} of {number} rows is less than one row; raise it, or leave the "
+            "source out"
+        )
     return [*range(number)] * whole + sorted(some)
 
 
