@@ -254,7 +254,18 @@ def test_answers_labelled_false_are_not_learnt():
 
 @pytest.mark.parametrize(
     ("good", "bad"),
-    [(1, 0), (1.0, 0.0), ("True", "False"), ("1", "0"), (1, -1), ("desirable", "undesirable")],
+    [
+        (1, 0),
+        (1.0, 0.0),
+        ("True", "False"),
+        ("1", "0"),
+        (1, -1),
+        ("desirable", "undesirable"),
+        ("up", "down"),
+        ("Like", "dislike"),
+        ("thumbs_up", "Thumbs down"),
+        ("+1", "-1"),
+    ],
 )
 def test_a_label_may_be_a_number_or_a_text_as_in_csv(good, bad):
     rows = [

@@ -367,6 +367,10 @@ def test_nine_are_left_of_ten_with_a_duplicate():
         ({"prompt": " ", "responses": ["a", "b"], "ranks": [1, 2]}, "the prompt is empty"),
         ({"prompt": "q"}, "no comparison"),
         ({"prompt": "q", "completion": 1, "label": True}, "`completion` is a number"),
+        (
+            {"prompt": "q", "completion": "a", "label": "meh"},
+            "`label` is 'meh'; known are true (1, 1.0, +1, yes, good, chosen, desirable, up, like, thumbs_up)",
+        ),
         ({"prompt": "q", "responses": ["a", "b"], "choice": 2}, "`choice` is 2; the 2 responses"),
         ({"prompt": "q", "responses": ["a", "b"], "choice": True}, "`choice` is True"),
         ({"prompt": "q", "responses": ["a", "b"], "ranks": [[1, 2], [1]]}, "2 `responses` but 1"),

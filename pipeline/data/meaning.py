@@ -29,8 +29,9 @@ _UNREAD = {
 }
 """Columns that, where they are filled, say that the text is not the whole example -> what to do."""
 
-_LABELS = dict.fromkeys("true 1 1.0 yes good chosen desirable".split(), True)
-_LABELS |= dict.fromkeys("false 0 0.0 -1 -1.0 no bad rejected undesirable".split(), False)
+_GOOD = "true 1 1.0 +1 yes good chosen desirable up like thumbs_up"
+_BAD = "false 0 0.0 -1 -1.0 no bad rejected undesirable down dislike thumbs_down"
+_LABELS = dict.fromkeys(_GOOD.split(), True) | dict.fromkeys(_BAD.split(), False)
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
@@ -68,7 +69,15 @@ def label_of(values: dict[str, Any]) -> bool | None:
     1 or -1, those as text, or a word for them; or its `chosen`, true or false. None for anything else."""
     if isinstance(chosen := values.get("chosen"), bool):
         return chosen
-    return _LABELS.get(str(values.get("label")).strip().lower())
+    return _LABELS.get(str(values.get("label")).strip().lower().replace(" ", "_"))
+
+
+def unknown_label(values: dict[str, Any]) -> str | None:
+    """What to say of a `label` that `label_of` makes nothing of; None where there is none."""
+    if (label := values.get("label")) is None or label_of(values) is not None:
+        return None
+    known = f"true ({', '.join(_GOOD.split()[1:])}) and false ({', '.join(_BAD.split()[1:])})"
+    return f"`label` is {repr(label)[:40]}; known are {known}"
 
 
 def as_number(value: Any) -> Any:

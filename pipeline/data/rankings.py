@@ -31,7 +31,7 @@ from pipeline.data.forms import (
     without_reply,
 )
 from pipeline.data.judgements import LISTS, consensus, paired
-from pipeline.data.meaning import TWO, as_number, missing, number_of, two_answers
+from pipeline.data.meaning import TWO, as_number, missing, number_of, two_answers, unknown_label
 from pipeline.data.messages import Message, complete, list_of
 from pipeline.data.problems import BadRow, Report
 from pipeline.data.readers import Row
@@ -209,7 +209,8 @@ def _places_of(verdict: Any, column: str, ends: tuple[str, ...]) -> list[float |
 def _list(values: dict[str, Any]) -> tuple[list[list[Message]], list[float | None]]:
     name = first_of(values, LISTS)
     if name is None:
-        raise BadRow(f"no comparison: {missing(values, ['chosen', *LISTS])}")
+        told = unknown_label(values) or missing(values, ["chosen", *LISTS])
+        raise BadRow(f"no comparison: {told}")
     items = list_of(values[name], name)
     before = without_reply(find_prompt(values) or [])
     if not before:
