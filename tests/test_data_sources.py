@@ -231,6 +231,35 @@ def test_a_table_is_rows_of_texts(tmp_path, ending, by, line_end):
     assert len(load_demonstrations(data)) == 3
 
 
+@pytest.mark.parametrize("by", [";", "\t"])
+def test_a_csv_without_a_comma_in_its_header_is_read_by_what_it_has(tmp_path, by):
+    text = f'\ufeff\r\n"prompt"{by}completion\r\n"a, b;c"{by}d, e\r\n'
+    data, notes = table(tmp_path / "a.csv", text), []
+    (item,) = load_demonstrations(data, notes)
+    assert [turn["content"] for turn in item.messages] == ["a, b;c", "d, e"]
+    assert notes == [f"{data.path}: a.csv has no comma in its header and is read by its {by!r}"]
+    both = table(tmp_path / "b.csv", "prompt,completion,a;b\tc\nq,a,\n")
+    assert list(read_rows(both)[0].values) == ["prompt", "completion", "a;b\tc"]
+    one = table(tmp_path / "c.tsv", "a;b\nq;r\n")
+    assert read_rows(one)[0].values == {"a;b": "q;r"}
+
+
+def test_endings_in_capitals_are_known(tmp_path):
+    for name in ("A.CSV", "b.Tsv", "C.JSONL"):
+        by = "\t" if name == "b.Tsv" else ","
+        text = json.dumps(GOOD) if name == "C.JSONL" else f"instruction{by}output\na{by}b\n"
+        assert len(load_demonstrations(table(tmp_path / name, text))) == 1
+    (tmp_path / "D.CSV.GZ").write_bytes(gzip.compress(b"instruction,output\na,b\n"))
+    assert len(load_demonstrations(Data(path=str(tmp_path / "D.CSV.GZ")))) == 1
+    assert len(load_demonstrations(Data(path=str(tmp_path)))) == 4
+
+
+def test_a_pipe_is_no_plain_file(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    told = failure(read_rows, Data(path=str(tmp_path / "a.jsonl")))
+    assert "a.jsonl: no plain file; rows are read more than once" in told
+
+
 def test_a_table_holds_lists_as_json(tmp_path):
     text = 'prompt,responses,ranks\nq,"[""a"", ""b"", ""c""]","[2, 1, null]"\n'
     (found,) = load_rankings(table(tmp_path / "a.csv", text))

@@ -25,7 +25,7 @@ def is_large(source: Any) -> bool:
     if any(datafiles.is_hub_id(name) for name in names):
         return True
     files = [file for name in names for file in datafiles.files(name)[0]]
-    return sum(f.stat().st_size * (4 if f.suffix == ".gz" else 1) for f in files) > MOST
+    return sum(f.stat().st_size * (4 if f.suffix.lower() == ".gz" else 1) for f in files) > MOST
 
 
 class OnDisk(Sequence[Item]):

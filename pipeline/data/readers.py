@@ -154,10 +154,21 @@ def _items(window: Window, report: Report, key: str) -> Iterator[Row]:
         )
 
 
-def read_table(path: Path, report: Report, delimiter: str) -> Iterator[Row]:
+def read_table(path: Path, report: Report, delimiters: str) -> Iterator[Row]:
     """Rows of cells under the names in the first, as spreadsheets write them: what holds a delimiter, a
-    quote or a line break stands in quotes. Every cell is a text, an empty one null."""
+    quote or a line break stands in quotes. Every cell is a text, an empty one null.
+
+    The delimiter is the first of `delimiters` that stands in the first line.
+    """
     csv.field_size_limit(MAX_LINE)
+    with opened(path) as file:
+        read = iter(lambda: file.readline(MAX_LINE), b"")
+        head = next((line for line in read if line.strip(b"\xef\xbb\xbf \r\n")), b"")
+    delimiter = next((by for by in delimiters if by.encode() in head), delimiters[0])
+    if delimiter != delimiters[0]:
+        report.remarks.append(
+            f"{path.name} has no comma in its header and is read by its {delimiter!r}"
+        )
     undecoded: dict[int, BadRow] = {}
 
     def lines() -> Iterator[str]:
@@ -274,8 +285,8 @@ def _has_no_blank_line(path: Path) -> bool:
 READERS: dict[str, Callable[[Path, Report], Iterator[Row]]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
-    ".csv": functools.partial(read_table, delimiter=","),
-    ".tsv": functools.partial(read_table, delimiter="\t"),
+    ".csv": functools.partial(read_table, delimiters=",\t;"),
+    ".tsv": functools.partial(read_table, delimiters="\t"),
     ".parquet": read_parquet,
     ".txt": read_text,
 }

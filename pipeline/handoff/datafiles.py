@@ -37,14 +37,14 @@ _NO_ROWS = {
 
 
 def kind_of(path: Path) -> str:
-    """A file's ending, one of `KINDS` or another: `.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
-    ending = Path(path.stem).suffix
-    return ending if path.suffix == ".gz" and ending in KINDS[:4] + KINDS[5:] else path.suffix
+    """A file's ending, one of `KINDS` or another: `.jsonl` of `a.jsonl`, `A.JSONL` and `a.jsonl.gz`."""
+    ending, last = Path(path.stem).suffix.lower(), path.suffix.lower()
+    return ending if last == ".gz" and ending in KINDS[:4] + KINDS[5:] else last
 
 
 def opened(path: Path) -> IO[bytes]:
     """A file's bytes, unpacked if it is packed; whoever reads them may meet a `BadGzipFile`."""
-    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def is_hub_id(name: str) -> bool:
@@ -67,6 +67,10 @@ def files(name: str) -> tuple[list[Path], list[str]]:
             f"{path}: no such file or folder, and not a hub id (owner/name){nearest(path)}"
         )
     if not path.is_dir():
+        if not path.is_file():
+            raise UserError(
+                f"{path}: no plain file; rows are read more than once: write them to one"
+            )
         if kind_of(path) not in KINDS:
             remedy = _REMEDY.get(path.suffix.lower(), "write it as one of those")
             raise UserError(f"{path}: unknown kind of file; known are {', '.join(KINDS)}: {remedy}")
@@ -99,7 +103,7 @@ def _looked_at(path: Path) -> Path:
     for begin, what in _NO_ROWS.items():
         if head.startswith(begin):
             raise UserError(f"{path}: {what}")
-    if b"\0" in head and path.suffix != ".parquet":
+    if b"\0" in head and kind_of(path) != ".parquet":
         raise UserError(f"{path}: no text; if it is UTF-16: iconv -f UTF-16LE -t UTF-8 IN > OUT")
     return path
 
