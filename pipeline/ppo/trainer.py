@@ -35,11 +35,6 @@ from pipeline.ppo.rollout import Query, Rollout, everywhere, generator, queries_
 from pipeline.ppo.sampler import PolicySampler, Sampler
 from pipeline.process import launch
 
-TOLERANCE = {False: 1e-3, True: 0.25}
-"""Nats a token that two passes of the same weights may differ by, computed in float32 or rounded to bf16."""
-RATIO_TOLERANCE = {False: 1e-3, True: 0.1}
-"""The same of the ratio's two passes, at most in float32 and on average in bf16 (.02 at 135M, single tokens .3)."""
-
 
 class PPO:
     """Proximal policy optimisation of a causal language model against a score.
@@ -130,7 +125,7 @@ class PPO:
         gates.sampler_is_the_policy(rollout, self.sampler, self.iteration, self._all_sum)
         if self.iteration == 0:
             rounded = self.config.dtype != "fp32" or self.config.rounds()
-            gates.starts_at_reference(old, reference, mask, TOLERANCE[rounded])
+            gates.starts_at_reference(old, reference, mask, rounded)
         return rollout
 
     def episodes(self, queries: list[Query], responses: list[list[int]]) -> Episodes:
@@ -301,14 +296,12 @@ class PPO:
                 ptx=None if ptx is None else ptx.texts,
             )
         if batch.first and outputs.logprobs is not None:
-            rounded = self.config.rounds()
             gates.ratio_is_one(
                 outputs.logprobs.detach(),
                 rollout.old_logprobs,
                 rollout.response_mask,
-                RATIO_TOLERANCE[rounded],
                 self.iteration,
-                rounded,
+                self.config.rounds(),
             )
         return losses(outputs, batch, self.config)
 
