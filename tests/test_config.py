@@ -158,6 +158,15 @@ def test_all_problems_are_told_at_once_with_the_nearest_key(tmp_path):
     assert complaint(tmp_path, SFTConfig, "seed: 3") == f"{path}: model: missing"
 
 
+def test_a_key_is_told_whatever_it_is_called(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text('model: m\n"adam_eps[": 1\nstr: 2\ndata: {path: p, Source: 1}\n')
+    with pytest.raises(UserError) as caught:
+        load_config(SFTConfig, path)
+    for key in ("adam_eps[", "str", "data.Source"):
+        assert f"{path}: {key}: unknown key" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "line",
     ["seed: '3'", "seed: 1.5", "seed: yes", "learning_rate: fast", "threads: 0", "packing: 1"],

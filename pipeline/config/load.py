@@ -108,6 +108,7 @@ def _problems(
         names = [str(part) for part in problem["loc"]]
         location = [part for part in names if "[" not in part and part not in ("str", "Source")]
         if problem["type"] == "extra_forbidden":
+            location += names[-1:] if location[-1:] != names[-1:] else []  # whatever it is called
             yield f"{'.'.join(location)}: unknown key{_nearest_key(cls, location, others)}"
             continue
         reason = problem["msg"].removeprefix("Value error, ")
