@@ -100,9 +100,13 @@ def _problems(
     problems = error.errors(include_url=False)
     for problem in problems:
         *place, last = problem["loc"] or ("",)
-        if last == "str" and any(
-            len(other["loc"]) > len(place) + 1 and [*other["loc"]][: len(place)] == place
-            for other in problems
+        if (
+            problem["type"] == "string_type"
+            and last == "str"
+            and any(
+                len(other["loc"]) > len(place) + 1 and [*other["loc"]][: len(place)] == place
+                for other in problems
+            )
         ):
             continue  # a list or a group stands there, and what is wrong inside is told
         names = [str(part) for part in problem["loc"]]
