@@ -1,10 +1,10 @@
 """Memory that a stage needs, told before any weight is read: of weights, gradients and optimizer state to
 the byte, of activations and logits roughly."""
 
-import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
 from pipeline.errors import UserError
@@ -85,11 +85,13 @@ def _weights(path: str | Path) -> int:
     count, whole = 0, Path(path) / "model.safetensors"
     shards = read_json(whole.with_name(f"{whole.name}.index.json")).get("weight_map", {})
     names = {whole.name} if whole.is_file() else set(shards.values())  # as transformers chooses
-    for name in names:
-        with (Path(path) / name).open("rb") as raw:
-            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
-        shapes = (entry["shape"] for name, entry in header.items() if name != "__metadata__")
-        count += sum(torch.Size(shape).numel() for shape in shapes)
+    try:
+        for name in names:
+            with safe_open(Path(path) / name, "pt") as file:
+                shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+            count += sum(torch.Size(shape).numel() for shape in shapes)
+    except (OSError, SafetensorError):
+        return 0  # loading it says what is wrong with it
     return count
 
 
