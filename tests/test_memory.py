@@ -76,4 +76,4 @@ def test_a_model_is_loaded_without_a_second_copy(tmp_path) -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     converted, quantised = map(float, out.split())
     assert converted < 1.1
-    assert quantised < 1.5  # bitsandbytes' own modules too; 3 with the gaps
+    assert quantised < 2  # 1.3 to 1.6 with the modules of bitsandbytes itself; 3 with the gaps
