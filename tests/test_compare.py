@@ -155,3 +155,36 @@ def _logprob(model, row: dict, key: str) -> float:
     prompt, ids = row["prompt_ids"], row[f"{key}_ids"]
     logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item()
+
+
+def test_beta_is_not_chosen_on_test_prompts(run):
+    recipe = run.parent / "without"
+    recipe.mkdir()
+    (recipe / "sft.yaml").write_text("model: none\n")
+    text = (run.parent / "recipe" / "eval.yaml").read_text()
+    kept = [line for line in text.splitlines() if "validation_prompts" not in line]
+    (recipe / "eval.yaml").write_text("\n".join(kept) + "\n")
+    with pytest.raises(UserError, match="validation_prompts: DPO's beta is chosen on them"):
+        compare.main(["--recipe", str(recipe), "--run", str(run), "eval.judge=null"])
+
+
+def test_dpo_goes_on_from_states_of_the_same_artifacts_alone(run, monkeypatch):
+    """A run that was killed leaves states; those of another SFT model are thrown away."""
+    from pipeline.evaluation import dpo as module
+
+    small_run.install(monkeypatch, small_run.judge_module())
+    config = compare.load_config(compare.EvalConfig, run.parent / "recipe" / "eval.yaml", [])
+    study = compare.Study(run.parent / "recipe", run, config, 4, 4, [7.0])
+    seen = []
+
+    def killed(stages, rankings, beta, out):
+        seen.append((out / "work").exists())
+        (out / "work").mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train_dpo", killed)
+    for made_from in (study.made_from, study.made_from, {"sft": "another"}):
+        study.made_from = made_from
+        with pytest.raises(KeyboardInterrupt):
+            study._dpo()
+    assert seen == [False, True, False]

@@ -28,7 +28,26 @@ def is_large(source: Any) -> bool:
     return sum(f.stat().st_size * (4 if f.suffix.lower() == ".gz" else 1) for f in files) > MOST
 
 
-class OnDisk(Sequence[Item]):
+class Items(Sequence[Item]):
+    """A sequence that says how one of its items is read."""
+
+    def item(self, place: int) -> Item:
+        """The one at a place from 0."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, at: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Item]: ...
+
+    def __getitem__(self, at: int | slice) -> Item | list[Item]:
+        if isinstance(at, slice):
+            return [self.item(place) for place in range(len(self))[at]]
+        return self.item(range(len(self))[at])  # IndexError beyond the end
+
+
+class OnDisk(Items[Item]):
     """A list that only grows, in a file that goes with it, below TMPDIR: eight bytes of memory an item.
 
     Items are texts, lists, dicts or dataclasses, written as JSON: what it has no word for, a date, becomes text.
@@ -52,19 +71,10 @@ class OnDisk(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, at: int) -> Item: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[Item]: ...
-
-    def __getitem__(self, at: int | slice) -> Item | list[Item]:
-        if isinstance(at, slice):
-            return [self[place] for place in range(len(self))[at]]
+    def item(self, place: int) -> Item:
         if not self._flushed:
             self._file.flush()
             self._flushed = True
-        place = range(len(self))[at]  # IndexError beyond the end
         start, end = self._ends[place], self._ends[place + 1]
         value = json.loads(os.pread(self._file.fileno(), end - start, start))
         return value if self._kind in (dict, list, str) else self._kind(**value)
@@ -74,7 +84,7 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, frozenset) else str(value)
 
 
-class Picked(Sequence[Item]):
+class Picked(Items[Item]):
     """Some items of a sequence, in an order of their own; the same one may be there several times."""
 
     def __init__(self, items: Sequence[Item], places: Iterable[int]):
@@ -83,16 +93,8 @@ class Picked(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, at: int) -> Item: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[Item]: ...
-
-    def __getitem__(self, at: int | slice) -> Item | list[Item]:
-        if isinstance(at, slice):
-            return [self.items[place] for place in self.places[at]]
-        return self.items[self.places[at]]
+    def item(self, place: int) -> Item:
+        return self.items[self.places[place]]
 
 
 def like(items: Sequence[Any]) -> Any:

@@ -28,7 +28,7 @@ from pipeline.evaluation.judges import load_judge
 from pipeline.handoff.artifacts import installed_packages
 from pipeline.handoff.found import find_stages, fresh_stages, read_json
 from pipeline.handoff.remembered import command
-from pipeline.process.files import jsonl, read_jsonl, write_atomically
+from pipeline.process.files import jsonl, read_jsonl, remove, write_atomically
 from pipeline.process.progress import say
 from pipeline.steps import overrides
 
@@ -94,6 +94,11 @@ class Study:
         if missing := {"sft", "rm", "ppo"} - self.stages.keys():
             remedy = command(run, "ppo") if run.is_dir() else "make seeds or make ppo, with RECIPE="
             raise UserError(f"{run}: needs {', '.join(sorted(missing))} first: {remedy}")
+        if len(betas) > 1 and config.validation_prompts is None:
+            raise UserError(
+                f"{recipe / 'eval.yaml'}: validation_prompts: DPO's beta is chosen on them; or give one "
+                "beta: ARGS='--betas 0.1'"
+            )
         self.judge = load_judge(config.judge)
         self.out = run / "compare"
         self.made_from = {name: stage.manifest_sha256 for name, stage in self.stages.items()}
@@ -122,9 +127,13 @@ class Study:
             "SFT on the best-ranked": self._best_ranked(),
             "RLOO": self._rloo(of_rm),
         }
-        by_beta = self._dpo()
-        chosen, tried = self._choice(by_beta)
-        policies[f"DPO, beta {chosen}"] = by_beta[chosen]
+        tried: dict[str, float] = {}
+        if read_json(sft / "config.json").get("is_encoder_decoder"):
+            say("compare: DPO is left out: TRL's trainer takes causal models alone")
+        else:
+            by_beta = self._dpo()
+            chosen, tried = self._choice(by_beta)
+            policies[f"DPO, beta {chosen}"] = by_beta[chosen]
         rows = judged(self, split, policies)
         judge = None if self.judge is None else self.judge.name
         facts = {"judge": judge, "dpo_on_validation": tried, "packages": installed_packages()}
@@ -180,20 +189,27 @@ class Study:
         out = {}
         for beta in (f"{beta:g}" for beta in self.betas):
             folder = self.out / f"dpo-{beta}"
-            done = folder / "made_from.json"
-            if read_json(done) != self.made_from:
+            begun, done = (
+                {"made_from": self.made_from, "done": is_done} for is_done in (False, True)
+            )
+            facts = folder / "made_from.json"
+            if (before := read_json(facts)) != done:
                 from pipeline.evaluation.dpo import train_dpo  # imports torch and TRL
 
+                if before != begun:  # states of another SFT model are not to go on from
+                    remove(folder)
+                    write_atomically(facts, json.dumps(begun))
                 train_dpo(self.stages, self._rankings(), float(beta), folder)
-                write_atomically(done, json.dumps(self.made_from))
+                write_atomically(facts, json.dumps(done))
             out[beta] = Policy(folder, minutes(folder))
         return out
 
     def _choice(self, policies: dict[str, Policy]) -> tuple[str, dict[str, float]]:
         """The name of the best by the judge (without one, by the reward model) on validation, and all grades."""
         by = "rm_score" if self.judge is None else "judge"
-        split: Split = "test" if self.config.validation_prompts is None else "validation"
-        tried = {name: row[by] for name, row in judged(self, split, policies).items()}
+        if len(policies) == 1:
+            return next(iter(policies)), {}
+        tried = {name: row[by] for name, row in judged(self, "validation", policies).items()}
         return max(tried, key=tried.__getitem__), tried
 
 
