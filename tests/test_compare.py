@@ -93,6 +93,14 @@ def test_the_best_ranked_are_what_people_put_first(run, monkeypatch):
     assert len(rows) == len(RANKED) - len(held_out)  # what the reward model was trained on
 
 
+def test_the_reward_model_is_published_with_its_card(run):
+    card = json.loads((run / "rm" / "card.json").read_text())
+    manifest = json.loads((run / "rm" / "manifest.json").read_text())
+    for key in ("accuracy", "pairs", "demonstration_mean", "padding_gap"):
+        assert card[key] == pytest.approx(manifest["metrics"][key])
+    assert "card.json" in manifest["files"]
+
+
 def test_a_run_without_ppo_is_refused(tmp_path, run):
     recipe = run.parent / "recipe"
     with pytest.raises(UserError, match="needs ppo, rm, sft first"):

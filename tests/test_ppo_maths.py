@@ -282,3 +282,16 @@ def test_adaptive_kl_moves_towards_the_target_within_20_percent():
     assert maths.adapted_kl_coef(0.1, kl=0, target=6, episodes=100, horizon=1000) == pytest.approx(
         0.1 * 0.98
     )
+
+
+def test_leave_one_out_takes_the_mean_of_the_others_by_hand():
+    """Not of all: that would shrink every advantage by (K - 1) / K, which Adam would hide."""
+    found = maths.leave_one_out(torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]]))
+    assert found.tolist() == [[1 - 4, 2 - 3.5, 6 - 1.5], [-1.5, -1.5, 3.0]]
+
+
+def test_standardised_by_hand():
+    found = maths.standardised(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]]))
+    deviation = (((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 2) ** 0.5
+    expected = [x / (deviation + 1e-4) for x in (-2, -1, 3)]
+    assert found[0].tolist() == pytest.approx(expected) and found[1].tolist() == [0, 0, 0]
