@@ -236,6 +236,15 @@ def test_bad_overrides_are_named(tmp_path, word):
     assert word in complaint(tmp_path, PPOConfig, PPO + "seed: 3\nrewards: [{model: rm}]", word)
 
 
+def test_a_value_that_does_not_fit_is_named_by_the_word_that_set_it(tmp_path):
+    words = ["kl_coef=-1", "lora.r=x", "rewards=[{weight: one}]"]
+    told = complaint(tmp_path, PPOConfig, PPO + "kl_coef: -2\nlearning_rate: -1\n", *words)
+    for word, key in zip(words, ["kl_coef", "lora.r", "rewards.0"], strict=True):
+        assert f"{word}: {key}" in told
+    assert f"{tmp_path}/stage.yaml: learning_rate" in told
+    assert f"{tmp_path}/stage.yaml: kl_coef" not in told
+
+
 def test_settings_go_to_the_stages_that_have_the_key():
     words = ["seed=3", "ppo.kl_coef=.02", "packing=true", "eval.n=5"]
     assert overrides("sft", words) == ["seed=3", "packing=true"]

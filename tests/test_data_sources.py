@@ -90,7 +90,7 @@ def test_a_line_over_the_limit_is_named_and_the_next_one_read(tmp_path):
 
 
 def test_twenty_problems_are_shown_in_order_and_all_are_counted(tmp_path):
-    bad = [b"{" if number % 2 else b'{"instruction": "a"}' for number in range(33)]
+    bad = [{"instruction": "a", f"key{number}": 1} for number in range(33)]
     message = failure(
         load_demonstrations, write_lines(tmp_path / "a.jsonl", *bad, GOOD)
     ).splitlines()
@@ -98,6 +98,16 @@ def test_twenty_problems_are_shown_in_order_and_all_are_counted(tmp_path):
     assert message[20] == "... and 13 more"
     assert message[21].startswith(f"{tmp_path}/a.jsonl: 33 problems in 34 rows; mend them")
     assert len(message) == 22
+
+
+def test_a_reason_that_many_rows_share_does_not_hide_the_others(tmp_path):
+    bad = [b"{" if number != 30 else b'{"instruction": "a"}' for number in range(33)]
+    message = failure(
+        load_demonstrations, write_lines(tmp_path / "a.jsonl", *bad, GOOD)
+    ).splitlines()
+    assert [int(line.split(":")[1]) for line in message[:4]] == [1, 2, 3, 31]
+    assert "no reply to `instruction`" in message[3]
+    assert message[4] == "... and 29 more"
 
 
 def test_keys_shared_by_many_rows_are_no_strays(tmp_path):

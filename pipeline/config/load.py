@@ -32,13 +32,17 @@ def load_config(
     path = Path(path)
     problems: list[str] = []
     raw = strict_yaml.read_mapping(path, problems)
-    problems += [problem for word in overrides if (problem := _override(raw, word))]
+    words = list(overrides)
+    problems += [problem for word in words if (problem := _override(raw, word))]
     problems += [f"{path}: {key}: not a finite number" for key in _not_finite(raw)]
     raw = _defaults_as_text(cls) | _relocated(raw)
     try:
         config = cls.model_validate_json(json.dumps(raw), strict=True)  # "3" is no 3, true is no 1
     except ValidationError as error:
-        problems += [f"{path}: {problem}" for problem in _problems(cls, error, others)]
+        for problem in _problems(cls, error, others):
+            key = problem.partition(": ")[0]
+            set_by = [w for w in words if f"{key}.".startswith(f"{w.partition('=')[0]}.")]
+            problems.append(f"{set_by[-1] if set_by else path}: {problem}")
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return config

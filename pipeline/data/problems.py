@@ -1,11 +1,13 @@
 """What is wrong with rows, gathered so that one error names the first twenty by file and line."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from pipeline.errors import UserError
 from pipeline.process.progress import say
 
-SHOWN = 20
+SHOWN, ALIKE = 20, 3
+"""Lines of an error, and lines that give the same reason."""
 
 
 class BadRow(Exception):
@@ -57,9 +59,15 @@ class Report:
 
     def _message(self, name: str) -> str:
         total = len(self.problems)
-        lines = list(self.problems.values())[:SHOWN]
-        if total > SHOWN:
-            lines.append(f"... and {total - SHOWN} more")
+        seen: Counter[str] = Counter()
+        lines: list[str] = []
+        for where, line in self.problems.items():
+            reason = line.removeprefix(where)
+            seen[reason] += 1
+            if seen[reason] <= ALIKE and len(lines) < SHOWN:
+                lines.append(line)
+        if total > len(lines):
+            lines.append(f"... and {total - len(lines)} more")
         lines.append(
             f"{name}: {total} problem{'s' * (total > 1)} in {self.rows} rows; "
             "mend them, or allow a share of bad rows (bad_rows)"
