@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import html
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import tiny_models
 from pipeline.commands import chat
 from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
 from pipeline.errors import UserError
+from pipeline.evaluation import compare, report
 from pipeline.evaluation.__main__ import main as evaluate
 from pipeline.models.loading import load_reward
 from pipeline.models.scorer import EncoderDecoderScorer
@@ -95,9 +97,25 @@ def test_a_bart_from_rows_to_an_evaluation_and_a_chat(tmp_path, monkeypatch, cap
     found = json.loads((run / "eval" / "test.json").read_text())
     assert {"sft", "ppo"} <= set(found["models"]) and found["kl"]["ppo_vs_sft"] is not None
     assert all(model["perplexity"] > 1 for name, model in found["models"].items())
-    capsys.readouterr()
+    compared_without_dpo(run, config, monkeypatch, capsys)
     chat.main(["--run", str(run), "--prompt", "w2 w1 w3", "--greedy"])
     assert "ppo" in capsys.readouterr().out
+
+
+def compared_without_dpo(run: Path, config: Path, monkeypatch, capsys) -> None:
+    """What TRL cannot train is left out with its reason, though three betas were asked for; the others are judged."""
+    for rival, stage in (("_best_ranked", "sft"), ("_rloo", "ppo")):  # trained in test_compare.py
+        policy = compare.Policy(run / stage, 1.0)
+        monkeypatch.setattr(compare.Study, rival, lambda *_, policy=policy: policy)
+    (config.parent / "sft.yaml").write_text("model: none\n")
+    capsys.readouterr()
+    compare.main(["--recipe", str(config.parent), "--run", str(run)])
+    reason = "TRL's trainer takes causal models alone"
+    assert f"compare: DPO is left out: {reason}" in capsys.readouterr().out
+    found = json.loads((run / "compare" / "compare.json").read_text())
+    assert list(found["rows"]) == ["SFT", "PPO", "best of 4", "SFT on the best-ranked", "RLOO"]
+    assert found["left_out"] == {"DPO": reason} and found["rows"]["PPO"]["wins"] >= 0
+    assert f"DPO ({reason})" in html.unescape(report.write_report(run).read_text(encoding="utf-8"))
 
 
 def test_a_prompt_that_leaves_no_place_for_its_response_is_refused_before_it_is_sampled(tmp_path):

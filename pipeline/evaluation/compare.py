@@ -94,7 +94,10 @@ class Study:
         if missing := {"sft", "rm", "ppo"} - self.stages.keys():
             remedy = command(run, "ppo") if run.is_dir() else "make seeds or make ppo, with RECIPE="
             raise UserError(f"{run}: needs {', '.join(sorted(missing))} first: {remedy}")
-        if len(betas) > 1 and config.validation_prompts is None:
+        self.left_out: dict[str, str] = {}
+        if read_json(self.stages["sft"].path / "config.json").get("is_encoder_decoder"):
+            self.left_out["DPO"] = "TRL's trainer takes causal models alone"
+        if not self.left_out and len(betas) > 1 and config.validation_prompts is None:
             raise UserError(
                 f"{recipe / 'eval.yaml'}: validation_prompts: DPO's beta is chosen on them; or give one "
                 "beta: ARGS='--betas 0.1'"
@@ -128,18 +131,18 @@ class Study:
             "RLOO": self._rloo(of_rm),
         }
         tried: dict[str, float] = {}
-        if read_json(sft / "config.json").get("is_encoder_decoder"):
-            say("compare: DPO is left out: TRL's trainer takes causal models alone")
-        else:
+        for name, reason in self.left_out.items():
+            say(f"compare: {name} is left out: {reason}")
+        if "DPO" not in self.left_out:
             by_beta = self._dpo()
             chosen, tried = self._choice(by_beta)
             policies[f"DPO, beta {chosen}"] = by_beta[chosen]
         rows = judged(self, split, policies)
         judge = None if self.judge is None else self.judge.name
-        facts = {"judge": judge, "dpo_on_validation": tried, "packages": installed_packages()}
+        facts = {"judge": judge, "dpo_on_validation": tried, "left_out": self.left_out}
         text = markdown(rows, f"{self.run.name}, {split} prompts")
         write_atomically(path.with_suffix(".md"), text)
-        whole = {**asked, **facts, "rows": rows}
+        whole = {**asked, **facts, "packages": installed_packages(), "rows": rows}
         write_atomically(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
         print(text)
         return rows
