@@ -53,7 +53,9 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
     check_dtype(config.dtype)
     prompts = load_prompts(given(config.prompts, dataset, "prompts"), seed=config.seed)
     with StageRun(config, dataset) as stage:
-        preflight.check(config, stage.parents)
+        tracker = stage.tracker
+        begun = tracker.metrics_path.exists()  # what the gates found was told then
+        preflight.check(config, stage.parents, None if begun else tracker.alert)
         quiet()
         prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
@@ -63,10 +65,10 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
         said = (m["content"] for prompt in prompts for m in prompt.messages)
         tell_spelled("ppo: prompts", ppo.tokenizer, said)
         stream = PromptStream(queries, config.batch_size, config.seed, config.samples_per_prompt)
-        watch = Watch(config, ppo, queries, stage.tracker)
+        watch = Watch(config, ppo, queries, tracker)
 
         _resume(ppo, stage)
-        alarms = Alarms(config.alarms, read_rows(stage.tracker.metrics_path))
+        alarms = Alarms(config.alarms, read_rows(tracker.metrics_path), tracker.alert)
         with track(config.iterations, "ppo") as bar, stopping.deferred():
             bar.advance(ppo.iteration)
             while ppo.iteration < config.iterations:
@@ -78,7 +80,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
                 over = config.kl_limit is not None and metrics["objective/kl"] > config.kl_limit
                 edge = over or ppo.iteration in (1, config.iterations)
                 if edge or ppo.iteration % config.log_every == 0:
-                    stage.tracker.log(ppo.iteration, metrics)
+                    tracker.log(ppo.iteration, metrics)
                 bar.advance(1, **_headline(metrics))
                 if over:
                     say(f"ppo: stopped, KL {metrics['objective/kl']:.2f} is over {config.kl_limit}")

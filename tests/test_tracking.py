@@ -47,6 +47,7 @@ class FakeRun:
         self.finished: int | None = None
         self.resumed, self.step, self.url = False, 0, "there"
         self.settings = types.SimpleNamespace(sync_dir="sync")
+        self.summary, self.alerts, self.used, self.made, self.defined = {}, [], [], [], {}
         self._log = log
 
     def log(self, metrics, step):
@@ -56,6 +57,18 @@ class FakeRun:
 
     def finish(self, exit_code=0):
         self.finished = exit_code
+
+    def define_metric(self, name, **about):
+        self.defined[name] = about
+
+    def alert(self, title, text, **_):
+        self.alerts.append((title, text))
+
+    def use_artifact(self, artifact):
+        self.used.append(artifact)
+
+    def log_artifact(self, artifact, aliases):
+        self.made.append((artifact, aliases))
 
 
 def with_fake(monkeypatch, init) -> None:
@@ -163,7 +176,7 @@ def test_what_is_logged_reaches_the_mirror_in_order(tmp_path, monkeypatch):
     for step in range(1, 4):
         made.log(step, {"loss": float(step)})
     made.finish()
-    assert run.logged == [(step, {"loss": float(step)}) for step in range(1, 4)]
+    assert run.logged == [(n, {"ppo/step": n, "loss": float(n)}) for n in range(1, 4)]
     assert run.finished == 1  # nothing was published
 
 
@@ -218,7 +231,7 @@ def test_an_unreachable_server_means_offline_with_one_warning(tmp_path, monkeypa
     made.finish()
     told = capsys.readouterr().out
     assert tried == ["online", "offline"]
-    assert run.logged == [(1, {"loss": 1.0})]
+    assert run.logged == [(1, {"ppo/step": 1, "loss": 1.0})]
     assert "no answer; writing offline" in told
     assert "wandb sync sync" in told
     assert "tail" not in told
@@ -399,9 +412,6 @@ def test_an_artifact_has_its_lineage_and_its_files_only_when_asked(tmp_path, mon
         add_file = add_dir
 
     run = FakeRun()
-    run.used, run.made = [], []  # type: ignore[attr-defined]
-    run.use_artifact = run.used.append  # type: ignore[attr-defined]
-    run.log_artifact = lambda artifact, aliases: run.made.append((artifact, aliases))  # type: ignore[attr-defined]
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Artifact=Artifact))
     with_fake(monkeypatch, lambda mode: run)
@@ -418,9 +428,9 @@ def test_an_artifact_has_its_lineage_and_its_files_only_when_asked(tmp_path, mon
     made.log(1, {"loss": 1.0})
     made.finish(ppo, manifest)
     assert added == [(str(ppo if upload else ppo / "manifest.json"), "immutable")]
-    assert str(run.used[0]).startswith("tiny-sft:sha-")  # type: ignore[attr-defined]
-    assert run.used[1].metadata == {"prompts.jsonl": "hash"}  # type: ignore[attr-defined]
-    [(artifact, aliases)] = run.made  # type: ignore[attr-defined]
+    assert str(run.used[0]).startswith("tiny-sft:sha-")
+    assert run.used[1].metadata == {"prompts.jsonl": "hash"}
+    [(artifact, aliases)] = run.made
     assert artifact.name == "tiny-ppo"
     assert aliases[0] == "latest"
     assert run.finished == 0

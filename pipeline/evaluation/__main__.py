@@ -11,6 +11,7 @@ from typing import Any
 from pipeline import steps
 from pipeline.cli import add_arguments, reporting_errors, request
 from pipeline.config.evaluation import EvalConfig, Split
+from pipeline.evaluation import mirrored
 from pipeline.evaluation.judges import load_judge
 from pipeline.handoff.artifacts import installed_packages, read
 from pipeline.handoff.found import find_stages, fresh_stages, need_first, read_json
@@ -75,6 +76,7 @@ def run_evaluation(
     whole = {**facts, **result}
     write_atomically(out, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     say(f"eval: {out} ({result['seconds']:.0f} s)")
+    mirrored.evaluation(run, stages, whole, samples)
     return whole
 
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from pipeline import steps
 from pipeline.cli import reporting_errors
-from pipeline.evaluation import plots
+from pipeline.evaluation import mirrored, plots
 from pipeline.evaluation.about import conclusion, verdicts
 from pipeline.evaluation.compare import columns
 from pipeline.evaluation.rankings import Measured
@@ -34,7 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--run", type=Path, required=True)
     args = parser.parse_args(argv)
-    say(f"report: {write_report(args.run)}")
+    page = write_report(args.run)
+    say(f"report: {page}")
+    record = load_record(args.run)
+    found = verdicts(record)
+    mirrored.report(record, found, conclusion(found), page)
 
 
 def write_report(run: Path) -> Path:

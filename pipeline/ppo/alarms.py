@@ -4,7 +4,7 @@ An alarm depends on its own iteration and on the first one alone, so a run that 
 on writes the same record. What each sign means: arXiv 2210.10760 (KL), 2310.03716 (length).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pipeline.config.schema import AlarmLimits
@@ -19,11 +19,16 @@ PREFIX = "alarm/"
 class Alarms:
     """Marks each iteration with `alarm/NAME` 0.0 or 1.0, and says an alarm the first time it rings.
 
-    `rows`: what a run that goes on has recorded already.
+    `rows`: what a run that goes on has recorded already. `tell(title, text)` is told of an alarm as well.
     """
 
-    def __init__(self, limits: AlarmLimits, rows: Iterable[Metrics] = ()):
-        self.limits = limits
+    def __init__(
+        self,
+        limits: AlarmLimits,
+        rows: Iterable[Metrics] = (),
+        tell: Callable[[str, str], None] | None = None,
+    ):
+        self.limits, self.tell = limits, tell
         self.first: Metrics | None = None
         self.told: set[str] = set()
         for row in rows:
@@ -39,6 +44,8 @@ class Alarms:
             if rings[name] and f"{PREFIX}{name}" not in self.told:
                 self.told.add(f"{PREFIX}{name}")
                 say(f"ppo: alarm: iteration {iteration}: {meaning}")
+                if self.tell:
+                    self.tell(f"alarm {name}", f"iteration {iteration}: {meaning}")
         return marked
 
 

@@ -28,10 +28,15 @@ class Finding:
     text: str
 
 
-def check(config: PPOConfig, parents: Mapping[str, Manifest]) -> None:
+def check(
+    config: PPOConfig,
+    parents: Mapping[str, Manifest],
+    tell: Callable[[str, str], None] | None = None,
+) -> None:
     """Look at the artifacts PPO starts from, name -> manifest, as `config.gates` says.
 
-    UserError names every number that is below its bar, and what to do.
+    UserError names every number that is below its bar, and what to do. `tell(title, text)` is told of what
+    is below, and of a warning, as well.
     """
     if config.gates == "off":
         return
@@ -42,6 +47,8 @@ def check(config: PPOConfig, parents: Mapping[str, Manifest]) -> None:
         failed += [f"{name}: {finding.text}" for finding in found if finding.level == "bad"]
         for finding in (f for f in found if f.level == "watch"):
             say(f"ppo: warning: {name}: {finding.text}")
+        if tell and (low := [f.text for f in found if f.level in ("watch", "bad")]):
+            tell(f"gates of {name}", "\n".join(low))
         if missing := [finding.text for finding in found if finding.level is None]:
             say(f"ppo: gates: {name}: not measured: {', '.join(missing)}")
     if failed and config.gates == "refuse":

@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 from pipeline.config import schema
-from pipeline.config.schema import StageConfig
-from pipeline.handoff.artifacts import MANIFEST, Manifest, is_published, manifest_hash
+from pipeline.handoff.artifacts import Manifest
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
+from pipeline.tracking import contents
 
 INIT_SECONDS = 10
 """An unreachable server is given up after so long; the run goes on meanwhile."""
@@ -29,11 +29,22 @@ Job = Callable[[Any], None]  # takes the wandb run
 
 
 class Mirror:
-    """A run in W&B: name `RUN-STAGE`, group RUN, a job type a stage. Never raises, never prompts."""
+    """A run in W&B: name `RUN-STEP`, group RUN, a job type a step. Never raises, never prompts.
 
-    def __init__(self, work: Path, config: StageConfig, parents: dict[str, Path]):
-        self.work, self.config, self.parents = work, config, parents
-        self.stage, self.run, self.wandb = config.stage, config.run, config.wandb
+    `config` is what the run shows as its own; `parents`: name -> directory of the artifacts it reads.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        stage: str,
+        run: Path,
+        wandb: schema.Wandb,
+        config: dict[str, Any],
+        parents: dict[str, Path],
+    ):
+        self.work, self.stage, self.run, self.wandb = work, stage, run, wandb
+        self.config, self.parents = config, parents
         self.mode = mode_of(self.wandb)
         self.started = False
         self._jobs: queue.Queue[Job | None] = queue.Queue()
@@ -51,23 +62,41 @@ class Mirror:
             self.log(row["step"], {k: v for k, v in row.items() if k not in ("step", "time")})
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Queue a row."""
-        self._put(lambda run: _log(run, step, metrics))
+        """Queue a row; the step it is drawn against is the stage's own."""
+        self._put(lambda run: _log(run, step, {f"{self.stage}/step": step, **metrics}))
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Queue a table of samples."""
-        self._put(lambda run: _log(run, step, {"samples": _table(rows)}))
+        """Queue a table of samples; W&B shows those of several steps as one, with a slider."""
+        self._put(lambda run: _log(run, step, {"samples": contents.table(rows)}))
 
-    def finish(self, artifact: Path | None, manifest: Manifest | None) -> None:
-        """Wait, but not forever, until all is written; say how to see it."""
+    def alert(self, title: str, text: str) -> None:
+        """Queue a warning, which W&B sends to whom the user told it to."""
+        self._put(lambda run: run.alert(title, text, level="WARN", wait_duration=0))
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Queue numbers that stand for the whole run."""
+        self._put(lambda run: run.summary.update(values))
+
+    def page(self, file: Path) -> None:
+        """Queue an HTML page."""
+        self._put(lambda run: run.log({"page": contents.page(file)}))
+
+    def finish(
+        self,
+        artifact: Path | None = None,
+        manifest: Manifest | None = None,
+        code: int | None = None,
+    ) -> None:
+        """Wait, but not forever, until all is written; say how to see it. `code`: 0 where nothing is published."""
         if not self.started or self.mode == "disabled":
             return
         seconds = float(FINISH_SECONDS)
         if artifact is not None and manifest is not None:
-            self._put(lambda run: self._log_artifact(run, artifact, manifest))
+            published = artifact, manifest
+            self._put(lambda run: contents.log_artifact(run, *published, self.wandb, self.mode))
             size = sum(entry.size for entry in manifest.files.values()) if self.wandb.upload else 0
             seconds += size / UPLOAD_BYTES_PER_SECOND if self.mode == "online" else 0
-        exit_code = 0 if artifact else 1
+        exit_code = code if code is not None else 0 if artifact else 1
         self._put(lambda run: run.finish(exit_code))
         self._jobs.put(None)
         self._thread.join(seconds + INIT_SECONDS)
@@ -84,6 +113,9 @@ class Mirror:
         """Everything that touches wandb; the first failure ends the mirror, not the run."""
         try:
             self._wandb_run = self._init()
+            contents.define_metrics(self._wandb_run, self.stage)
+            if self.mode == "online":
+                contents.use(self._wandb_run, self.parents.values())
             while (job := self._jobs.get()) is not None:
                 job(self._wandb_run)
         except BaseException as error:  # wandb raises even SystemExit
@@ -107,6 +139,7 @@ class Mirror:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # seconds to import
 
+        code = contents.code_version()
         wanted: dict[str, Any] = {
             "silent": True,
             "console": "off",
@@ -114,48 +147,30 @@ class Mirror:
             "finish_timeout": FINISH_SECONDS,
             "login_timeout": 1,
             "save_code": False,
-            "disable_git": True,
+            "disable_git": True,  # it would send the remote's address as well
+            "git_commit": code.get("commit"),
         }
         known = wandb.Settings.model_fields  # older versions lack some
-        settings = wandb.Settings(**{k: v for k, v in wanted.items() if k in known})
+        settings = wandb.Settings(
+            **{k: v for k, v in wanted.items() if k in known and v is not None}
+        )
         self.run.mkdir(parents=True, exist_ok=True)
-        name = f"{self.run.name}-{self.stage}"
-        parents = {"parents": {n: _alias(path) for n, path in self.parents.items()}}
+        asked = (
+            os.environ.get
+        )  # over the config, as WANDB_MODE is; tags and notes wandb reads itself
         return wandb.init(
-            project=self.wandb.project,
-            entity=self.wandb.entity,
-            id=stable_id(self.work, name),
-            name=name,
-            group=self.run.name,
+            project=asked("WANDB_PROJECT") or self.wandb.project,
+            entity=asked("WANDB_ENTITY") or self.wandb.entity,
+            id=stable_id(self.work, f"{self.run.name}-{self.stage}"),
+            name=f"{asked('WANDB_NAME') or self.run.name}-{self.stage}",
+            group=asked("WANDB_RUN_GROUP") or self.run.name,
             job_type=self.stage,
             dir=str(self.run),
-            config=self.config.model_dump(mode="json") | parents,
+            config=self.config | contents.about(self.parents, code),
             resume="allow",
             mode=mode,
             settings=settings,
         )
-
-    def _log_artifact(self, run: Any, directory: Path, manifest: Manifest) -> None:
-        """Its parents, hashes of its data, its manifest with each file's; files only when asked to."""
-        import wandb
-
-        if self.mode == "online":  # offline `use_artifact` raises
-            for parent in self.parents.values():
-                with contextlib.suppress(Exception):  # a parent that was never uploaded
-                    run.use_artifact(f"{_artifact_name(parent)}:{_alias(parent)}")
-            if manifest.inputs:
-                name = f"{_artifact_name(directory)}-data"
-                run.use_artifact(wandb.Artifact(name, "dataset", metadata=manifest.inputs))
-        artifact = wandb.Artifact(
-            _artifact_name(directory),
-            type="model",
-            metadata=manifest.model_dump(mode="json", exclude={"files"}),
-        )
-        if self.wandb.upload:
-            artifact.add_dir(str(directory), policy="immutable")  # refers to the files, copies none
-        else:
-            artifact.add_file(str(directory / MANIFEST), policy="immutable")
-        run.log_artifact(artifact, aliases=["latest", _alias(directory)])
 
     def _put(self, job: Job) -> None:
         if self._thread.is_alive():
@@ -236,21 +251,6 @@ def _log(run: Any, step: int, metrics: dict[str, Any]) -> None:
     """When an online run is resumed, earlier steps are already there."""
     if step >= (int(run.step) if getattr(run, "resumed", False) else 0):
         run.log(metrics, step=step)
-
-
-def _table(rows: list[dict[str, Any]]) -> Any:
-    import wandb
-
-    columns: list[str | int] = list(rows[0])
-    return wandb.Table(columns=columns, data=[[row.get(str(c)) for c in columns] for row in rows])
-
-
-def _artifact_name(directory: Path) -> str:
-    return f"{directory.parent.name}-{directory.name}"
-
-
-def _alias(directory: Path) -> str:
-    return f"sha-{manifest_hash(directory)[:12]}" if is_published(directory) else MANIFEST
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,7 +30,9 @@ class Tracker:
         self.metrics_path = work / "metrics.jsonl"
         self.samples_path = work / "samples.jsonl"
         self._warned: set[str] = set()
-        self._mirror = Mirror(work, config, parents or {}) if main else None
+        about = config.model_dump(mode="json")
+        mirror = Mirror(work, config.stage, config.run, config.wandb, about, parents or {})
+        self._mirror = mirror if main else None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line `{"step": …, "time": …, …}`, on disk before this returns; NaN becomes null."""
@@ -50,6 +52,12 @@ class Tracker:
         _append(self.samples_path, [{"step": step} | row for row in rows])
         if self._mirror:
             self._mirror.samples(step, rows)
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell who is not looking; the mirror alone has it, said it must be as well. Once is the caller's."""
+        self._start_mirror()
+        if self._mirror:
+            self._mirror.alert(f"{self.stage}: {title}", text)
 
     def sync(self) -> None:
         """Have the record on disk: done before a training state that it belongs to is saved."""
