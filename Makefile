@@ -12,7 +12,7 @@
 #: SET="k=v ..."    override keys: SET="ppo.kl_coef=0.02 seed=3"
 #: DRY=1            a few steps of a small random model on a few local rows, in CKPT/RECIPE-dry; no network
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
-#: SEEDS="1 2 3"    seeds of `make seeds` and `make compare`; ARGS= further arguments of chat, overopt, seeds and test
+#: SEEDS="1 2 3"    seeds of `make seeds` and `make compare`; ARGS= further arguments of chat, overopt, round, seeds and test
 #: SIZE=S|M|L DEVICE= ITERATIONS= THREADS= CASES="fp32 sft"   of `make bench`; CASES=growth: what grows
 #: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
@@ -145,12 +145,12 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 	$(if $(FORCE),--force $(call quote,$(FORCE))) $(if $(DRY),--dry) $(SETTINGS)
 
 # Told now and not when the goals before it are made, in hours.
-TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare overopt seeds bench \
+TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare overopt round seeds bench \
 	status show-config clean
 ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
 $(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
 endif
-ifneq ($(and $(DRY),$(filter compare overopt seeds bench,$(MAKECMDGOALS))),)
+ifneq ($(and $(DRY),$(filter compare overopt round seeds bench,$(MAKECMDGOALS))),)
 $(error DRY=1 is for a run: sft rm ppo eval report, chat, status and show-config)
 endif
 ifneq ($(and $(filter clean,$(MAKECMDGOALS)),$(filter-out clean,$(MAKECMDGOALS))),)
@@ -263,6 +263,9 @@ compare: $(STAMP)  ## PPO beside best-of-n, SFT on the best-ranked, DPO and RLOO
 
 overopt: $(STAMP)  ## study over-optimisation: gold against proxy as KL grows
 	exec $(PY) -m pipeline.evaluation.overopt $(STUDY)
+
+round: $(STAMP)  ## collect rankings of the newest policy's answers, train on all of them, evaluate
+	exec $(PY) -m pipeline.evaluation.rounds $(BORROW) $(STUDY)
 
 seeds: $(STAMP)  ## repeat the recipe over seeds
 	exec $(PY) -m pipeline.evaluation.seeds $(VARIANT) $(STUDY) $(if $(SEEDS),--seeds $(SEEDS))

@@ -83,8 +83,9 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
     `dataset` replaces `config.data` by rankings in memory (see `pipeline.data.rankings`).
     """
     check(config, RMConfig)
-    rankings = None
-    if config.sampling is None or dataset is not None:
+    rankings: Sequence[Ranking] = ()
+    samples = config.sampling is not None and dataset is None
+    if config.data is not None or not samples:
         rankings = load_rankings(given(config.data, dataset, "data or sampling"), seed=config.seed)
     with StageRun(config, dataset) as stage:
         quiet()
@@ -93,9 +94,9 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         sft = stage.parent("sft")
         check_training(config, sft)
         tokenizer = load_tokenizer(sft)
-        if rankings is None:
+        if samples:
             faults.at("rollout", 0)
-            rankings = sampled_rankings(config, sft, tokenizer, stage.work)
+            rankings = sampled_rankings(config, sft, tokenizer, stage.work, rankings)
             shutil.copyfile(stage.work / "rankings.jsonl", stage.output / "rankings.jsonl")
         training, held_out = split_by_prompt(rankings, config.validation_fraction, config.seed)
         training_rows, too_long = _encode(tokenizer, training, config, config.too_long)

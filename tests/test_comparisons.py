@@ -235,11 +235,11 @@ def test_a_file_that_is_not_the_samples_any_more_is_refused_with_the_way_out(
 def test_what_people_touched_outlives_other_settings_force_and_a_lost_record(tmp_path):
     path = ask(tmp_path)
     rank(path, 1)
-    refused(tmp_path, path, "was not sampled from this SFT model with these settings", seed=2)
+    refused(tmp_path, path, "was not sampled from this model with these settings", seed=2)
     start_again(config(tmp_path, None))
     refused(tmp_path, path, "11 of 12 lines have no ranks")
     (path.parent / ".to_rank.json").unlink()
-    refused(tmp_path, path, "was not sampled from this SFT model with these settings")
+    refused(tmp_path, path, "was not sampled from this model with these settings")
 
 
 def test_samples_that_nobody_touched_give_way_to_those_of_other_settings(tmp_path):

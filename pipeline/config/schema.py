@@ -240,10 +240,17 @@ class SFTConfig(StageConfig, Optimisation):
 
 
 class Sampling(Section):
-    """Comparisons made from the SFT model's own responses, as InstructGPT did."""
+    """Comparisons made from a model's own responses, as InstructGPT did."""
 
     prompts: Data
     """What is answered."""
+    model: ModelName = "sft"
+    """Whose responses: sft = the SFT model's; or a folder with the same tokenizer, such as `RUN/ppo`."""
+    count: Positive | None = None
+    """Only so many of the prompts, drawn by the seed from those that `data` has no ranking of; none = all."""
+    unsure: ModelName | None = None
+    """A reward model (a folder, same tokenizer): `count` are those whose responses it can least tell apart,
+    of four times as many drawn ones."""
     labeler: CodeName | None = None
     """Module run as `python -m MODULE --samples F --out F --seed N`; none = stop
     for people to rank `RUN/to_rank.jsonl`."""
@@ -263,6 +270,12 @@ class Sampling(Section):
             raise ValueError(
                 "k maps numbers of responses from 2 to 9 to shares that are not negative, nor all 0"
             )
+        if self.unsure is not None and self.count is None:
+            raise ValueError("unsure chooses `count` of the prompts: give a count")
+        if {self.model, self.unsure} & {"rm", "ppo"} or self.unsure == "sft":
+            raise ValueError(
+                "model is sft or a folder, unsure a folder: later stages of this run come later"
+            )
         return self
 
 
@@ -274,7 +287,7 @@ class RMConfig(StageConfig, Optimisation):
     data: Data | None = None
     """Ranked comparisons; give this or `sampling`, unless they come in memory."""
     sampling: Sampling | None = None
-    """Comparisons of the SFT model's own responses, in the place of `data`."""
+    """Comparisons of a model's own responses, in the place of `data`; with a `count` both are learnt."""
     demonstrations: Data | None = None
     """Scores are shifted so that these average 0; none = the data the SFT model was trained on."""
     demonstrations_limit: Positive = 512
@@ -287,10 +300,11 @@ class RMConfig(StageConfig, Optimisation):
     """Train the scalar head alone and freeze the rest: a cheap, deliberately small reward model."""
 
     @model_validator(mode="after")
-    def _one_of_two(self):
-        if self.data is not None and self.sampling is not None:
+    def _consistent(self):
+        if self.data is not None and self.sampling is not None and self.sampling.count is None:
             raise ValueError(
-                "give either data (rankings you have) or sampling (rankings to be made)"
+                "give either data (rankings you have) or sampling (rankings to be made); or, for both, "
+                "sampling.count: how many prompts more"
             )
         if self.head_only and self.lora is not None:
             raise ValueError("head_only trains no adapters: leave out lora or head_only")
@@ -550,6 +564,9 @@ class PPOConfig(StageConfig):
     """Keep the layers' inputs alone and compute the rest again going backward, in policy and value."""
 
     # the models
+    policy: ModelName | None = None
+    """Where the policy starts, such as another run's `ppo`; none = at the SFT model, which is the reference
+    in any case."""
     value: Literal["separate", "shared"] = "separate"
     """separate = a network initialised from the reward model; shared = a head on the policy's trunk."""
     lora: Lora | None = None
@@ -603,6 +620,8 @@ class PPOConfig(StageConfig):
             "vllm needs dtype: fp32 with lora, it is given merged weights": (
                 self.vllm and self.lora and self.dtype != "fp32"
             ),
+            "policy: adapters (lora) start on the SFT model, whose weights are their reference: leave out "
+            "policy or lora": self.policy and self.lora,
             "rollout_batch_size has no effect with vllm": self.vllm and self.rollout_batch_size,
             "value_lora needs value: separate": self.value == "shared" and self.value_lora,
             "shared_base needs lora": self.shared_base and not self.lora,

@@ -31,6 +31,7 @@ class Record:
     card: dict[str, Any]  # of the reward model, see `pipeline.evaluation.card`
     overopt: dict[str, Any]
     compared: dict[str, Any]  # compare/compare.json
+    rounds: dict[str, Any]  # rounds/rounds.json
     bars: GateBars
     limits: AlarmLimits
     evaluable: bool  # whether `make eval` has a config for this run
@@ -77,6 +78,7 @@ def load_record(run: Path) -> Record:
         card=card(held_out) if held_out else {},
         overopt=read_json(run / "overopt" / "overopt.json"),
         compared=read_json(run / "compare" / "compare.json"),
+        rounds=read_json(run / "rounds" / "rounds.json"),
         bars=config.gate_bars,
         limits=config.alarms,
         evaluable=evaluable,

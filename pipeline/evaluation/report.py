@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from pipeline import steps
 from pipeline.cli import reporting_errors
-from pipeline.evaluation import mirrored, plots
+from pipeline.evaluation import mirrored, plots, rounds
 from pipeline.evaluation.about import conclusion, verdicts
 from pipeline.evaluation.compare import columns
 from pipeline.evaluation.rankings import Measured
@@ -83,6 +83,7 @@ def context(record: Record) -> dict[str, Any]:
         "samples": samples(record),
         "studies": studies,
         "compared": columns(record.compared.get("rows") or {}),
+        "rounds": rounds.table(record.rounds.get("rows") or []),
         "overopt_image": plots.root_kl(studies) if studies else "",
         "configs": {
             name: yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True)

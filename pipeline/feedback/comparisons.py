@@ -1,4 +1,4 @@
-"""The reward stage's data step: sample K responses a prompt from the SFT model, have them ranked.
+"""The reward stage's data step: sample K responses a prompt from a model, have them ranked.
 
 Rankings travel through files: a labeler is another process that reads samples and writes ranks, so
 nothing it knows can leak into training; people add theirs to `RUN/to_rank.jsonl`, which nothing here
@@ -6,7 +6,9 @@ ever overwrites or removes once it is not as it was written.
 """
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -14,22 +16,28 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import Data, RMConfig, Sampling
-from pipeline.data.forms import PROMPTS, load_prompts
+from pipeline.data.forms import PROMPTS, Prompt, load_prompts
+from pipeline.data.kept import like, pick
+from pipeline.data.messages import prompt_text
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.sources import Row, read_rows
-from pipeline.data.template import encode_prompt
+from pipeline.data.template import encode_prompt, encode_responses, tokenizer_hash
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts
+from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.lineage import inputs_of
 from pipeline.models.device import device
+from pipeline.models.forward import score_sequences
 from pipeline.models.generation import generate
-from pipeline.models.loading import load_policy
+from pipeline.models.loading import load_policy, load_reward, load_tokenizer
+from pipeline.models.tokens import pad_id
 from pipeline.process.files import jsonl, read_if_whole, sha256, write_atomically
 from pipeline.process.progress import tracked
 
@@ -38,27 +46,59 @@ RECORD = ".to_rank.json"
 
 
 def sampled_rankings(
-    config: RMConfig, sft: Path, tokenizer: PreTrainedTokenizerBase, work: Path
+    config: RMConfig,
+    sft: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    work: Path,
+    before: Sequence[Ranking] = (),
 ) -> Sequence[Ranking]:
-    """Rankings of the SFT model's own responses, kept in `work`; UserError until people have made them."""
+    """Rankings of a model's own responses, kept in `work`, and behind those of `before`; UserError until
+    people have made them."""
+    assert config.sampling is not None
     ranked = work / "rankings.jsonl"
     if not ranked.exists():
+        model = sft if config.sampling.model == "sft" else Path(config.sampling.model)
+        asked = {prompt_text(ranking.messages) for ranking in before}
         by = _ranked_by_people if config.to_rank else _ranked_by_labeler
-        by(config, sft, tokenizer, ranked)
-    return load_rankings(Data(path=str(ranked)))
+        by(config, Asking(config.sampling, config.seed, model, tokenizer, asked), ranked)
+    together = like(before)
+    for ranking in itertools.chain(before, load_rankings(Data(path=str(ranked)))):
+        together.append(ranking)
+    return together
 
 
-def _ranked_by_people(
-    config: RMConfig, sft: Path, tokenizer: PreTrainedTokenizerBase, ranked: Path
-) -> None:
+@dataclass
+class Asking:
+    """What is sampled: from whom, and which prompts have their rankings already."""
+
+    sampling: Sampling
+    seed: int
+    model: Path
+    tokenizer: PreTrainedTokenizerBase
+    asked: set[str]
+
+    def origin(self) -> str:
+        """Hash of all that decides what is sampled."""
+        keys = self.sampling.model_dump(mode="json", exclude={"labeler", "model", "unsure"})
+        if self.sampling.count is None:
+            del keys["count"]
+        files = inputs_of(self.sampling.model_copy(update={"labeler": None}))
+        keys["prompts"] |= {"path": sorted(files.values())}
+        named = [self.model, self.sampling.unsure]
+        made = [Path(name) for name in named if name is not None and is_published(Path(name))]
+        whole = [keys, self.seed, *map(artifacts.manifest_hash, made), *sorted(self.asked)]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _ranked_by_people(config: RMConfig, asking: Asking, ranked: Path) -> None:
     """Take the ranks that people have added, or write the samples and stop until they have."""
     assert config.sampling and config.to_rank
     kept, record = config.to_rank, config.to_rank.with_name(RECORD)
-    origin, known = _origin(config, sft), read_if_whole(record)
+    origin, known = asking.origin(), read_if_whole(record)
     if kept.exists() and known.get("origin") != origin and known.get("file") == sha256(kept):
         kept.unlink()  # nobody has touched it, and this config samples something else
     if not kept.exists():
-        rows = _sample(config.sampling, config.seed, sft, tokenizer)
+        rows = _sample(asking)
         told = {"origin": origin, "rows": [_key(row) for row in rows]}
         text = jsonl(rows)
         told["file"] = hashlib.sha256(text.encode()).hexdigest()
@@ -71,7 +111,7 @@ def _ranked_by_people(
         )
     if known.get("origin") != origin:
         raise UserError(
-            f"{kept}: it was not sampled from this SFT model with these settings; it is left as it is. "
+            f"{kept}: it was not sampled from this model with these settings; it is left as it is. "
             f"{_as_it_is(kept)} To sample anew, move it away."
         )
     try:
@@ -81,22 +121,11 @@ def _ranked_by_people(
     shutil.copyfile(kept, ranked)
 
 
-def _origin(config: RMConfig, sft: Path) -> str:
-    """Hash of all that decides what is sampled."""
-    assert config.sampling is not None
-    keys = config.sampling.model_dump(mode="json", exclude={"labeler"})
-    keys["prompts"] |= {"path": sorted(inputs_of(config.sampling.prompts).values())}
-    whole = [keys, config.seed, artifacts.manifest_hash(sft)]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-
 def _as_it_is(kept: Path) -> str:
     return f'To train on a ranked file as it is: SET="rm.sampling=null rm.data.path={kept}"'
 
 
-def _ranked_by_labeler(
-    config: RMConfig, sft: Path, tokenizer: PreTrainedTokenizerBase, ranked: Path
-) -> None:
+def _ranked_by_labeler(config: RMConfig, asking: Asking, ranked: Path) -> None:
     """Run the labeler on the samples and look at what it wrote."""
     assert config.sampling and config.sampling.labeler
     labeler, samples = config.sampling.labeler, ranked.with_name("to_rank.jsonl")
@@ -104,7 +133,7 @@ def _ranked_by_labeler(
     if subprocess.run([sys.executable, "-c", there, labeler], capture_output=True).returncode:
         raise UserError(f"sampling.labeler: no module {labeler} where this command runs")
     if not samples.exists():
-        write_atomically(samples, jsonl(_sample(config.sampling, config.seed, sft, tokenizer)))
+        write_atomically(samples, jsonl(_sample(asking)))
     unfinished = ranked.with_name("ranked.jsonl")
     unfinished.unlink(missing_ok=True)
     command = [sys.executable, "-m", labeler]
@@ -167,16 +196,18 @@ def _places(rows: list[Row]) -> str:
     return f"lines {shown}" + (" ..." if len(rows) > 20 else "")
 
 
-def _sample(
-    sampling: Sampling, seed: int, sft: Path, tokenizer: PreTrainedTokenizerBase
-) -> list[dict]:
+def _sample(asking: Asking) -> list[dict]:
     """The prompts' rows with `prompt` (messages), `responses` (K texts) and `ended` (whether each ended
     itself), less what would be read in their place."""
-    policy = load_policy(sft, tokenizer).to(device())
-    prompts = load_prompts(sampling.prompts, seed=seed)
+    sampling, tokenizer = asking.sampling, asking.tokenizer
+    for name in (asking.model, sampling.unsure):
+        if name is not None and tokenizer_hash(load_tokenizer(name)) != tokenizer_hash(tokenizer):
+            raise UserError(f"rm: sampling: {name} has another tokenizer than the SFT model")
+    policy = load_policy(asking.model, tokenizer).to(device())
+    prompts = _drawn(asking)
     replaced = {*PROMPTS, "system", "history", "ranks", "scores"}
     columns = dict.fromkeys(name for p in prompts for name in p.row if name not in replaced)
-    sizes = _sizes(sampling.k, len(prompts), seed)
+    sizes = _sizes(sampling.k, len(prompts), asking.seed)
     rows: list[dict] = []
     for start in tracked(range(0, len(prompts), sampling.batch_size), "sampling comparisons"):
         batch = prompts[start : start + sampling.batch_size]
@@ -196,7 +227,49 @@ def _sample(
             row = {name: prompt.row.get(name) for name in columns}
             row |= {"prompt": prompt.messages, "responses": [r.text for r in own]}
             rows.append(row | {"ended": [r.ended for r in own]})
-    return rows
+    return rows if sampling.unsure is None else _least_sure(asking, rows)
+
+
+POOL = 4
+"""Prompts drawn for each that a reward model then chooses."""
+
+
+def _drawn(asking: Asking) -> Sequence[Prompt]:
+    """The prompts to answer: all, or `count` (times POOL, of which as many are chosen) that nobody was asked."""
+    sampling = asking.sampling
+    prompts = load_prompts(sampling.prompts, seed=asking.seed)
+    if sampling.count is None:
+        return prompts
+    new = [i for i, p in enumerate(prompts) if prompt_text(p.messages) not in asking.asked]
+    if len(new) < sampling.count:
+        raise UserError(
+            f"rm: sampling.count {sampling.count}: {len(new)} of {len(prompts)} prompts have no ranking "
+            "yet; lower it, or give more prompts"
+        )
+    wanted = sampling.count * (1 if sampling.unsure is None else POOL)
+    return pick(prompts, sorted(random.Random(asking.seed).sample(new, min(wanted, len(new)))))
+
+
+def _least_sure(asking: Asking, rows: list[dict]) -> list[dict]:
+    """Those `count` rows that tell a Bradley-Terry model most: the mean of p (1 - p) over their pairs of
+    different responses, p the reward model's belief that one beats the other."""
+    assert asking.sampling.unsure and asking.sampling.count
+    path, tokenizer = Path(asking.sampling.unsure), asking.tokenizer
+    encoded = [encode_responses(tokenizer, row["prompt"], row["responses"]) for row in rows]
+    pairs = [(prompt, response) for prompt, responses in encoded for response in responses]
+    prompts, responses = map(list, zip(*pairs, strict=True))
+    model = load_reward(path).to(device())
+    bar = "sampling: what the reward model cannot tell"
+    scores = iter(score_sequences(model, prompts, responses, pad_id(tokenizer), progress=bar))
+
+    def tells(row: dict) -> float:
+        scored = {text: next(scores) for text in row["responses"]}
+        beliefs = [1 / (1 + math.exp(b - a)) for a, b in itertools.combinations(scored.values(), 2)]
+        return sum(p * (1 - p) for p in beliefs) / max(len(beliefs), 1)
+
+    worth = [tells(row) for row in rows]
+    best = sorted(range(len(rows)), key=lambda i: (-worth[i], i))[: asking.sampling.count]
+    return [rows[i] for i in sorted(best)]
 
 
 def _sizes(shares: dict[int, float], count: int, seed: int) -> list[int]:

@@ -112,7 +112,13 @@ def identity(name: str, config: BaseModel | None, run: Path) -> Identity:
         fresh, _ = fresh_stages(find_stages(run))
         parents = {n: stage.manifest_sha256 for n, stage in fresh.items()}
     if step.kind == "page":
-        shown = ("eval/test", "eval/validation", "overopt/overopt", "compare/compare")
+        shown = (
+            "eval/test",
+            "eval/validation",
+            "overopt/overopt",
+            "compare/compare",
+            "rounds/rounds",
+        )
         inputs = _hashed([path for name in shown if (path := run / f"{name}.json").is_file()])
     else:
         inputs = inputs_of(config) if isinstance(config, Section) else {}
@@ -139,12 +145,13 @@ def parents_of(config: StageConfig) -> dict[str, Path]:
     """Name -> directory of every artifact the stage reads."""
     own = steps.TABLE[config.stage].after
     parents = {name: own_or_borrowed(config, name) for name in own}
-    models = [(group, name) for group, _, kind, name in config.references() if kind is Reads.MODEL]
-    for index, (group, name) in enumerate(models):
+    models = [(g, key, name) for g, key, kind, name in config.references() if kind is Reads.MODEL]
+    for index, (group, key, name) in enumerate(models):
         if name in steps.stages():
             parents[name] = own_or_borrowed(config, name)
         elif _is_artifact(name):
-            role = "base" if group is config else f"{type(group).__name__.lower()}_{index}"
+            own_key = "base" if key == "model" else key
+            role = own_key if group is config else f"{type(group).__name__.lower()}_{index}"
             parents[role] = Path(name)
     return parents
 

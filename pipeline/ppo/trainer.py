@@ -123,7 +123,7 @@ class PPO:
             texts=episodes.responses,
         )
         gates.sampler_is_the_policy(rollout, self.sampler, self.iteration, self._all_sum)
-        if self.iteration == 0:
+        if self.iteration == 0 and self.config.policy is None:
             rounded = self.config.dtype != "fp32" or self.config.rounds()
             gates.starts_at_reference(old, reference, mask, rounded)
         return rollout

@@ -1,0 +1,304 @@
+"""Rounds of collecting rankings: whom they ask, what they learn from, where they wait, what they tell."""
+
+import json
+import math
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import fake_stages
+import small_run
+import tiny_models
+from pipeline.config.schema import Lora, PPOConfig
+from pipeline.data.template import encode_responses
+from pipeline.errors import UserError
+from pipeline.evaluation import calls as steps
+from pipeline.evaluation import rounds
+from pipeline.evaluation.record import load_record
+from pipeline.evaluation.report import render
+from pipeline.feedback import comparisons
+from pipeline.handoff import artifacts
+from pipeline.models.forward import score_sequences
+from pipeline.ppo.build import build_ppo
+from stages import rm
+from test_comparisons import LABELER, config, read
+
+# --- the reward model's stage ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def labeler(tmp_path, monkeypatch) -> str:
+    (tmp_path / "own_labeler.py").write_text(LABELER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "own_labeler"
+
+
+def asking(root: Path, labeler: str, ranked: list[int], **sampling):
+    """A config that knows rankings of some prompts, and samples more."""
+    known = [
+        {"prompt": small_run.PROMPTS[i]["prompt"], "responses": ["w1", "w2 w3"], "ranks": [1, 2]}
+        for i in ranked
+    ]
+    path = small_run.write_jsonl(root / "known.jsonl", known)
+    own = config(root, labeler).sampling
+    assert own is not None
+    keys = own.model_dump(exclude_unset=True)
+    return config(root, labeler, data={"path": str(path)}, sampling={**keys, **sampling})
+
+
+def texts(rows: list[dict]) -> set[str]:
+    return {row["prompt"][-1]["content"] for row in rows}
+
+
+def test_new_rankings_are_of_prompts_that_nobody_ranked_and_are_learnt_with_the_others(
+    tmp_path, labeler, capsys
+):
+    small_run.make_run(tmp_path, ("base", "sft"))
+    known = [0, 2, 4, 6, 8]
+    asked = asking(tmp_path, labeler, known, count=7)
+    folder = rm.run(asked)
+    assert texts(read(folder / "rankings.jsonl")) == {
+        p["prompt"] for i, p in enumerate(small_run.PROMPTS) if i not in known
+    }
+    manifest = artifacts.read(folder, "rm")
+    held_out = {row["prompt"] for row in read(folder / "held_out.jsonl")}
+    assert manifest.metrics["prompts"] + len(held_out) == 12
+    with pytest.raises(UserError, match=r"sampling\.count 8: 7 of 12 prompts have no ranking yet"):
+        rm.run(asking(tmp_path, labeler, known, count=8).model_copy(update={"seed": 2}))
+
+
+def test_another_model_is_asked_and_is_a_parent(tmp_path, labeler):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    other = small_run.make_run(tmp_path / "other", ("base", "sft", "rm", "ppo"), first_seed=7)
+    folder = rm.run(asking(tmp_path, labeler, [0], count=4, model=str(other / "ppo")))
+    parents = artifacts.read(folder, "rm").parents
+    assert str(other / "ppo") in {parent.path for parent in parents.values()}
+    assert any(parent.path == str(run / "sft") for parent in parents.values())
+    # seeds and prompts alike, the SFT model answers otherwise
+    other_answers = read(folder / "rankings.jsonl")
+    own = rm.run(
+        asking(tmp_path, labeler, [0], count=4).model_copy(
+            update={"run": tmp_path / "b", "borrow": run}
+        )
+    )
+    own_answers = read(own / "rankings.jsonl")
+    assert texts(own_answers) == texts(other_answers)
+    assert own_answers != other_answers
+
+
+def test_prompts_are_chosen_where_the_reward_model_can_least_tell(tmp_path, labeler, monkeypatch):
+    run = small_run.make_run(tmp_path, ("base", "sft", "rm"))
+    pools = []
+    whole = comparisons._least_sure
+    monkeypatch.setattr(
+        comparisons, "_least_sure", lambda a, rows: pools.append(rows) or whole(a, rows)
+    )
+    asked = asking(tmp_path, labeler, [0], count=2, unsure=str(run / "rm"))
+    folder = rm.run(asked.model_copy(update={"run": tmp_path / "b", "borrow": run}))
+    [pool] = pools
+    assert len(pool) == 8  # four times as many
+    model, tokenizer = tiny_models.reward(2), tiny_models.tokenizer()
+    worth = []
+    for row in pool:
+        prompt, responses = encode_responses(tokenizer, row["prompt"], row["responses"])
+        scores = score_sequences(model, [prompt] * len(responses), responses, 0)
+        own = list(dict(zip(row["responses"], scores, strict=True)).values())
+        p = [torch.sigmoid(torch.tensor(a - b)).item() for a, b in combinations(own, 2)]
+        worth.append(sum(x * (1 - x) for x in p) / max(len(p), 1))
+    best = sorted(range(8), key=worth.__getitem__)[-2:]
+    assert texts(read(folder / "rankings.jsonl")) == texts([pool[i] for i in best])
+    assert math.isclose(max(worth), max(worth[i] for i in best))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [
+        ({"unsure": "x/y"}, "give a count"),
+        ({"model": "ppo"}, "later stages of this run"),
+        ({"count": 2, "unsure": "rm"}, "later stages of this run"),
+    ],
+)
+def test_what_cannot_be_sampled_is_told(tmp_path, sampling, told):
+    with pytest.raises(ValidationError, match=told):
+        asking(
+            tmp_path, "own_labeler", [0], **{"count": 4, **sampling} if told[0] != "g" else sampling
+        )
+
+
+def test_both_data_and_sampling_want_a_count(tmp_path):
+    with pytest.raises(ValidationError, match=r"or, for both, sampling\.count"):
+        asking(tmp_path, "own_labeler", [0])
+
+
+# --- PPO from another policy ----------------------------------------------------------------------
+
+
+def test_ppo_goes_on_from_a_policy_and_keeps_the_sft_model_as_its_reference(tmp_path):
+    run = small_run.make_run(tmp_path, ("base", "sft", "rm", "ppo"))
+    keys = {"batch_size": 4, "minibatches": 1, "max_new_tokens": 4, "gates": "off"}
+    ppo = build_ppo(PPOConfig(policy=str(run / "ppo"), **keys), run / "sft", run / "rm")
+    same = build_ppo(PPOConfig(**keys), run / "sft", run / "rm")
+    queries = [row["prompt"] for row in small_run.PROMPTS[:4]]
+    moved, still = (p.rollout(p.queries(queries)) for p in (ppo, same))
+    gap = (moved.old_logprobs - moved.ref_logprobs)[moved.response_mask].abs().max()
+    assert gap > 0.01
+    assert torch.allclose(still.old_logprobs, still.ref_logprobs, atol=1e-5)
+    for own, path in ((ppo.networks.policy, run / "ppo"), (ppo.reference, run / "sft")):
+        kept = tiny_models.policy({"ppo": 3, "sft": 1}[path.name])
+        assert torch.equal(next(own.parameters()), next(kept.parameters()))
+    with pytest.raises(ValidationError, match="leave out policy or lora"):
+        PPOConfig(policy=str(run / "ppo"), lora=Lora(), **keys)
+
+
+# --- make round -----------------------------------------------------------------------------------
+
+RM = "sampling: {prompts: {path: p.jsonl}, count: 9}\ndata: {path: [own.jsonl], columns: {chosen: better}}\n"
+
+
+class Commands:
+    """Stands for the stages: notes their settings, and publishes what a round looks at."""
+
+    def __init__(self, monkeypatch):
+        self.words: list[tuple] = []
+        self.waiting = False
+        monkeypatch.setattr(steps, "ensure_base", lambda recipe: None)
+        monkeypatch.setattr(steps, "stage", self.stage)
+        monkeypatch.setattr(steps, "evaluation", self.evaluation)
+
+    def stage(self, name, recipe, run, *settings, borrow=None, config=None):
+        self.words.append((name, run.name, settings, borrow and borrow.name))
+        if name == "rm" and self.waiting:
+            small_run.write_jsonl(run / "to_rank.jsonl", [{}])
+            raise steps.StepFailed("python -m stages.rm")
+        rows = [{"prompt": f"{run.name} {i}"} for i in range(3)]
+        small_run.write_jsonl(run / name / "rankings.jsonl", rows)
+        (run / name / "manifest.json").write_text(json.dumps({"metrics": {"accuracy": 0.7}}))
+
+    def evaluation(self, recipe, run, split, *settings):
+        self.words.append(("eval", run.name, (split, *settings), None))
+        grade = float(run.name[-1])
+        answers = [
+            {"prompt": p, "answers": {"ppo": {"judge": judge}}}
+            for p, judge in (("a", grade), ("b", 5.0), ("c", -grade), ("d", grade))
+        ]
+        small_run.write_jsonl(run / "eval" / f"{split}_samples.jsonl", answers)
+        result = {
+            "models": {"ppo": {"judge": grade}},
+            "comparisons": {"ppo_vs_sft": {"rate": 0.6}},
+            "kl": {"ppo_vs_sft": 1.5},
+        }
+        (run / "eval" / f"{split}.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch) -> Commands:
+    monkeypatch.chdir(tmp_path)
+    fake_stages.write_recipe(
+        tmp_path, rm=RM, eval="prompts: {path: p.jsonl}\nvalidation_prompts: {path: v.jsonl}\n"
+    )
+    return Commands(monkeypatch)
+
+
+def test_each_round_asks_the_newest_policy_and_learns_from_all_rankings(commands, capsys):
+    words = "--run checkpoints/r --from checkpoints/a --unsure --start policy"
+    Path("checkpoints/a/sft").mkdir(parents=True)
+    Path("checkpoints/a/sft/manifest.json").write_text("{}")
+    rounds.main([*words.split(), "seed=4"])
+    assert commands.words == [
+        ("rm", "r-round1", ("seed=4", 'rm.data.path=["own.jsonl"]'), "a"),
+        ("ppo", "r-round1", ("seed=4",), "a"),
+        ("eval", "r-round1", ("validation",), None),
+    ]
+    commands.words.clear()
+    rounds.main([*words.split(), "--to", "3", "seed=4"])
+    assert [word[:2] for word in commands.words] == [
+        (step, f"r-round{n}") for n in (2, 3) for step in ("rm", "ppo", "eval")
+    ]
+    asked = dict(word.split("=", 1) for word in commands.words[3][2])
+    assert asked["rm.sampling.model"] == "checkpoints/r-round2/ppo"
+    assert asked["rm.sampling.unsure"] == "checkpoints/r-round2/rm"
+    assert json.loads(asked["rm.data.path"]) == [
+        "own.jsonl",
+        *(
+            {"path": f"checkpoints/r-round{n}/rm/rankings.jsonl", "columns": {}, "only": {}}
+            for n in (1, 2)
+        ),
+    ]
+    assert commands.words[4][2] == ("seed=4", "ppo.policy=checkpoints/r-round2/ppo")
+    told = json.loads(Path("checkpoints/r/rounds/rounds.json").read_text())
+    rows = told["rows"]
+    assert [row["rankings"] for row in rows] == [3, 6, 9]
+    # of four prompts a and d get better, b stays, c gets worse
+    assert [row["wins_before"] for row in rows] == [None, 0.625, 0.625]
+    assert "| 3 | 9 | 0.700 | 0.600 | 0.625 | 3.000 | 1.500 |" in capsys.readouterr().out
+
+
+def test_a_round_without_labels_waits_and_goes_on(commands, tmp_path):
+    fake_stages.write_recipe(
+        tmp_path, rm="sampling: {prompts: {path: p.jsonl}}\n", eval="prompts: {path: p.jsonl}\n"
+    )
+    Path("checkpoints/r/sft").mkdir(parents=True)
+    Path("checkpoints/r/sft/manifest.json").write_text("{}")
+    commands.waiting = True
+    with pytest.raises(UserError, match=r"round 1 waits for people: .*r-round1/to_rank\.jsonl"):
+        rounds.main(["--run", "checkpoints/r", "--prompts", "7"])
+    assert commands.words == [("rm", "r-round1", ("rm.sampling.count=7",), "r")]
+    commands.waiting = False
+    rounds.main(["--run", "checkpoints/r"])
+    assert [word[:2] for word in commands.words[1:]] == [
+        ("rm", "r-round1"),
+        ("ppo", "r-round1"),
+        ("eval", "r-round1"),
+    ]
+
+
+def test_a_recipe_that_samples_nothing_is_told_at_once(commands, tmp_path):
+    fake_stages.write_recipe(tmp_path, eval="prompts: {path: p.jsonl}\n")
+    with pytest.raises(UserError, match=r"rm\.yaml: sampling: a round samples what is ranked"):
+        rounds.main(["--run", "checkpoints/r"])
+    assert not commands.words
+
+
+def test_the_report_shows_the_rounds(tmp_path):
+    run = small_run.make_run(tmp_path)
+    row = dict.fromkeys(rounds.COLUMNS, 0.125) | {"round": 1, "run": "x", "rankings": 33}
+    (run / "rounds").mkdir()
+    (run / "rounds" / "rounds.json").write_text(json.dumps({"split": "validation", "rows": [row]}))
+    page = render(load_record(run))
+    assert '<h2 id="rounds">Rounds</h2>' in page and ">33</td>" in page
+
+
+@pytest.mark.slow
+def test_two_rounds_of_the_real_stages(tmp_path, labeler, monkeypatch, capfd):
+    """Killed in the second one's PPO, the same command goes on."""
+    monkeypatch.setenv("RLHF_CHECKPOINTS", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = small_run.make_run(tmp_path, ("base",))
+    own = config(tmp_path, labeler)
+    prompts = {"path": str(tmp_path / "prompts.jsonl")}
+    files = {
+        "sft": {"model": str(tmp_path / "base"), "data": {**prompts, "columns": {"completion": "answer"}}, "max_steps": 1, "validation_fraction": 0.2},
+        "rm": own.model_dump(mode="json", exclude_unset=True, include={"sampling", "demonstrations", "max_steps", "batch_size", "validation_fraction"}),
+        "ppo": {"prompts": prompts, "batch_size": 4, "minibatches": 1, "max_new_tokens": 4, "iterations": 2, "gates": "off"},
+        "eval": {"prompts": prompts, "max_new_tokens": 4, "candidates": 1},
+    }  # fmt: skip
+    for name, keys in files.items():
+        (tmp_path / "recipe").mkdir(exist_ok=True)
+        (tmp_path / "recipe" / f"{name}.yaml").write_text(json.dumps(keys))
+    words = ["--recipe", str(tmp_path / "recipe"), "--run", str(run), "--prompts", "5"]
+    rounds.main(words)
+    monkeypatch.setenv("PIPELINE_FAULT", "ppo:update:2:kill")
+    with pytest.raises(steps.StepFailed):
+        rounds.main(words)
+    monkeypatch.delenv("PIPELINE_FAULT")
+    rounds.main(words)
+    rows = json.loads((run / "rounds" / "rounds.json").read_text())["rows"]
+    assert [(row["round"], row["rankings"]) for row in rows] == [(1, 5), (2, 10)]
+    first, second = (
+        artifacts.read(tmp_path / f"run-round{n}" / "rm", "rm").metrics["prompts"] for n in (1, 2)
+    )
+    assert second > first
+    capfd.readouterr()
