@@ -12,6 +12,7 @@
 #: SET="k=v ..."    override keys: SET="ppo.kl_coef=0.02 seed=3"
 #: DRY=1            a few steps of a small random model on a few local rows, in CKPT/RECIPE-dry; no network
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
+#: MODEL="path ..." DATA=file TASK=text|classification|likelihood   make eval of any models on any rows
 #: SEEDS="1 2 3"    seeds of `make seeds` and `make compare`; ARGS= further arguments of chat, overopt, round, seeds and test
 #: SIZE=S|M|L DEVICE= ITERATIONS= THREADS= CASES="fp32 sft"   of `make bench`; CASES=growth: what grows
 #: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
@@ -40,6 +41,9 @@ endif
 SET ?=
 FORCE ?=
 ENGINE ?=
+MODEL ?=
+DATA ?=
+TASK ?=
 VENV ?= .venv
 TORCH_INDEX ?=
 SEEDS ?=
@@ -56,7 +60,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 
 # A misspelt variable would do nothing.
 TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE SEEDS ARGS SIZE DEVICE ITERATIONS THREADS CASES ENGINE CKPT PYTHON \
+KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE MODEL DATA TASK SEEDS ARGS SIZE DEVICE ITERATIONS THREADS CASES ENGINE CKPT PYTHON \
 	VENV TORCH_INDEX SHELL MAKEFLAGS MAKELEVEL
 ifneq ($(filter-out $(KNOWN),$(TYPED)),)
 $(error $(firstword $(filter-out $(KNOWN),$(TYPED)))= does nothing: variables are written in capitals (make help), \
@@ -88,8 +92,8 @@ plain = $(shell case $(call quote,$(value $(1))) in (''|.*|-*|*[!A-Za-z0-9._-]*)
 ifneq ($(call plain,RUN),)
 $(error RUN=$(value RUN): a run's name has letters, digits, dots, dashes and underscores)
 endif
-ifneq ($(filter base,$(RUN)),)
-$(error RUN=base: that folder holds the base models)
+ifneq ($(filter base eval,$(RUN)),)
+$(error RUN=$(RUN): CKPT/base holds the base models, CKPT/eval what was measured of any model)
 endif
 ifneq ($(ENGINE),$(patsubst configs/engines/%.yaml,%,$(wildcard configs/engines/$(ENGINE).yaml)))
 $(error ENGINE=$(ENGINE): no configs/engines/$(ENGINE).yaml)
@@ -136,6 +140,13 @@ FILES := $(foreach step,$(STEPS),$(FILE_$(step)))
 
 # Steps asked for, by name or by file; PPO brings its evaluation and report.
 ASKED := $(filter $(STEPS) $(FILES),$(MAKECMDGOALS))
+# The evaluation of any models is of no run.
+ifneq ($(strip $(MODEL)$(DATA)$(TASK)),)
+ifneq ($(MAKECMDGOALS)$(if $(MODEL),,x)$(if $(DATA),,x)$(DRY),eval)
+$(error MODEL=, DATA= and TASK= are for make eval MODEL=PATH-OR-HUB-ID DATA=FILE, alone)
+endif
+ASKED :=
+endif
 GOALS := $(foreach step,$(STEPS),$(if $(filter $(step) $(FILE_$(step)),$(ASKED)),$(step)))
 
 STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.status --run $(RUN_DIR) --recipe configs/$(RECIPE) \
@@ -212,8 +223,10 @@ ppo: $(call made,ppo eval report)  ## stage 3: PPO, then evaluation, report and 
 	$(if $(filter ppo eval report,$(PLAN)),@$(if $(DRY),,exec )$(SUMMARY)$(AFTER_DRY),$(call say_done,ppo))
 base: $(call made,base)  ## the recipe's base model, if it is one that is made here
 	$(if $(wildcard $(BASE_CONFIG)),$(call say_done,base),@echo "base: $(RECIPE) needs none")
-eval: $(call made,eval)  ## measure the run on held-out prompts
+ifeq ($(MODEL),)
+eval: $(call made,eval)  ## measure the run on held-out prompts; with MODEL= DATA= any models on any rows
 	$(call say_done,eval)
+endif
 report: $(call made,report)  ## one page about the run: CKPT/RUN/report.html
 	$(call say_done,report)
 
@@ -245,6 +258,12 @@ base-%:
 	@$(MAKE) --no-print-directory base RECIPE=$*
 
 # --- around them ------------------------------------------------------------
+
+ifneq ($(MODEL),)
+eval: $(STAMP)
+	exec $(PY) -m pipeline.evaluation.anything --model $(foreach model,$(MODEL),$(call quote,$(model))) \
+	  --data $(call quote,$(DATA)) $(if $(TASK),--task $(call quote,$(TASK))) $(call config,$(EVAL)) $(SETTINGS) $(ARGS)
+endif
 
 .PHONY: $(filter-out $(STEPS) $(FILES) $(STAMP) again,$(TARGETS))
 

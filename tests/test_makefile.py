@@ -32,7 +32,7 @@ esac
 """
 MAKES_OWN = (
     "MAKEFLAGS MFLAGS MAKELEVEL GNUMAKEFLAGS MAKEOVERRIDES RECIPE RUN FROM SFT RM PPO EVAL SET FORCE "
-    "DRY ENGINE CKPT PYTHON VENV TORCH_INDEX ARGS RLHF_CHECKPOINTS"
+    "DRY ENGINE MODEL DATA TASK CKPT PYTHON VENV TORCH_INDEX ARGS RLHF_CHECKPOINTS"
 ).split()
 STAGE = """from pipeline import cli
 from fake_stages import train as run
@@ -99,6 +99,20 @@ def test_ppo_alone_pulls_in_everything():
 
 def test_a_stage_is_called_as_the_readme_says():
     assert dry("sft")[1] == "stages.sft --run checkpoints/tiny --recipe configs/tiny"
+
+
+def test_any_model_is_evaluated_on_any_rows_without_a_run(tmp_path):
+    words = ["MODEL=my/model owner/name", "DATA=it's.jsonl", "TASK=likelihood", "SET=eval.n=3"]
+    line = make("-n", "eval", *words).stdout.partition("./python ")[2]
+    asked = "--model my/model owner/name --data it's.jsonl --task likelihood --set eval.n=3"
+    assert shlex.split(line.replace("\\\n", "")) == [
+        "-m",
+        "pipeline.evaluation.anything",
+        *asked.split(" "),
+    ]
+    for words in (["eval", "MODEL=a"], ["eval", "DATA=a"], ["ppo", "MODEL=a", "DATA=b"]):
+        assert "are for make eval MODEL=" in make(*words).stderr
+    assert "what was measured of any model" in make("sft", "RUN=eval").stderr
 
 
 def test_nothing_would_run_when_all_is_made(tmp_path):
@@ -206,7 +220,7 @@ def test_a_manifest_is_a_target():
 
 
 @pytest.mark.parametrize(
-    "run", ["../x", "a/b", "a b", "a;b", "$(shell touch oops)", ".", "base", ""]
+    "run", ["../x", "a/b", "a b", "a;b", "$(shell touch oops)", ".", "base", "eval", ""]
 )
 def test_a_run_is_a_plain_name(run):
     done = make("-n", "sft", f"RUN={run}")

@@ -36,7 +36,7 @@ def _lines(group: BaseModel) -> Iterator[str]:
                 yield "-"
                 yield from _indented(item)
         else:
-            one: dict[str, Any] = {key: plain[key]}
+            one: dict[str, Any] = {key: plain.get(key, value)}  # one left out is its default
             yield yaml.safe_dump(one, sort_keys=False, allow_unicode=True).rstrip()
 
 

@@ -1,5 +1,6 @@
 """Keys of eval.yaml, documented where they are declared; read by `pipeline.config.load.load_config`."""
 
+import operator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,10 @@ from pipeline.config.schema import Data, Positive
 from pipeline.config.section import CodeName, Section, Text
 
 Split = Literal["test", "validation"]
+
+
+def _is_text(task: str) -> bool:
+    return task == "text"
 
 
 class EvalConfig(Section):
@@ -35,6 +40,15 @@ class EvalConfig(Section):
     """Key of the prompts' rows that holds a right answer, for chrF (of all answers together, by sacrebleu),
     exact match and token F1: of words, of single characters in Chinese and Japanese. Case and punctuation
     count; full and half width are one (chrF takes them as they are)."""
+    task: Annotated[Literal["text", "classification", "likelihood"], Field(exclude_if=_is_text)] = (
+        "text"
+    )
+    """What references are (make eval MODEL= DATA=). text: an answer is measured by its words. classification: they
+    are labels; an answer means the one with which it begins, else the only one that it holds as whole words, case
+    aside. likelihood: labels, of which that is taken which the model gives the most nats per token, its end
+    included."""
+    labels: Annotated[list[Text], Field(exclude_if=operator.not_)] = []
+    """Those labels; none = all that occur."""
     group_by: Text | list[Text] = []
     """Keys of the prompts' rows to break results down by, e.g. `[family, language]`."""
 
@@ -42,8 +56,8 @@ class EvalConfig(Section):
     """Use the first so many prompts."""
     seed: int = 1
     """Of the sampling; the same for every model."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the logits in sampling."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Divides the logits in sampling; 0 = always the likeliest token, and no KL, which is of what is sampled."""
     max_new_tokens: Positive = 64
     """Longest response, in tokens."""
     stop_tokens: list[Text] = []

@@ -89,7 +89,7 @@ def evaluate(
         wanted = references(asked.rows, config.reference)
         for name, answer in answers.items():
             chrf.add(result["models"][name], answer.texts, wanted, groups)
-    if "ppo" in models:
+    if "ppo" in models and config.temperature:
         result["kl"] = kl_to_sft(config, models, tokenizer, asked.ids, generated["ppo"])
     if reward is not None and judge is not None and config.candidates > 1:
         result["rm"] = _reward_model(config, asked.rows, *exam.candidates(models["sft"], asked))
@@ -139,6 +139,28 @@ def load_policies(
     return models
 
 
+def sampled(
+    config: EvalConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    model: nn.Module,
+    prompts: list[list[int]],
+) -> list[Response]:
+    """A model's responses to prompts' ids, from the random numbers of the config's seed."""
+    torch.manual_seed(config.seed)
+    return generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature or 1.0,
+        greedy=config.temperature == 0,
+        stop_tokens=tuple(config.stop_tokens),
+        batch_size=config.batch_size,
+        progress=f"eval: {name} answers",
+    )
+
+
 @dataclass
 class Exam:
     """How policies are asked, and those who grade what they answer."""
@@ -150,17 +172,7 @@ class Exam:
 
     def answers(self, name: str, model: nn.Module, asked: Asked) -> list[Response]:
         """A policy's responses, from the same random numbers as every other one's."""
-        torch.manual_seed(self.config.seed)
-        return generate(
-            model,
-            self.tokenizer,
-            asked.ids,
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            stop_tokens=tuple(self.config.stop_tokens),
-            batch_size=self.config.batch_size,
-            progress=f"eval: {name} answers",
-        )
+        return sampled(self.config, self.tokenizer, name, model, asked.ids)
 
     def graded(self, asked: Asked, responses: list[Response]) -> Answers:
         """Responses with every grade that somebody can give."""
@@ -172,12 +184,9 @@ class Exam:
             exact = self.judge.exact(asked.texts, texts, asked.rows)
         if self.config.reference is not None:
             wanted = references(asked.rows, self.config.reference)
-            overlaps = map(metrics.token_overlap, texts, wanted)
-            for name, shares in zip(
-                metrics.Overlap._fields, zip(*overlaps, strict=True), strict=True
-            ):
-                answers.grades[f"token_{name}"] = shares
-            exact = exact or list(map(metrics.exact_match, texts, wanted))
+            found = metrics.against(texts, wanted)
+            answers.grades |= found
+            exact = exact or list(map(bool, found["exact"]))
         if exact is not None:
             answers.grades["exact"] = exact
         if self.reward is not None:

@@ -1,5 +1,7 @@
 """Log-likelihoods under each policy: KL to SFT, and perplexities of held-out data."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -7,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.evaluation import EvalConfig
 from pipeline.data.forms import load_demonstrations, load_texts
 from pipeline.data.literals import text_ids
-from pipeline.data.template import encode_demonstration
+from pipeline.data.messages import Message
+from pipeline.data.template import encode_demonstration, encode_responses
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics
 from pipeline.models.causal import places
@@ -89,6 +92,26 @@ def perplexity(model: nn.Module, pairs: list[Pair], pad: int) -> float:
     prompts, responses = ([pair[side] for pair in pairs] for side in (0, 1))
     nll = -sum(sequence_logprobs(model, prompts, responses, pad))
     return metrics.perplexity(nll, sum(map(len, responses)))
+
+
+def label_likelihoods(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[list[Message]],
+    labels: Sequence[str],
+) -> list[list[float]]:
+    """Mean nats per token of each label as the answer to each of P prompts, its end included; (P, L).
+
+    Per token, so that a label is not unlikely for being long.
+    """
+    prompts, replies = list[list[int]](), list[list[int]]()
+    for messages in asked:
+        prompt, encoded = encode_responses(tokenizer, messages, labels)
+        prompts += [prompt] * len(labels)
+        replies += encoded
+    sums = sequence_logprobs(model, prompts, replies, pad_id(tokenizer))
+    means = [total / len(ids) for total, ids in zip(sums, replies, strict=True)]
+    return [means[i : i + len(labels)] for i in range(0, len(means), len(labels))]
 
 
 @torch.no_grad()

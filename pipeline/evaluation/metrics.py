@@ -16,9 +16,9 @@ import numpy as np
 Z95 = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""
 
-_CJK = "\u2e80-\u2fff\u3001-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_CJK_CHARACTER = re.compile(f"[{_CJK}]")
-_PIECE = re.compile(f"[{_CJK}]|[^\\W{_CJK}]+(?:[.,'’-][^\\W{_CJK}]+)*|\\S")
+CJK = "\u2e80-\u2fff\u3001-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_CJK_CHARACTER = re.compile(f"[{CJK}]")
+_PIECE = re.compile(f"[{CJK}]|[^\\W{CJK}]+(?:[.,'’-][^\\W{CJK}]+)*|\\S")
 _WIDE = re.compile("[\uff00-\uffef]+")
 
 
@@ -53,6 +53,13 @@ def token_overlap(prediction: str, reference: str) -> Overlap:
         return Overlap(*[float(predicted == wanted)] * 3)
     common, said, asked = (x.total() for x in (predicted & wanted, predicted, wanted))
     return Overlap(common / said, common / asked, 2 * common / (said + asked))
+
+
+def against(texts: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """`token_precision`, `token_recall`, `token_f1` and `exact` of each answer."""
+    found = list(map(token_overlap, texts, references))
+    shares = {f"token_{name}": [getattr(o, name) for o in found] for name in Overlap._fields}
+    return {**shares, "exact": list(map(exact_match, texts, references))}
 
 
 def perplexity(nll: float, count: int) -> float:
