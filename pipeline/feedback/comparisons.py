@@ -20,22 +20,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.schema import Data, RMConfig, Sampling
-from pipeline.data.forms import PROMPTS, Prompt, load_prompts
+from pipeline.data.forms import Prompt, load_prompts
 from pipeline.data.kept import like, pick
-from pipeline.data.messages import prompt_text
+from pipeline.data.messages import Message, prompt_text
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.sources import Row, read_rows
 from pipeline.data.template import encode_prompt, encode_responses, tokenizer_hash
 from pipeline.errors import UserError
+from pipeline.feedback.exchange import REPLACED
 from pipeline.handoff import artifacts
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.lineage import inputs_of
 from pipeline.models.device import device
 from pipeline.models.forward import score_sequences
-from pipeline.models.generation import generate
+from pipeline.models.generation import Response, generate
 from pipeline.models.loading import load_policy, load_reward, load_tokenizer
 from pipeline.models.tokens import pad_id
 from pipeline.process.files import jsonl, read_if_whole, sha256, write_atomically
@@ -205,29 +206,48 @@ def _sample(asking: Asking) -> list[dict]:
             raise UserError(f"rm: sampling: {name} has another tokenizer than the SFT model")
     policy = load_policy(asking.model, tokenizer).to(device())
     prompts = _drawn(asking)
-    replaced = {*PROMPTS, "system", "history", "ranks", "scores"}
-    columns = dict.fromkeys(name for p in prompts for name in p.row if name not in replaced)
+    columns = columns_of(prompts)
     sizes = _sizes(sampling.k, len(prompts), asking.seed)
     rows: list[dict] = []
     for start in tracked(range(0, len(prompts), sampling.batch_size), "sampling comparisons"):
         batch = prompts[start : start + sampling.batch_size]
         counts = sizes[start : start + sampling.batch_size]
-        ids = [encode_prompt(tokenizer, p.messages) for p in batch]
-        repeated = [row for row, k in zip(ids, counts, strict=True) for _ in range(k)]
-        responses = generate(
-            policy,
-            tokenizer,
-            repeated,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            batch_size=len(repeated),
-        )
-        for prompt, k in zip(batch, counts, strict=True):
-            own, responses = responses[:k], responses[k:]
+        limits = sampling.max_new_tokens, sampling.temperature
+        several = answers(policy, tokenizer, [p.messages for p in batch], counts, *limits)
+        for prompt, own in zip(batch, several, strict=True):
             row = {name: prompt.row.get(name) for name in columns}
             row |= {"prompt": prompt.messages, "responses": [r.text for r in own]}
             rows.append(row | {"ended": [r.ended for r in own]})
     return rows if sampling.unsure is None else _least_sure(asking, rows)
+
+
+def columns_of(prompts: Sequence[Prompt]) -> list[str]:
+    """The columns that the rows of what is sampled keep."""
+    return list(dict.fromkeys(n for p in prompts for n in p.row if n not in REPLACED))
+
+
+def answers(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[Message]],
+    counts: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+) -> list[list[Response]]:
+    """So many sampled responses to each prompt, all in one batch."""
+    ids = [encode_prompt(tokenizer, messages) for messages in prompts]
+    repeated = [row for row, k in zip(ids, counts, strict=True) for _ in range(k)]
+    responses = iter(
+        generate(
+            policy,
+            tokenizer,
+            repeated,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=len(repeated),
+        )
+    )
+    return [[next(responses) for _ in range(k)] for k in counts]
 
 
 POOL = 4
