@@ -25,7 +25,7 @@ from pipeline.data.kept import like
 from pipeline.data.lengths import over_limit
 from pipeline.data.literals import tell_spelled, tell_unknown
 from pipeline.data.messages import message, prompt_text
-from pipeline.data.rankings import Ranking, load_rankings
+from pipeline.data.rankings import Ranking, label_noise, load_rankings, strengths
 from pipeline.data.splits import split_by_prompt
 from pipeline.data.template import (
     encode_demonstration,
@@ -126,6 +126,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         )
         first = {"validation/accuracy": before.accuracy.share, "validation/loss": before.loss}
         best = Best(config, "eval_accuracy") if config.keep == "best" else None
+        trainer.margin = config.margin
         trainer.held_out = lambda: _held_out(trainer, tokenizer, held_out_rows)
         recorder = Recorder(stage.tracker, LOGGED, config.log_every, best)
         train(trainer, stage.work, recorder, first)
@@ -162,6 +163,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
                 "prompts_dropped": len(training) - len(training_rows),
                 "responses_too_long": too_long,
                 **by_source(training),
+                **label_noise(rankings),
                 "steps": trainer.state.global_step,
                 **({"best_step": best.step} if best else {}),
             },
@@ -196,6 +198,7 @@ def _encode(
         said = [without_thinking(text) for text in ranking.responses]
         with at(ranking.where):
             prompt, encoded = encode_responses(tokenizer, ranking.messages, said)
+        believed = strengths(ranking) if config.soft_labels and too_long is not None else {}
         kept: dict[tuple[int, ...], tuple[int, str]] = {}
         for response, own, rank in zip(ranking.responses, encoded, ranking.ranks, strict=True):
             ids, length = tuple(own), len(prompt) + len(own)
@@ -212,6 +215,7 @@ def _encode(
                 "prompt_ids": prompt,
                 "ids": [list(ids) for ids in kept],
                 "ranks": ranks,
+                "strengths": [believed[text] for _, text in kept.values() if believed],
                 "prompt": prompt_text(ranking.messages),
                 "responses": [text for _, text in kept.values()],
                 "row": ranking.row,
@@ -262,7 +266,9 @@ def _held_out(
 
 def _ranked_ids(row: dict) -> dict:
     """A row as the trainer takes it."""
-    return {"prompt": row["prompt_ids"], "responses": row["ids"], "ranks": row["ranks"]}
+    believed = {"strengths": row["strengths"]} if row["strengths"] else {}
+    own = {"prompt": row["prompt_ids"], "responses": row["ids"], "ranks": row["ranks"]}
+    return own | believed
 
 
 def _pairs(rows: Iterable[dict]) -> Iterator[tuple[list[int], list[int]]]:

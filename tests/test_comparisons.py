@@ -10,7 +10,7 @@ import transformers
 import small_run
 import tiny_models
 from pipeline.config.schema import Data, RMConfig
-from pipeline.data.rankings import load_rankings
+from pipeline.data.rankings import label_noise, load_rankings
 from pipeline.errors import UserError
 from pipeline.feedback import comparisons
 from pipeline.feedback.comparisons import sampled_rankings
@@ -340,3 +340,47 @@ def test_a_labeler_that_fails_is_shown(tmp_path, monkeypatch):
             config(tmp_path, "bad_labeler"), run / "sft", tiny_models.tokenizer(), work
         )
     assert not (work / "rankings.jsonl").exists()
+
+
+# --- what rankings are worth ------------------------------------------------------------------------
+
+
+def several(root: Path) -> Path:
+    """Two people's rankings of the same responses, of which one pair in three contradicts; strengths beside them."""
+    rows = []
+    for prompt in small_run.PROMPTS:
+        responses, strengths = ["w1 w2", "w3", "w4 w5 w6"], [2.0, 0.0, -2.0]
+        for ranks in ([1, 2, 3], [1, 3, 2]):
+            row = {"prompt": prompt["prompt"], "responses": responses, "ranks": ranks}
+            rows.append({**row, "strengths": strengths})
+    return small_run.write_jsonl(root / "several.jsonl", rows)
+
+
+def test_contradicting_repeats_are_counted(tmp_path):
+    rankings = load_rankings(Data(path=str(several(tmp_path))))
+    assert label_noise(rankings) == {
+        "labels_repeated": 36,
+        "labels_contradict": pytest.approx(1 / 3),
+    }
+    assert label_noise(rankings[::2]) == {}
+
+
+def test_soft_labels_and_a_margin_reach_the_training(tmp_path):
+    run = small_run.make_run(tmp_path, ("base", "sft"))
+    source = {"path": str(several(tmp_path))}
+    weights, losses = [], []
+    for n, keys in enumerate(({}, {"soft_labels": True}, {"margin": 1.0})):
+        changes = {"run": tmp_path / str(n), "borrow": run, "sampling": None, "data": source}
+        folder = rm.run(config(tmp_path, None, **changes, **keys))
+        manifest = artifacts.read(folder, "rm")
+        assert manifest.metrics["labels_contradict"] == pytest.approx(1 / 3)
+        weights.append((folder / "model.safetensors").read_bytes())
+        losses.append(read(folder / "metrics.jsonl")[1]["train/loss"])
+    assert len(set(weights)) == 3
+    assert losses[2] > losses[0]
+    rows = read(tmp_path / "several.jsonl")
+    del rows[5]["strengths"]
+    small_run.write_jsonl(tmp_path / "several.jsonl", rows)
+    changes = {"run": tmp_path / "3", "borrow": run, "sampling": None, "data": source}
+    with pytest.raises(UserError, match=r"several\.jsonl:6: soft_labels: no `strengths`"):
+        rm.run(config(tmp_path, None, soft_labels=True, validation_fraction=0.1, **changes))

@@ -55,6 +55,27 @@ def test_the_gradient_is_that_of_separate_prompts():
     torch.testing.assert_close(together, apart / 3)
 
 
+def test_soft_labels_are_the_cross_entropy_with_what_is_believed():
+    scores, ranks = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1, 2, 2])
+    strengths = torch.tensor([math.log(3.0), 0.0, math.log(9.0)])  # p = 3/4 and 1/4
+    one = torch.zeros(3, dtype=torch.long)
+    loss, better = kwise_loss(scores, ranks, one, strengths=strengths)
+    by_hand = (
+        0.75 * softplus(-1) + 0.25 * softplus(1) + 0.25 * softplus(-2) + 0.75 * softplus(2)
+    ) / 2
+    assert loss.item() == pytest.approx(by_hand, abs=1e-6)
+    sure, _ = kwise_loss(scores, ranks, one, strengths=torch.tensor([60.0, 0.0, 0.0]))
+    assert sure.item() == pytest.approx(kwise_loss(scores, ranks, one)[0].item(), abs=1e-6)
+    assert better.sum() == 2
+
+
+def test_a_margin_is_asked_for_each_place_apart():
+    scores, ranks = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1, 2, 3])
+    loss, _ = kwise_loss(scores, ranks, torch.zeros(3, dtype=torch.long), margin=0.5)
+    by_hand = (2 * softplus(-0.5) + softplus(-1.0)) / 3  # 1 - .5 twice, 2 - 1 once
+    assert loss.item() == pytest.approx(by_hand, abs=1e-6)
+
+
 def test_collator_flattens_prompts_of_different_k():
     rows = [
         {"prompt": [1], "responses": [[2, 3], [4]], "ranks": [1, 2]},

@@ -296,6 +296,11 @@ class RMConfig(StageConfig, Optimisation):
     """Share of the prompts held out; a prompt is never on both sides."""
     max_length: Positive = 512
     """Longest prompt + response in tokens; longer responses are dropped and counted."""
+    soft_labels: bool = False
+    """Learn how sure each ranking is, from `strengths` beside its `responses` (as exports of `make label` have
+    them): a pair's loss is the cross-entropy with sigmoid(strength - strength)."""
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """What a score should be above one that is ranked a place lower (arXiv 2307.09288), times the places apart."""
     head_only: bool = False
     """Train the scalar head alone and freeze the rest: a cheap, deliberately small reward model."""
 
@@ -306,6 +311,8 @@ class RMConfig(StageConfig, Optimisation):
                 "give either data (rankings you have) or sampling (rankings to be made); or, for both, "
                 "sampling.count: how many prompts more"
             )
+        if self.soft_labels and self.margin:
+            raise ValueError("soft_labels and margin are two ways to weigh a pair: give one")
         if self.head_only and self.lora is not None:
             raise ValueError("head_only trains no adapters: leave out lora or head_only")
         return self

@@ -17,7 +17,10 @@ The prompt stands in any of the columns of `pipeline.data.forms`. Where ranks an
 there, ranks count. A response whose rank or score is null was not judged and is left out.
 """
 
+import itertools
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +38,7 @@ from pipeline.data.meaning import TWO, as_number, missing, number_of, two_answer
 from pipeline.data.messages import Message, complete, list_of
 from pipeline.data.problems import BadRow, Report
 from pipeline.data.readers import Row
+from pipeline.errors import UserError
 
 MAX_K = trees.MOST
 TEXTS = ("response", "answer", "text", "content")
@@ -94,6 +98,39 @@ def agreed(rankings: Sequence[Ranking], report: Report) -> list[Ranking]:
             first.ranks = dense_ranks([place for place in places if place is not None])
         merged.append(first)
     return merged
+
+
+def strengths(ranking: Ranking) -> dict[str, float]:
+    """Response -> its strength, of a row that has `strengths`; UserError with its line without them."""
+    own, texts = ranking.row.get("strengths"), ranking.row.get("responses")
+    fit = isinstance(own, list) and isinstance(texts, list) and len(own) == len(texts)
+    if not fit or not all(isinstance(s, int | float) and math.isfinite(s) for s in own or ()):
+        raise UserError(
+            f"{ranking.where}: soft_labels: no `strengths`, a number for each of `responses`; exports of "
+            "`make label` have them"
+        )
+    found = dict(zip(map(str, texts or ()), map(float, own or ()), strict=True))
+    return {text: found[text] for text in ranking.responses}
+
+
+def label_noise(rankings: Sequence[Ranking]) -> dict[str, float]:
+    """How often two rankings of the same two responses contradict each other: `labels_repeated` (pairs of verdicts
+    that both prefer something) and `labels_contradict` (their share); {} without a repeat."""
+    times: Counter[int] = Counter()
+    for ranking in rankings:
+        times[hash(json.dumps(ranking.messages))] += 1
+    said: dict[tuple[int, str, str], list[int]] = {}
+    for ranking in rankings:
+        prompt = hash(json.dumps(ranking.messages))
+        if times[prompt] > 1:
+            ranked = sorted(zip(ranking.responses, ranking.ranks, strict=True))
+            for (a, first), (b, second) in itertools.combinations(ranked, 2):
+                if first != second:
+                    said.setdefault((prompt, a, b), []).append(first < second)
+    both = [(sum(votes), len(votes)) for votes in said.values()]
+    pairs = sum(math.comb(n, 2) for _, n in both)
+    against = sum(one * (n - one) for one, n in both)
+    return {"labels_repeated": pairs, "labels_contradict": against / pairs} if pairs else {}
 
 
 def ranking(values: dict[str, Any], where: str, report: Report) -> Ranking | None:

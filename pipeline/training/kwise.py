@@ -14,7 +14,12 @@ from pipeline.training.trainers import Checked
 
 
 def kwise_loss(
-    scores: Tensor, ranks: Tensor, groups: Tensor, prompts: int | None = None
+    scores: Tensor,
+    ranks: Tensor,
+    groups: Tensor,
+    prompts: int | None = None,
+    strengths: Tensor | None = None,
+    margin: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """-log sigmoid(better - worse), averaged over each prompt's pairs, then over prompts.
 
@@ -23,13 +28,23 @@ def kwise_loss(
     no pair (arXiv 2203.02155 eq. 1). `prompts`: how many with a pair the average is over; of a
     micro-batch, those of its whole batch; none = those given. Returns the loss and a bool (N, N),
     True where row beats column. Without any pair the loss is 0, still connected to the graph.
+
+    `strengths` (N,): what is believed of the ranks: a pair is the right way round with probability
+    p = sigmoid(strength - strength), and its loss the cross-entropy with p. `margin`: by how much a score should
+    be above one that is ranked a place lower (arXiv 2307.09288 eq. 2), twice that two places, and so on.
     """
     better = _better(ranks, groups)
     same = groups[:, None] == groups[None, :]
     pairs_of_prompt = (same * better.sum(dim=1)[None, :]).sum(dim=1)  # (N,), equal within a prompt
     if prompts is None:
         prompts = prompts_with_pairs(ranks, groups)
-    losses = -logsigmoid(scores[:, None] - scores[None, :])
+    differences = scores[:, None] - scores[None, :]
+    if strengths is not None:
+        right = torch.sigmoid(strengths[:, None] - strengths[None, :])
+        losses = -right * logsigmoid(differences) - (1 - right) * logsigmoid(-differences)
+    else:
+        places = ranks[None, :] - ranks[:, None]
+        losses = -logsigmoid(differences - margin * places if margin else differences)
     weights = better / pairs_of_prompt.clamp(min=1)[:, None]
     return (losses * weights).sum() / max(prompts, 1), better
 
@@ -48,8 +63,8 @@ def _better(ranks: Tensor, groups: Tensor) -> Tensor:
 class KwiseCollator:
     """Prompts with K tokenised responses each -> one batch of all responses, each beside its prompt.
 
-    Each row holds a `prompt` (ids), its `responses` (K lists of ids) and `ranks` (K); K may differ from row
-    to row.
+    Each row holds a `prompt` (ids), its `responses` (K lists of ids), `ranks` (K) and maybe `strengths` (K);
+    K may differ from row to row.
     """
 
     pad_token_id: int
@@ -58,7 +73,9 @@ class KwiseCollator:
         prompts = [row["prompt"] for row in rows for _ in row["responses"]]
         responses = [ids for row in rows for ids in row["responses"]]
         sizes = torch.tensor([len(row["responses"]) for row in rows])
+        believed = [s for row in rows for s in row.get("strengths") or ()]
         return {
+            **({"strengths": torch.tensor(believed)} if believed else {}),
             **vars(Sequences.of(prompts, responses, self.pad_token_id)),
             "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
             "groups": torch.repeat_interleave(torch.arange(len(rows)), sizes),
@@ -74,6 +91,8 @@ class KwiseTrainer(Checked, RewardTrainer):
     loss_is_scaled_for_ga = True  # by the prompts of the whole batch, however it is cut up
     held_out: Callable[[], dict[str, float]]
     """Measures the model on held-out rankings."""
+    margin = 0.0
+    """See `kwise_loss`."""
 
     def evaluate(self, *args, **kwargs):
         metrics = self.held_out()
@@ -94,7 +113,8 @@ class KwiseTrainer(Checked, RewardTrainer):
         # which only the model's own forward would enter by itself
         with self.accelerator.autocast():
             scores = final_scores(model, s)
-        loss, better = kwise_loss(scores, inputs["ranks"], inputs["groups"], num_items_in_batch)
+        of_pairs = inputs["ranks"], inputs["groups"], num_items_in_batch
+        loss, better = kwise_loss(scores, *of_pairs, inputs.get("strengths"), self.margin)
         self._step.append(((scores[:, None] - scores[None, :])[better].detach(), scores.detach()))
         margins, seen = map(torch.cat, zip(*self._step, strict=True))
         right = (margins > 0).float() + 0.5 * (margins == 0)  # a tie is half right
