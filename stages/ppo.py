@@ -74,7 +74,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
             while ppo.iteration < config.iterations:
                 faults.at("eval", ppo.iteration)
                 watch.samples()
-                metrics = iteration(ppo, stream)
+                metrics = iteration(ppo, stream, watch)
                 faults.at("step", ppo.iteration)
                 metrics |= alarms(ppo.iteration, metrics)
                 over = config.kl_limit is not None and metrics["objective/kl"] > config.kl_limit
@@ -97,7 +97,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
         )
 
 
-def iteration(ppo: PPO, stream: PromptStream) -> dict[str, float]:
+def iteration(ppo: PPO, stream: PromptStream, watch: Watch) -> dict[str, float]:
     """Prompt to loss: sample queries, generate and score responses, optimise on them."""
     clock, accelerator = Clock(), ppo.accelerator
     queries = stream.batch(ppo.iteration, accelerator.process_index, accelerator.num_processes)
@@ -107,6 +107,7 @@ def iteration(ppo: PPO, stream: PromptStream) -> dict[str, float]:
             rollout.scores.fill_(float("nan"))
     with clock("update"):
         metrics = ppo.update(rollout)
+    watch.histograms(rollout)
     return {**metrics, **clock.seconds, "memory/peak_mb": peak_mb()}
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TRLConfig
@@ -151,6 +152,8 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         stage.tracker.log(
             trainer.state.global_step, {f"validation/{k}": v for k, v in after.items()}
         )
+        held_out_scores = np.array([score for item in scored for score in item.scores])
+        stage.tracker.histograms(trainer.state.global_step, {"scores": held_out_scores})
         final.save_pretrained(stage.output)
         tokenizer.save_pretrained(stage.output)
         return stage.publish(

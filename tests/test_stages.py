@@ -215,9 +215,15 @@ def test_ppo_records_the_usual_names_and_starts_at_the_reference(run):
     samples = [
         json.loads(line) for line in (run / "ppo" / "samples.jsonl").read_text().splitlines()
     ]
-    assert {s["step"] for s in samples} == {0, 1, 2} and {"prompt", "response", "score"} <= samples[
-        0
-    ].keys()
+    assert {s["step"] for s in samples} == {0, 1, 2} and {
+        "prompt",
+        "response",
+        "score",
+        "sft_response",
+        "sft_score",
+        "kl",
+        "length",
+    } <= samples[0].keys()
 
 
 def test_a_reward_model_of_another_sft_is_refused(run, gpt2, tmp_path):

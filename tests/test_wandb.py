@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from pipeline.evaluation import mirrored
 from pipeline.evaluation.report import main as report
 from pipeline.handoff.found import find_stages
 from pipeline.ppo.alarms import Alarms
+from pipeline.process.files import sha256
 from pipeline.tracking import mirror
 from pipeline.tracking.tracker import Tracker, read_rows
+from test_resume import base, records, stages_of
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +129,27 @@ def test_a_mirror_off_costs_nothing(tmp_path, monkeypatch):
     made.alert("a", "b")
     made.finish()
     assert not (tmp_path / "tiny" / "wandb").exists()
+
+
+@pytest.mark.slow
+def test_what_is_shown_changes_nothing_that_is_trained(tmp_path, monkeypatch):
+    model, root, shown = base(tmp_path / "base"), tmp_path / "off", tmp_path / "shown"
+    for _, call in stages_of(root, model):
+        call()
+    for name in ("sft", "rm"):
+        shutil.copytree(root / name, shown / name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    _, call = stages_of(shown, model)[-1]
+    call()
+    for path in (root / "ppo").rglob("*.safetensors"):
+        assert sha256(shown / path.relative_to(root)) == sha256(path)
+    assert records(shown / "ppo") == records(root / "ppo")
+    samples = (shown / "ppo" / "samples.jsonl").read_text()
+    assert samples == (root / "ppo" / "samples.jsonl").read_text()
+
+    found = read_back(shown)
+    seen = {row["_step"]: row for row in history(found)}
+    for step in range(1, 7):
+        for name in ("scores", "lengths", "ratios", "values"):
+            assert sum(seen[step][f"histogram/{name}.values"]) > 0
+    assert sum(seen[3]["histogram/scores.values"]) == 4  # episodes of a batch

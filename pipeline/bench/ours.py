@@ -42,7 +42,7 @@ def ppo(size: Size, case: Case, turns: Turns) -> None:
     assert isinstance(trainer.sampler, PolicySampler)
     trainer.sampler.forced_lengths = torch.tensor(work.lengths, device=trainer.device)
     turns.timed(trainer, "sampler", "generation")
-    turns.timed(trainer, "_reference_logprobs", "reference")
+    turns.timed(trainer, "reference_logprobs", "reference")
     turns.timed(trainer, "_scores", "reward and value")
     turns.timed(trainer, "_evaluate", "reward and value")
     turns.timed(trainer, "update", "optimisation")

@@ -169,7 +169,7 @@ class PPO:
         """Old logprobs, by the forward pass of the update or as the sampler gave them, reference logprobs
         and values; (B, T) each."""
         old, reference, values = [], [], []
-        for rows in self._slices(len(s), self._at_once(len(s))):
+        for rows in self.slices(len(s), self.at_once(len(s))):
             batch = s.rows(rows)
             with autocast(self.config, self.device):
                 if self.config.recompute():
@@ -179,10 +179,11 @@ class PPO:
                     values.append(out.values)
                 else:
                     values.append(self.networks.values(batch))
-                reference.append(self._reference_logprobs(batch))
+                reference.append(self.reference_logprobs(batch))
         return torch.cat(old) if old else sampled, torch.cat(reference), torch.cat(values)
 
-    def _reference_logprobs(self, s: Sequences) -> Tensor:
+    def reference_logprobs(self, s: Sequences) -> Tensor:
+        """(B, T) under the model that KL is measured to."""
         if self.reference is not None:
             return response_logprobs(self.reference, s, self.config.temperature)
         with adapter_off(self.networks.policy):
@@ -250,7 +251,7 @@ class PPO:
         kl_coef = self.kl_coef if self.config.kl_in_loss() else 0.0
         minibatch = Minibatch(rollout, advantages, returns, tokens, ptx, first, kl_coef)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        slices = self._slices(len(rollout), self.config.micro_batch_size)
+        slices = self.slices(len(rollout), self.config.micro_batch_size)
         for number, rows in enumerate(slices):
             for networks in self.passes:
                 last = number == len(slices) - 1
@@ -337,10 +338,11 @@ class PPO:
         return self.accelerator.reduce(x.clone(), reduction="sum")
 
     @staticmethod
-    def _slices(count: int, size: int | None) -> list[slice]:
+    def slices(count: int, size: int | None) -> list[slice]:
+        """`count` rows, so many at a time."""
         size = size or count
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def _at_once(self, episodes: int) -> int:
+    def at_once(self, episodes: int) -> int:
         """Episodes per forward pass where no gradient is kept: no more than in the update."""
         return self.config.micro_batch_size or max(1, episodes // self.config.minibatches)

@@ -1,19 +1,30 @@
-"""What a person looks at while PPO runs: fixed prompts answered again and again."""
+"""What a person looks at while PPO runs: fixed prompts answered again and again, and distributions.
+
+Nothing here touches PPO's randomness, its weights or its record.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import load_prompts
+from pipeline.models.device import placed
+from pipeline.models.forward import response_logprobs
 from pipeline.models.generation import generate
-from pipeline.ppo.rollout import Query
+from pipeline.models.sequences import Sequences
+from pipeline.models.tokens import pad_id
+from pipeline.ppo import maths
+from pipeline.ppo.networks import autocast
+from pipeline.ppo.rollout import Query, Rollout
 from pipeline.ppo.trainer import PPO
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import Tracker, read_rows
 
 
 class Watch:
-    """Answers fixed prompts every `sample_every` iterations without touching PPO's randomness."""
+    """Answers fixed prompts every `sample_every` iterations, and looks at that iteration's batch."""
 
     def __init__(self, config: PPOConfig, ppo: PPO, queries: Sequence[Query], tracker: Tracker):
         self.config, self.ppo, self.tracker = config, ppo, tracker
@@ -21,6 +32,7 @@ class Watch:
         if config.sample_prompts is not None:
             self.queries = list(ppo.queries(load_prompts(config.sample_prompts)))
         self.last = -1
+        self.sft: dict[str, dict[str, Any]] = {}  # prompt -> the sample before the first step
 
     def samples(self, last: bool = False) -> None:
         """Sample, score and record, when it is time: at the start, every so often, at the end."""
@@ -31,9 +43,63 @@ class Watch:
         self.last = at
         with torch.random.fork_rng():  # watching must not change what is watched
             torch.manual_seed(self.config.seed)
-            self.tracker.samples(at, self._rows())
+            self.tracker.samples(at, self._beside_sft(self._rows()))
 
-    def _rows(self) -> list[dict]:
+    def histograms(self, rollout: Rollout) -> None:
+        """Distributions of an iteration that has been trained on, as often, for the mirror alone: scores,
+        lengths, values of tokens, and each token's ratio after all of its steps. Of this process's share."""
+        at = self.ppo.iteration
+        if at % self.config.sample_every or not self.tracker.mirrored:
+            return
+        mask, ratios = rollout.response_mask, []
+        with torch.no_grad(), torch.random.fork_rng():
+            for rows in self.ppo.slices(len(rollout), self.ppo.at_once(len(rollout))):
+                part = rollout.rows(rows)
+                ratios.append((self._logprobs(part) - part.old_logprobs)[part.response_mask].exp())
+        found = {
+            "scores": rollout.scores,
+            "lengths": mask.sum(dim=1),
+            "ratios": torch.cat(ratios),
+            **({"values": rollout.values[mask]} if self.config.critic() else {}),
+        }
+        self.tracker.histograms(at, {n: x.float().cpu().numpy() for n, x in found.items()})
+
+    def _logprobs(self, s: Sequences) -> Tensor:
+        with autocast(self.config, self.ppo.device):
+            return response_logprobs(self.ppo.networks.policy, s, self.config.temperature)
+
+    @torch.no_grad()
+    def _kl(self, responses: list[list[int]]) -> list[float]:
+        """KL to SFT of each response, in nats, by the estimator of `objective/kl`."""
+        ppo, kl = self.ppo, []
+        pad = pad_id(ppo.tokenizer)
+        s = Sequences.of([q.ids for q in self.queries], responses, pad).to(ppo.device)
+        with placed(ppo.reference, ppo.device, self.config.offload):
+            for rows in ppo.slices(len(s), ppo.at_once(self.config.batch_size)):
+                part = s.rows(rows)
+                with autocast(self.config, ppo.device):
+                    reference = ppo.reference_logprobs(part)
+                each = maths.kl_estimate(self._logprobs(part), reference, self.config.kl_estimator)
+                kl += torch.where(part.response_mask, each, 0.0).sum(dim=1).tolist()
+        return [round(nats, 4) for nats in kl]
+
+    def _beside_sft(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Each with what the SFT model answered, which the policy was before its first step."""
+        if not self.sft:
+            first = read_rows(self.tracker.samples_path) if self.last else rows
+            self.sft = {row["prompt"]: row for row in first if row.get("step", 0) == 0}
+        before = [self.sft.get(row["prompt"], {}) for row in rows]
+        return [
+            {
+                "prompt": row["prompt"],
+                "sft_response": sft.get("response"),
+                "sft_score": sft.get("score"),
+                **row,
+            }
+            for row, sft in zip(rows, before, strict=True)
+        ]
+
+    def _rows(self) -> list[dict[str, Any]]:
         responses = generate(
             self.ppo.networks.policy,
             self.ppo.tokenizer,
@@ -47,7 +113,15 @@ class Watch:
         if self.ppo.token_score is not None:
             sums = map(sum, self.ppo.token_score(episodes))
             scores = [score + more for score, more in zip(scores, sums, strict=True)]
+        nats = self._kl([r.ids for r in responses])
         return [
-            {"prompt": q.text, "response": r.text, "score": s, "ended": r.ended}
-            for q, r, s in zip(self.queries, responses, scores, strict=True)
+            {
+                "prompt": q.text,
+                "response": r.text,
+                "score": s,
+                "kl": kl,
+                "length": len(r.ids),
+                "ended": r.ended,
+            }
+            for q, r, s, kl in zip(self.queries, responses, scores, nats, strict=True)
         ]

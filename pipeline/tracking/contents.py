@@ -58,6 +58,14 @@ def code_version() -> dict[str, Any]:
     return {}
 
 
+def histogram(array: Any) -> Any:
+    """Counts of finite numbers in 64 bins."""
+    import numpy as np
+    import wandb
+
+    return wandb.Histogram(np_histogram=np.histogram(array[np.isfinite(array)], bins=64))
+
+
 def table(rows: list[dict[str, Any]]) -> Any:
     """Rows with the same keys as a table."""
     import wandb

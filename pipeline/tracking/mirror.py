@@ -69,6 +69,11 @@ class Mirror:
         """Queue a table of samples; W&B shows those of several steps as one, with a slider."""
         self._put(lambda run: _log(run, step, {"samples": contents.table(rows)}))
 
+    def histograms(self, step: int, values: dict[str, Any]) -> None:
+        """Queue distributions of arrays of numbers."""
+        named = {f"histogram/{name}": array for name, array in values.items()}
+        self._put(lambda run: _log(run, step, {n: contents.histogram(x) for n, x in named.items()}))
+
     def alert(self, title: str, text: str) -> None:
         """Queue a warning, which W&B sends to whom the user told it to."""
         self._put(lambda run: run.alert(title, text, level="WARN", wait_duration=0))

@@ -53,6 +53,17 @@ class Tracker:
         if self._mirror:
             self._mirror.samples(step, rows)
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether anybody is shown what the record does not hold."""
+        return self._mirror is not None and self._mirror.mode != "disabled"
+
+    def histograms(self, step: int, values: dict[str, Any]) -> None:
+        """Distributions of arrays by name, for the mirror alone."""
+        self._start_mirror()
+        if self._mirror:
+            self._mirror.histograms(step, values)
+
     def alert(self, title: str, text: str) -> None:
         """Tell who is not looking; the mirror alone has it, said it must be as well. Once is the caller's."""
         self._start_mirror()
