@@ -452,7 +452,9 @@ def test_only_rows_with_the_wanted_values_are_used(tmp_path):
     data = write_lines(tmp_path / "a.jsonl", *rows)
     chosen = data.model_copy(update={"only": {"lang": ["en", "zh"]}, "limit": 2})
     assert [row.values["n"] for row in read_rows(chosen)] == [0, 3]
-    assert [r.values["n"] for r in read_rows(data.model_copy(update={"only": {"n": "1"}}))] == [1]
+    for value in ("1", 1, 1.0, [1, 7]):
+        only = Data.model_validate({**data.model_dump(), "only": {"n": value}})
+        assert [r.values["n"] for r in read_rows(only)] == [1]
     with pytest.raises(UserError, match="only: no row has `langs`"):
         read_rows(data.model_copy(update={"only": {"langs": "en"}}))
     with pytest.raises(UserError, match="nothing to use in 0 rows .4 rows left out by `only`"):

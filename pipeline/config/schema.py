@@ -26,6 +26,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["fp32", "bf16", "int8", "nf4"]
+Cell = Text | bool | int | float
 
 
 class Data(Section):
@@ -41,7 +42,7 @@ class Data(Section):
     columns: dict[Text, Text] = {}
     """Standard name -> the name it has in your file, e.g. `{prompt: question, chosen: response_chosen}`; of a
     cell in an object both names: `{prompt: translation.en, completion: translation.de}`."""
-    only: dict[Text, Text | list[Text]] = {}
+    only: dict[Text, Cell | list[Cell]] = {}
     """Column of your file -> the value, or list of values, that a row must have there, e.g. `{lang: en}`."""
     limit: Positive | None = None
     """Use only the first so many rows."""

@@ -11,7 +11,7 @@ from os import PathLike
 from typing import Any
 
 from pipeline.config.load import did_you_mean
-from pipeline.config.schema import Data, Source
+from pipeline.config.schema import Cell, Data, Source
 from pipeline.data.meaning import STANDARD_COLUMNS
 from pipeline.data.problems import Report, kind
 from pipeline.data.readers import READERS, Row
@@ -218,15 +218,19 @@ def _cells(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(
-    rows: Iterable[Row], only: dict[str, str | list[str]], report: Report, name: str
+    rows: Iterable[Row], only: dict[str, Cell | list[Cell]], report: Report, name: str
 ) -> Iterator[Row]:
     """Rows with one of the wanted values in each of some columns; UserError for one that no row has."""
-    wanted = {key: [value] if isinstance(value, str) else value for key, value in only.items()}
+    values = {key: value if isinstance(value, list) else [value] for key, value in only.items()}
+    wanted = {key: {*own, *map(str, own)} for key, own in values.items()}
     seen: dict[str, None] = {}
     for row in rows:
         cells = _cells(row.values)
         seen.update(dict.fromkeys(cells))
-        if all(str(cells.get(key)) in values for key, values in wanted.items()):
+        found = ((cells.get(key), own) for key, own in wanted.items())
+        if all(
+            str(cell) in own or (type(cell) in (int, float) and cell in own) for cell, own in found
+        ):
             yield row
         else:
             report.count("rows left out by `only`")
