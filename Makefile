@@ -14,6 +14,7 @@
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
 #: MODEL="path ..." DATA=file TASK=text|classification|likelihood   make eval of any models on any rows
 #: SEEDS="1 2 3"    seeds of `make seeds` and `make compare`; ARGS= further arguments of chat, overopt, round, seeds and test
+#: REPO=owner/name  where `make push` sends an export; export and push take ARGS= too
 #: SIZE=S|M|L DEVICE= ITERATIONS= THREADS= CASES="fp32 sft"   of `make bench`; CASES=growth: what grows
 #: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
@@ -53,6 +54,7 @@ ITERATIONS ?=
 THREADS ?=
 CASES ?=
 ARGS ?=
+REPO ?=
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
@@ -62,6 +64,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE MODEL DATA TASK SEEDS ARGS SIZE DEVICE ITERATIONS THREADS CASES ENGINE CKPT PYTHON \
 	VENV TORCH_INDEX SHELL MAKEFLAGS MAKELEVEL
+KNOWN += REPO
 ifneq ($(filter-out $(KNOWN),$(TYPED)),)
 $(error $(firstword $(filter-out $(KNOWN),$(TYPED)))= does nothing: variables are written in capitals (make help), \
 	settings of a config as SET="ppo.seed=3 rm.epochs=2")
@@ -158,6 +161,7 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 # Told now and not when the goals before it are made, in hours.
 TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare overopt round seeds bench \
 	status show-config clean
+TARGETS += export push
 ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
 $(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
 endif
@@ -273,6 +277,12 @@ help:  ## this text
 
 chat: $(STAMP)  ## talk with the run's policy
 	@exec $(PY) -m pipeline.commands.chat --run $(RUN_DIR) $(ARGS)
+
+export: $(STAMP)  ## folders for others in CKPT/RUN/export: merged weights, adapter, model card
+	@exec $(PY) -m pipeline.commands.export --run $(RUN_DIR) $(ARGS)
+
+push: $(STAMP)  ## an export to the hub as REPO=owner/name; tells what would go, sends with ARGS=--upload
+	@exec $(PY) -m pipeline.commands.push --run $(RUN_DIR) --repo $(call quote,$(REPO)) $(ARGS)
 
 STUDY = --recipe $(RECIPE) --run $(RUN_DIR) $(SETTINGS) $(ARGS)
 VARIANT = $(if $(PPO),--ppo $(call quote,$(PPO))) $(BORROW)

@@ -25,7 +25,7 @@ from pipeline.data.literals import tell_spelled
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.errors import UserError
 from pipeline.handoff import checkpoint
-from pipeline.models.adapters import merged
+from pipeline.models.adapters import ADAPTER, merged, save_adapter
 from pipeline.models.causal import places
 from pipeline.models.dtypes import check_dtype
 from pipeline.models.forward import layout
@@ -164,6 +164,8 @@ def _save(ppo: PPO, sft: Path, output: Path) -> None:
         with ppo.ema.swapped_in(ppo.networks.policy_parameters()):
             merged(copy.deepcopy(policy), base).save_pretrained(output / "ema")
         ppo.tokenizer.save_pretrained(output / "ema")
+    if ppo.config.lora is not None:
+        save_adapter(policy, output / ADAPTER)
     merged(policy, base).save_pretrained(output)
     ppo.tokenizer.save_pretrained(output)
 

@@ -35,7 +35,7 @@ from pipeline.data.template import (
 )
 from pipeline.errors import UserError, at
 from pipeline.handoff import checkpoint
-from pipeline.models.adapters import merged
+from pipeline.models.adapters import ADAPTER, merged, save_adapter
 from pipeline.models.device import device
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
@@ -107,9 +107,10 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         train(trainer, stage.work, recorder, before)
         after = _validation_loss(trainer)
 
-        final = merged(
-            trainer.accelerator.unwrap_model(trainer.model), lambda: _base(config, tokenizer)
-        )
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        if config.lora is not None:
+            save_adapter(trained, stage.output / ADAPTER)
+        final = merged(trained, lambda: _base(config, tokenizer))
         samples, answered = _answers(config, final, tokenizer, held_out)
         stage.tracker.samples(trainer.state.global_step, samples)
         _write_demonstrations(stage.output / "demonstrations.jsonl", training[:KEPT])

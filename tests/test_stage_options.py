@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -125,6 +126,15 @@ def test_lora_in_every_stage_publishes_plain_merged_models(base, tmp_path):
     reward = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     assert not any("lora" in name for name, _ in reward.named_parameters())
     assert artifacts.read(tmp_path / "ppo").parents["rm"]
+    ids = torch.tensor([[2, 7, 3]])
+    for stage, under in (
+        ("sft", base),
+        ("ppo", tmp_path / "sft"),
+    ):  # the adapters are kept beside them
+        model = AutoModelForCausalLM.from_pretrained(under)
+        own = PeftModel.from_pretrained(model, tmp_path / stage / "adapter")(ids).logits
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / stage)(ids).logits
+        assert torch.allclose(own, whole, atol=1e-4)
 
 
 def test_what_is_held_out_may_have_a_file_of_its_own(base, tmp_path):

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.models.packing import Model, hidden_width, rounded
 
 ADAPTER = "adapter"
-"""Folder of a reward model that was trained with LoRA: its adapter and head, not merged."""
+"""Folder of a model that was trained with LoRA: its adapter, and a reward model's head, not merged."""
 
 
 def add_lora(model: Model, lora: Lora | None, task: str) -> Model:
@@ -142,8 +142,8 @@ class AdapterScorer(nn.Module):
 
 
 def save_adapter(model: Model, folder: Path) -> None:
-    """Write the adapter and head of a reward model beside its merged weights."""
-    model.save_pretrained(folder)
+    """Write a model's own adapter, and its head, beside its merged weights."""
+    model.save_pretrained(folder, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)  # peft's form for a hub page
 
 

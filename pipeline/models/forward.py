@@ -153,6 +153,30 @@ def reward_bias(config: PreTrainedConfig) -> float:
     return getattr(config, "reward_bias", 0.0)
 
 
+def fold_bias(model: Model) -> bool:
+    """Take a reward model's stored bias off a bias of its head, or of the norm before it, so that the logits
+    of any program are the scores; whether there is such a bias (GPT-2, GPT-NeoX, OPT, Phi; not Llama, Qwen).
+    """
+    bias, head, ids = reward_bias(model.config), score_head(model), torch.arange(1, 9)[None]
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and not any(map(str.isdigit, name.split(".")))
+    ]
+    place = head if head.bias is not None else norms[-1] if norms else None
+    if place is None or place.bias is None or place.bias.shape[0] not in head.weight.shape:
+        return False
+    with torch.no_grad():
+        before, kept = model(ids).logits, place.bias.clone()
+        step = head.weight[0] / head.weight[0].square().sum()  # moves the head's number by one
+        place.bias -= bias * (1.0 if place is head else step)
+        if not torch.allclose(model(ids).logits, before - bias, atol=1e-3):
+            place.bias.copy_(kept)  # something stands between the norm and the head
+            return False
+    model.config.reward_bias = 0.0
+    return True
+
+
 def score_sequences(
     model: Model,
     prompts: list[list[int]],
