@@ -169,7 +169,7 @@ def fold_bias(model: Model) -> bool:
     with torch.no_grad():
         before, kept = model(ids).logits, place.bias.clone()
         step = head.weight[0] / head.weight[0].square().sum()  # moves the head's number by one
-        place.bias -= bias * (1.0 if place is head else step)
+        place.bias.sub_(bias * (1.0 if place is head else step))
         if not torch.allclose(model(ids).logits, before - bias, atol=1e-3):
             place.bias.copy_(kept)  # something stands between the norm and the head
             return False
