@@ -155,6 +155,7 @@ KNOW_A_KIND = {
     "pipeline.evaluation.likelihoods": "refuses a text by itself",
     "pipeline.ppo.build": "refuses PPO-ptx and vLLM",
     "pipeline.tiny.base": "draws one at random",
+    "pipeline.commands.export": "its card says how to load it",
 }
 """The modules that know whether a model is an encoder-decoder, and what for."""
 

@@ -1,26 +1,30 @@
-"""Ask a run's models the same thing: `python -m pipeline.commands.chat --run checkpoints/tiny [--prompt TEXT]`.
+"""Talk with a run's policy: `python -m pipeline.commands.chat --run checkpoints/tiny [--compare | --prompt TEXT]`.
 
-Base, SFT and PPO answer side by side, each with the reward model's score. On a terminal it asks for
-prompts until Ctrl-D; otherwise every line of standard input is one.
+On a terminal until Ctrl-D; otherwise every line of standard input is something that is said.
 """
 
 import argparse
+import contextlib
 import io
 import math
-import re
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console, ConsoleOptions
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from pipeline.cli import reporting_errors
+from pipeline.commands.side_by_side import Room, plain, table
+from pipeline.data.messages import Message, message
 from pipeline.errors import UserError
+from pipeline.feedback.ratings import keep
 from pipeline.handoff.found import Stage, find_stages, need_first
+from pipeline.process.files import jsonl, sync
 from pipeline.process.progress import say
+from pipeline.steps import policies
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,23 +38,24 @@ def main(argv: list[str] | None = None) -> None:
     need_first(args.run, stages, "nobody to talk with yet")
     trained = stages["ppo"].config.get("max_new_tokens") if "ppo" in stages else None
     limit = args.max_new_tokens or int(trained or 128)
-    room = Room(stages, limit, args.temperature, args.greedy, args.system, args.seed)
-    console = Console()
-    for prompt in args.prompt or prompts(console):
-        try:
-            console.print(table(prompt, room.ask(prompt)))
-        except UserError as error:  # too long, say; the next one may not be
-            if args.prompt:
-                raise
-            say(f"chat: {error}")
+    asked = (args.temperature, args.greedy, args.system, args.seed)
+    if args.compare or args.prompt:
+        compare(Room(stages, limit, *asked), args.prompt)
+    else:
+        converse(Talk(args.run, stages, limit, *asked))
 
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of `python -m pipeline.commands.chat`."""
     out = argparse.ArgumentParser(prog="python -m pipeline.commands.chat", description=__doc__)
     out.add_argument("--run", type=Path, required=True)
-    out.add_argument("--prompt", action="append", help="ask this and end; may be repeated")
-    out.add_argument("--system", help="a system message before every prompt")
+    out.add_argument(
+        "--prompt", action="append", help="ask all models this and end; may be repeated"
+    )
+    out.add_argument(
+        "--compare", action="store_true", help="all models answer, side by side, scored"
+    )
+    out.add_argument("--system", help="a system message before all that is said")
     sampling = out.add_mutually_exclusive_group()
     sampling.add_argument("--greedy", action="store_true", help="the likeliest token each time")
     sampling.add_argument("--temperature", type=float, default=1.0)
@@ -60,115 +65,239 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def prompts(console: Console) -> Iterator[str]:
-    """Prompts that a person types until Ctrl-D, or the lines of standard input; blank ones skipped."""
+def compare(room: Room, prompts: list[str] | None) -> None:
+    """A table of answers to each prompt."""
+    console = Console()
+    for prompt in prompts or typed():
+        try:
+            console.print(table(prompt, room.ask(prompt)))
+        except UserError as error:  # too long, say; the next one may not be
+            if prompts:
+                raise
+            say(f"chat: {error}")
+
+
+def converse(talk: "Talk") -> None:
+    """Answers as they are written, and the commands that begin with a slash."""
+    if sys.stdin.isatty():
+        say(f"{talk.name} answers. /help tells what else there is; Ctrl-D ends.")
+    for line in typed():
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                say(talk.command(line))
+            else:
+                show(talk.ask(line.removeprefix("/")))
+        except UserError as error:
+            say(f"chat: {error}")
+
+
+def typed() -> Iterator[str]:
+    """What a person types until Ctrl-D, or the lines of standard input; blank ones skipped."""
     if not sys.stdin.isatty():
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
     import readline  # noqa: F401 - gives input() a history and an editable line
 
-    say("Ctrl-D ends.")
     while True:
         try:
-            prompt = input("> ").strip()
+            line = input("> ").strip().encode("utf-8", "replace").decode()
         except EOFError:
-            console.print()
+            print()
             return
-        if prompt:
-            yield prompt
+        if line:
+            yield line
 
 
-def table(prompt: str, answers: list[tuple[str, str, bool, float | None]]) -> Table:
-    """Answers as (model, text, ended, score), one row each."""
-    title = Text(_CONTROLS.sub("\ufffd", prompt), style="bold")
-    out = Table(title=title, title_justify="left", show_lines=True)
-    out.add_column("model")
-    out.add_column("response", ratio=1, overflow="fold")
-    out.add_column("reward", justify="right")
-    for name, text, ended, score in answers:
-        response = Text(_CONTROLS.sub("\ufffd", text) or "(nothing)")
-        if not ended:
-            response.append(" … (cut off)", style="dim")
-        cell = _Isolated(response) if _RIGHT_TO_LEFT.search(text) else response
-        out.add_row(name, cell, "-" if score is None else f"{score:.2f}")
-    return out
-
-
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""What could move the cursor, colour the screen or turn the rest of a line around."""
-_RIGHT_TO_LEFT = re.compile(
-    "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefe\U00010800-\U00010fff\U0001e800-\U0001efff]"
-)
-
-
-class _Isolated:
-    """A text in a table whose lines of Arabic or Hebrew leave the cells beside them where they are:
-    each is isolated (Unicode's annex 9: FSI, PDI), since a terminal takes the row for one line of text."""
-
-    def __init__(self, text: Text):
-        self.text = text
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        for line in self.text.wrap(console, options.max_width, overflow="fold"):
-            line.rstrip()
-            yield Text.assemble("\u2068", line, "\u2069")
+def show(pieces: Iterator[str]) -> None:
+    """Print an answer while it is written; Ctrl-C ends it there."""
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in pieces:
+            print(plain(piece), end="", flush=True)
+    print(flush=True)
 
 
 @dataclass
-class Room:
-    """The models of a run, loaded once; a base model that cannot be loaded is said and left out."""
+class Talk:
+    """A conversation with one of a run's policies, each loaded when it is first asked."""
 
+    run: Path
     stages: dict[str, Stage]
     max_new_tokens: int
     temperature: float = 1.0
     greedy: bool = False
     system: str | None = None
     seed: int | None = None
+    messages: list[Message] = field(default_factory=list)
+    before: str | None = None
+    """Another answer to the last thing that was said."""
 
     def __post_init__(self) -> None:
-        from pipeline.evaluation.evaluate import load_policies  # torch
-        from pipeline.models.device import device
-        from pipeline.models.loading import load_reward, load_tokenizer, quiet
+        from pipeline.models.loading import load_tokenizer, quiet  # torch
 
         quiet()
         self.tokenizer = load_tokenizer(self.stages["sft"].path)
-        self.models = load_policies(self.stages, self.tokenizer, "chat")
-        rm = self.stages.get("rm")
-        self.reward = load_reward(rm.path).to(device()) if rm else None
+        self.models: dict[str, Any] = {}
+        self.name = [name for name in policies() if name in self.stages][-1]
+        self._model()  # told now if it is not sound
+        self.reset("")
 
-    def ask(self, prompt: str) -> list[tuple[str, str, bool, float | None]]:
-        """Every model's answer as (model, text, ended, reward or None)."""
+    def ask(self, said: str) -> Iterator[str]:
+        """Pieces of the answer to what is said."""
+        return self._answer([*self.messages, message("user", said)], None)
+
+    def _answer(self, asked: list[Message], before: str | None) -> Iterator[str]:
         import torch
 
-        from pipeline.data.template import encode_prompt, scored_ids
-        from pipeline.models.forward import score_sequences
-        from pipeline.models.generation import generate
-        from pipeline.models.tokens import pad_id
+        from pipeline.data.template import encode_prompt
+        from pipeline.models.generation import stream
 
-        messages = [{"role": "user", "content": prompt}]
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
-        ids = encode_prompt(self.tokenizer, messages)
-        answers = []
-        for name, model in self.models.items():
-            if self.seed is not None:
-                torch.manual_seed(self.seed)
-            [response] = generate(
-                model,
-                self.tokenizer,
-                [ids],
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                greedy=self.greedy,
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        shown, ids = "", encode_prompt(self.tokenizer, asked)
+        growing = stream(
+            self._model(),
+            self.tokenizer,
+            ids,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            greedy=self.greedy,
+        )
+        try:
+            for response in growing:
+                piece, shown = response.text[len(shown) :], response.text
+                yield piece
+            yield "" if response.ended else " … (cut off)"
+        finally:  # interrupted too: what was read was said
+            self.messages, self.before = [*asked, message("assistant", shown)], before
+
+    def _model(self) -> Any:
+        from pipeline.models.device import device
+        from pipeline.models.loading import load_policy
+
+        if self.name not in self.models:
+            loaded = load_policy(self.stages[self.name].path, self.tokenizer)
+            self.models[self.name] = loaded.to(device())
+        return self.models[self.name]
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def command(self, line: str) -> str:
+        """Do what a line with a slash asks for; what there is to say of it."""
+        name, _, rest = line[1:].partition(" ")
+        if name not in COMMANDS:
+            raise UserError(
+                f"/{name}: no such command; /help tells what there is (//{name} says it)"
             )
-            score = None
-            if self.reward is not None:
-                read = scored_ids(self.tokenizer, messages, response.ids)
-                [score] = score_sequences(self.reward, [ids], [read], pad_id(self.tokenizer))
-            answers.append((name, response.text, response.ended, score))
-        return answers
+        return COMMANDS[name][1](self, rest.strip())
+
+    def help(self, _: str) -> str:
+        """All commands."""
+        return "\n".join(f"  /{name:<19} {told}" for name, (told, _) in COMMANDS.items())
+
+    def reset(self, _: str) -> str:
+        """Begin anew."""
+        self.messages = [message("system", self.system)] if self.system else []
+        self.before = None
+        return "A new conversation."
+
+    def set_system(self, text: str) -> str:
+        """Another system message, or none, and a new conversation."""
+        self.system = text or None
+        return self.reset("")
+
+    def retry(self, _: str) -> str:
+        """Another answer to the same."""
+        said, answer = self._last()
+        show(self._answer(said, answer))
+        return "/better or /worse than the one before?"
+
+    def set_model(self, name: str) -> str:
+        """Who answers from now on."""
+        there = [policy for policy in policies() if policy in self.stages]
+        if name not in there:
+            raise UserError(f"/model: one of {', '.join(there)}; now it is {self.name}")
+        before, self.name = self.name, name
+        try:
+            self._model()
+        except UserError:
+            self.name = before
+            raise
+        return f"{name} answers."
+
+    def set_temperature(self, text: str) -> str:
+        """0 is the likeliest answer."""
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf:
+            raise UserError(
+                f"/temperature: a number from 0 (the likeliest answer) up, not {text!r}"
+            )
+        self.greedy, self.temperature = value == 0, value or 1.0
+        return f"Temperature {value:g}."
+
+    def save(self, name: str) -> str:
+        """The conversation as a row that sft reads; no file is overwritten."""
+        folder = self.run / "chats"
+        numbered = (folder / f"{n}.jsonl" for n in range(1, sys.maxsize))
+        path = Path(name) if name else next(path for path in numbered if not path.exists())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("x", encoding="utf-8") as file:
+                file.write(jsonl([{"messages": self.messages, "model": self.name}]))
+        except OSError as error:
+            raise UserError(f"/save: {path}: {os.strerror(error.errno or 0)}") from None
+        sync(path)
+        return f"Saved: {path}"
+
+    def rate(self, text: str) -> str:
+        """How good the last answer is."""
+        said, answer = self._last()
+        if text not in map(str, range(1, 8)):
+            raise UserError("/rate: a whole number from 1 (bad) to 7 (good)")
+        return self._kept(said, [answer], rating=int(text))
+
+    def better(self, text: str, rank: int = 1) -> str:
+        """The last answer beside the one before it, or beside the person's own words."""
+        said, answer = self._last()
+        if text:
+            return self._kept(said, [text, answer], ranks=[1, 2])
+        if self.before in (None, answer):
+            raise UserError("two different answers are compared: /retry gives another one first")
+        return self._kept(said, [answer, str(self.before)], ranks=[rank, 3 - rank])
+
+    def worse(self, _: str) -> str:
+        """The opposite of `better`."""
+        return self.better("", rank=2)
+
+    def _last(self) -> tuple[list[Message], str]:
+        """All before the last answer, and that."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise UserError("nothing was answered yet")
+        return self.messages[:-1], self.messages[-1]["content"]
+
+    def _kept(self, said: list[Message], responses: list[str], **judged: Any) -> str:
+        return f"Kept: {keep(self.run, said, responses, model=self.name, **judged)}"
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Talk, str], str]]] = {
+    "reset": ("begin anew", Talk.reset),
+    "system": ("TEXT: a system message, and a new conversation", Talk.set_system),
+    "model": ("NAME: who answers", Talk.set_model),
+    "temperature": ("X: 0 is the likeliest answer", Talk.set_temperature),
+    "retry": ("another answer to the same", Talk.retry),
+    "rate": ("1 to 7: how good the answer is", Talk.rate),
+    "better": (
+        "than the answer before /retry; with a TEXT: that is better than the answer",
+        Talk.better,
+    ),
+    "worse": ("than the answer before /retry", Talk.worse),
+    "save": ("[FILE]: the conversation, as a row that sft reads", Talk.save),
+    "help": ("this", Talk.help),
+}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Sampling responses, token in and token out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -216,3 +216,34 @@ def generate(
         for row, length, ended in zip(*(column.tolist() for column in columns), strict=True):
             out.append(Response(row[:length], response_text(tokenizer, row[:length]), ended))
     return out
+
+
+@torch.no_grad()
+def stream(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    greedy: bool = False,
+) -> Iterator[Response]:
+    """The response to a prompt as it grows, a token at a time, from the same random numbers as `generate`."""
+    device, stop = next(model.parameters()).device, stops(tokenizer)
+    room = layout(model).room(model, len(prompt)) - 1
+    if room < 1:
+        raise UserError(f"a prompt of {len(prompt)} tokens, a model for {places(model)}")
+    queries, mask = left_pad([prompt], pad_id(tokenizer))
+    uniforms = torch.rand(1, min(max_new_tokens, room)).to(device)
+    decode = decoder(model, queries.to(device), mask.to(device), uniforms.shape[1])
+    ids, logits = queries.new_zeros(1, 0).to(device), decode.start()
+    for t in range(uniforms.shape[1]):
+        logits = scaled(logits, temperature)
+        token = logits.argmax(dim=-1) if greedy else drawn(logits, uniforms[:, t])
+        ids = torch.cat([ids, token[:, None]], dim=1)
+        ended, row = bool(stop.hits(ids)), ids[0].tolist()
+        yield Response(row, response_text(tokenizer, row), ended)
+        if ended:
+            return
+        if t + 1 < uniforms.shape[1]:
+            logits = decode.step(token)

@@ -1,0 +1,24 @@
+"""What a person says of responses in a chat: `RUN/ratings.jsonl`, added to and never rewritten."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.messages import Message
+from pipeline.process.files import jsonl
+
+
+def keep(run: Path, messages: list[Message], responses: list[str], **said: Any) -> Path:
+    """Add a row, on the disk when this returns: `ranks` of the responses to a prompt (1 the best), as the rm
+    stage reads rankings, or the `rating` of a single one. What a killed process cut short is closed off first.
+    """
+    path = run / "ratings.jsonl"
+    row = jsonl([{"prompt": messages, "responses": responses, **said}])
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            row = row if file.read() == b"\n" else "\n" + row
+        file.write(row.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return path
