@@ -13,7 +13,7 @@
 #: DRY=1            a few steps of a small random model on a few local rows, in CKPT/RECIPE-dry; no network
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
 #: MODEL="path ..." DATA=file TASK=text|classification|likelihood   make eval of any models on any rows
-#: SEEDS="1 2 3"    seeds of `make seeds` and `make compare`; ARGS= further arguments of chat, overopt, round, seeds and test
+#: SEEDS="1 2 3"    seeds of `make seeds`, `compare` and `expect`; ARGS= further arguments of chat, round, the studies and test
 #: REPO=owner/name  where `make push` sends an export; export and push take ARGS= too
 #: SIZE=S|M|L DEVICE= ITERATIONS= THREADS= CASES="fp32 sft"   of `make bench`; CASES=growth: what grows
 #: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
@@ -159,13 +159,13 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 	$(if $(FORCE),--force $(call quote,$(FORCE))) $(if $(DRY),--dry) $(SETTINGS)
 
 # Told now and not when the goals before it are made, in hours.
-TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare overopt round seeds bench \
+TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare expect overopt round seeds bench \
 	status show-config clean
 TARGETS += export push
 ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
 $(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
 endif
-ifneq ($(and $(DRY),$(filter compare overopt round seeds bench,$(MAKECMDGOALS))),)
+ifneq ($(and $(DRY),$(filter compare expect overopt round seeds bench,$(MAKECMDGOALS))),)
 $(error DRY=1 is for a run: sft rm ppo eval report, chat, status and show-config)
 endif
 ifneq ($(and $(filter clean,$(MAKECMDGOALS)),$(filter-out clean,$(MAKECMDGOALS))),)
@@ -289,6 +289,9 @@ VARIANT = $(if $(PPO),--ppo $(call quote,$(PPO))) $(BORROW)
 
 compare: $(STAMP)  ## PPO beside best-of-n, SFT on the best-ranked, DPO and RLOO, judged alike
 	exec $(PY) -m pipeline.evaluation.compare $(STUDY) $(if $(SEEDS),--seeds $(SEEDS))
+
+expect: $(STAMP)  ## hold the run against what healthy runs of its recipe look like
+	@exec $(PY) -m pipeline.evaluation.expect --recipe $(RECIPE) --run $(RUN_DIR) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 overopt: $(STAMP)  ## study over-optimisation: gold against proxy as KL grows
 	exec $(PY) -m pipeline.evaluation.overopt $(STUDY)

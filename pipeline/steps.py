@@ -51,7 +51,7 @@ class Step:
     gates: str | None = None
     """`module:function` of the health checks that PPO makes of it: (metrics, bars) -> findings."""
     about: str | None = None
-    """Module with CHARTS and verdict: what the report and the summary say of it."""
+    """Module with CHARTS, EXPECTED and verdict: what the report and the summary say of it."""
 
 
 TABLE: dict[str, Step] = {

@@ -82,7 +82,28 @@ def test_every_rival_is_judged_and_shown_and_nothing_is_made_twice(run, monkeypa
     assert compared(run, monkeypatch) == found and "up to date" in capsys.readouterr().out
     other = compared(run, monkeypatch, "--n", "2")  # judged again, and nothing trained again
     assert "best of 2" in other["rows"] and other["rows"]["PPO"] == rows["PPO"]
+    held_out_models_judge_too(run, monkeypatch, rows)
     assert before == [(path / "model.safetensors").stat().st_mtime_ns for path in models]
+
+
+def held_out_models_judge_too(run, monkeypatch, before: dict) -> None:
+    """One with another tokenizer's ids, which only ever sees text; and never the one that was optimised."""
+    other = run.parent / "other" / "rm"
+    tiny_models.reward(7).save_pretrained(other)
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}w9 {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(other)
+    rows = compared(run, monkeypatch, "--judge-models", str(other))["rows"]
+    for name, row in rows.items():
+        assert 0 <= row["by other"] <= 1 and row["by other_low"] < row["by other_high"]
+        assert {k: v for k, v in row.items() if not k.startswith("by ")} == before[name]
+    assert rows["SFT"]["by other"] == rows["SFT"]["by other_even"] == 0.5
+    head = (run / "compare" / "compare.md").read_text().splitlines()[2]
+    assert "| by other | by other, at equal length | KL to SFT |" in head
+    with pytest.raises(UserError, match="optimised this very model"):
+        compared(run, monkeypatch, "--judge-models", str(run / "rm"))
+    with pytest.raises(UserError, match="nowhere"):
+        compared(run, monkeypatch, "--judge-models", str(run / "nowhere"))
 
 
 def test_the_best_ranked_are_what_people_put_first(run, monkeypatch):

@@ -357,9 +357,7 @@ def test_clean_names_the_runs_that_borrow_before_it_asks(tmp_path):
 
 def test_make_alone_tells_every_target():
     told = make().stdout
-    targets = (
-        "sft rm ppo base venv test test-slow check eval report chat overopt seeds status".split()
-    )
+    targets = "sft rm ppo base venv test test-slow check eval report chat compare expect overopt seeds status".split()
     for target in [*targets, "show-config", "clean"]:
         assert f"make {target} " in told
     for variable in "RECIPE RUN FROM SFT RM PPO SET FORCE CKPT PYTHON VENV ENGINE".split():
@@ -389,6 +387,10 @@ def test_other_targets_call_what_they_say():
     assert dry("export", "ARGS=--ema") == ["pipeline.commands.export --run checkpoints/tiny --ema"]
     pushed = "pipeline.commands.push --run checkpoints/tiny --repo 'me/it' "
     assert dry("push", "REPO=me/it") == [pushed]
+    asked = "--recipe tiny --run checkpoints/x --seeds 1 2 --write"
+    assert dry("expect", "RUN=x", "SEEDS=1 2", "ARGS=--write") == [
+        f"pipeline.evaluation.expect {asked}"
+    ]
     assert modules(dry("check")) == ["ruff", "ruff", "mypy"]
     assert modules(dry("test")) == ["pytest"]
 

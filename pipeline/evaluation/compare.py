@@ -7,9 +7,7 @@ again. Writes RUN/compare/compare.{json,md}; the report shows them. With --seeds
 
 import argparse
 import json
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +23,14 @@ from pipeline.data.splits import split_by_prompt
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
 from pipeline.evaluation.judges import load_judge
-from pipeline.handoff.artifacts import installed_packages
-from pipeline.handoff.found import find_stages, fresh_stages, read_json
+from pipeline.evaluation.rivals import Judges, Policy, Row, judged, markdown, medians
+from pipeline.evaluation.rm import Scorer
+from pipeline.handoff.artifacts import MANIFEST, installed_packages
+from pipeline.handoff.found import Stage, find_stages, fresh_stages, read_json
 from pipeline.handoff.remembered import command
 from pipeline.process.files import jsonl, read_jsonl, remove, write_atomically
 from pipeline.process.progress import say
 from pipeline.steps import overrides
-
-Row = dict[str, Any]
-"""Of one policy: judge, wins over SFT with an interval, rm_score, KL to SFT, ended, length, minutes."""
-
-COLUMNS = {
-    "judge": "judge",
-    "wins": "wins over SFT",
-    "wins_by_rm": "by the reward model",
-    "rm_score": "its score",
-    "kl": "KL to SFT",
-    "ended": "ends",
-    "length": "tokens",
-    "minutes": "minutes of training",
-}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe, run, settings = steps.asked(args)
     runs = [steps.sibling(run, f"seed{seed}") for seed in args.seeds] or [run]
     config = load_config(EvalConfig, recipe / "eval.yaml", overrides("eval", settings))
-    studies = [Study(recipe, each, config, args.n, args.samples, args.betas) for each in runs]
+    asked = (args.n, args.samples, args.betas, args.judge_models)
+    studies = [Study(recipe, each, config, *asked) for each in runs]
     tables = [study.table(args.split) for study in studies]
     if args.seeds:
         text = markdown(medians(tables), f"{run.name}: medians of {len(runs)} seeds")
@@ -67,26 +54,25 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--seeds", type=int, nargs="*", default=[], help="runs RUN-seedN")
     out.add_argument("--split", choices=["test", "validation"], default="test")
     out.add_argument("--n", type=steps.count, default=4, help="of best-of-n")
+    judges = "held-out reward models that judge as well: folders or hub ids"
+    out.add_argument("--judge-models", nargs="*", default=[], metavar="PATH", help=judges)
     out.add_argument("--samples", type=steps.count, default=4, help="RLOO's, of each prompt")
     out.add_argument("--betas", type=float, nargs="+", default=[0.03, 0.1, 0.3], help="DPO's")
     return out
-
-
-@dataclass
-class Policy:
-    """A model to judge, and the minutes of training that it took after SFT."""
-
-    path: Path
-    minutes: float
-    best_of: int = 1
-    """Answers of which the reward model picks one."""
 
 
 class Study:
     """One run and its rivals."""
 
     def __init__(
-        self, recipe: Path, run: Path, config: EvalConfig, n: int, samples: int, betas: list[float]
+        self,
+        recipe: Path,
+        run: Path,
+        config: EvalConfig,
+        n: int,
+        samples: int,
+        betas: list[float],
+        judge_models: Sequence[str] = (),
     ):
         self.recipe, self.run, self.config = recipe, run, config
         self.n, self.samples, self.betas = n, samples, betas
@@ -102,6 +88,10 @@ class Study:
                 f"{recipe / 'eval.yaml'}: validation_prompts: DPO's beta is chosen on them; or give one "
                 "beta: ARGS='--betas 0.1'"
             )
+        self.judge_models = {path: _held(path) for path in judge_models}
+        for path, held in self.judge_models.items():
+            if held == self.stages["rm"].manifest_sha256:
+                raise UserError(f"{path}: {run} optimised this very model; a judge is another one")
         self.judge = load_judge(config.judge)
         self.out = run / "compare"
         self.made_from = {name: stage.manifest_sha256 for name, stage in self.stages.items()}
@@ -116,11 +106,16 @@ class Study:
             "samples": self.samples,
             "betas": self.betas,
             "made_from": self.made_from,
+            "judge_models": self.judge_models,
         }
         before = read_json(path)
         if all(before.get(key) == value for key, value in asked.items()):
             say(f"compare: up to date ({path})")
             return before["rows"]
+        for (
+            judge_model
+        ) in self.judge_models:  # what is wrong with one is told before a rival trains
+            Scorer(judge_model)
         sft, ppo = self.stages["sft"].path, self.stages["ppo"].path
         of_rm = minutes(self.stages["rm"].path)
         policies = {
@@ -137,7 +132,7 @@ class Study:
             by_beta = self._dpo()
             chosen, tried = self._choice(by_beta)
             policies[f"DPO, beta {chosen}"] = by_beta[chosen]
-        rows = judged(self, split, policies)
+        rows = self._judged(split, policies)
         judge = None if self.judge is None else self.judge.name
         facts = {"judge": judge, "dpo_on_validation": tried, "left_out": self.left_out}
         text = markdown(rows, f"{self.run.name}, {split} prompts")
@@ -207,93 +202,29 @@ class Study:
             out[beta] = Policy(folder, minutes(folder))
         return out
 
+    def _judged(self, split: Split, policies: dict[str, Policy]) -> dict[str, Row]:
+        judges = Judges(self.judge, self.stages["rm"].path, list(self.judge_models))
+        return judged(self.config, split, self.stages["sft"].path, judges, policies)
+
     def _choice(self, policies: dict[str, Policy]) -> tuple[str, dict[str, float]]:
         """The name of the best by the judge (without one, by the reward model) on validation, and all grades."""
         by = "rm_score" if self.judge is None else "judge"
         if len(policies) == 1:
             return next(iter(policies)), {}
-        tried = {name: row[by] for name, row in judged(self, "validation", policies).items()}
+        tried = {name: row[by] for name, row in self._judged("validation", policies).items()}
         return max(tried, key=tried.__getitem__), tried
+
+
+def _held(model: str) -> str:
+    """Hash of what a model of ours holds; "" of another one."""
+    path = Path(model)
+    return Stage(path.name, path, read_json(path / MANIFEST)).manifest_sha256
 
 
 def minutes(folder: Path) -> float:
     """Wall-clock minutes between the first and the last row of a record."""
     times = [row["time"] for row in read_jsonl(folder / "metrics.jsonl")]
     return (times[-1] - times[0]) / 60
-
-
-def judged(study: Study, split: Split, policies: dict[str, Policy]) -> dict[str, Row]:
-    """All policies on the same prompts and random numbers."""
-    from pipeline.evaluation import metrics  # these import torch
-    from pipeline.evaluation.evaluate import Exam, ask
-    from pipeline.evaluation.likelihoods import kl_to_sft
-    from pipeline.models import device
-    from pipeline.models.loading import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
-
-    quiet()
-    prepare_cpu(study.config.threads)
-    place = study.stages["sft"].path
-    tokenizer = load_tokenizer(place)
-    sft = load_policy(place, tokenizer).to(device.device())
-    asked = ask(study.config, split, tokenizer)
-    reward = load_reward(study.stages["rm"].path).to(device.device())
-    exam = Exam(study.config, tokenizer, study.judge, reward)
-    rows, before = {}, exam.graded(asked, exam.answers("SFT", sft, asked)).columns()
-    for name, policy in policies.items():
-        model = load_policy(policy.path, tokenizer).to(device.device())
-        if policy.best_of == 1:
-            responses = exam.answers(name, model, asked)
-            now = exam.graded(asked, responses).columns()
-            models = {"ppo": model, "sft": sft}
-            kl = kl_to_sft(study.config, models, tokenizer, asked.ids, responses)["ppo_vs_sft"]
-        else:
-            now = _picked(exam, model, asked, policy.best_of)
-            kl = metrics.kl_of_best_of_n(policy.best_of)
-        rows[name] = {
-            **{key: statistics.fmean(values) for key, values in now.items()},
-            "kl": kl,
-            "minutes": policy.minutes,
-        }
-        for grade, key in (("judge", "wins"), ("rm_score", "wins_by_rm")):
-            if grade in now:
-                found = metrics.win_rate(now[grade], before[grade])
-                rows[name] |= {key: found.rate, f"{key}_low": found.low, f"{key}_high": found.high}
-    return rows
-
-
-def _picked(exam: Any, model: Any, asked: Any, n: int) -> dict[str, Sequence[float]]:
-    """What the reward model likes best of n answers to each prompt."""
-    many = asked.at([i for i in range(len(asked.ids)) for _ in range(n)])
-    found = exam.graded(many, exam.answers(f"best of {n}", model, many)).columns()
-    scores = found["rm_score"]
-    best = [max(range(i, i + n), key=scores.__getitem__) for i in range(0, len(scores), n)]
-    return {name: [values[i] for i in best] for name, values in found.items()}
-
-
-def columns(rows: dict[str, Row]) -> dict[str, str]:
-    """Keys of the rows that a table shows, with their titles."""
-    return {k: title for k, title in COLUMNS.items() if any(k in row for row in rows.values())}
-
-
-def medians(tables: list[dict[str, Row]]) -> dict[str, Row]:
-    """Of all seeds; a policy is one whatever beta was chosen for it."""
-    merged: dict[str, list[Row]] = {}
-    for table in tables:
-        for name, row in table.items():
-            merged.setdefault(name.partition(",")[0], []).append(row)
-    return {
-        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        for name, rows in merged.items()
-    }
-
-
-def markdown(rows: dict[str, Row], title: str) -> str:
-    """A table with a row a policy."""
-    keys = columns(rows)
-    lines = [f"# {title}", "", "| | " + " | ".join(keys.values()) + " |", "|-|" + "-:|" * len(keys)]
-    for name, row in rows.items():
-        lines += [f"| {name} | " + " | ".join(f"{row[key]:.3f}" for key in keys) + " |"]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ import base64
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from pipeline.evaluation.bands import Band
 
 INK = "#7d8590"  # readable on white and on near-black
 COLOURS = ("#4c8dff", "#f0883e", "#3fb950", "#db61a2", "#a371f7")
@@ -61,11 +64,20 @@ def chart(draw: Callable[..., None], width: float = 3.9, height: float = 2.3) ->
 
 @chart
 def lines(
-    series: Mapping[str, Points], xlabel: str = "step", level: float | None = None, *, axes: Axes
+    series: Mapping[str, Points],
+    xlabel: str = "step",
+    level: float | None = None,
+    bands: Mapping[str, Band] = MappingProxyType({}),
+    *,
+    axes: Axes,
 ) -> None:
-    """One curve per name; a legend only where there are several. `level` is a dashed line."""
+    """One curve per name, before its band if it has one; a legend only where there are several. `level` is a
+    dashed line."""
     for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
         x, y = zip(*points, strict=True)
+        if name in bands:
+            steps, low, high = zip(*bands[name], strict=True)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.14, linewidth=0)
         if len(points) < 4:  # a line between so few would claim too much
             axes.plot(x, y, "D", color=colour, label=name, markersize=5)
         else:

@@ -10,10 +10,12 @@ from pydantic import ValidationError
 from pipeline import steps
 from pipeline.config.schema import AlarmLimits, GateBars, PPOConfig
 from pipeline.errors import UserError
+from pipeline.evaluation import expect
+from pipeline.evaluation.bands import Expected
 from pipeline.evaluation.card import card
 from pipeline.evaluation.rankings import Measured, measure, read_scored
 from pipeline.handoff.found import Stage, find_stages, fresh_stages, read_json
-from pipeline.handoff.remembered import FILE, Asked, command
+from pipeline.handoff.remembered import FILE, Asked, command, expected_of
 from pipeline.process.files import read_jsonl
 
 
@@ -32,6 +34,7 @@ class Record:
     overopt: dict[str, Any]
     compared: dict[str, Any]  # compare/compare.json
     rounds: dict[str, Any]  # rounds/rounds.json
+    expected: Expected | None  # what healthy runs of its recipe look like
     bars: GateBars
     limits: AlarmLimits
     evaluable: bool  # whether `make eval` has a config for this run
@@ -79,6 +82,7 @@ def load_record(run: Path) -> Record:
         overopt=read_json(run / "overopt" / "overopt.json"),
         compared=read_json(run / "compare" / "compare.json"),
         rounds=read_json(run / "rounds" / "rounds.json"),
+        expected=expect.load(expected_of(run)),
         bars=config.gate_bars,
         limits=config.alarms,
         evaluable=evaluable,

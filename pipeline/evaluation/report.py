@@ -17,9 +17,9 @@ from pipeline import steps
 from pipeline.cli import reporting_errors
 from pipeline.evaluation import mirrored, plots, rounds
 from pipeline.evaluation.about import conclusion, verdicts
-from pipeline.evaluation.compare import columns
 from pipeline.evaluation.rankings import Measured
 from pipeline.evaluation.record import Record, load_record, values
+from pipeline.evaluation.rivals import columns
 from pipeline.evaluation.summary import formatted, summary_rows
 from pipeline.handoff.lineage import identity
 from pipeline.ppo.preflight import better_rule
@@ -150,7 +150,12 @@ def charts(record: Record, stage: str) -> list[dict[str, str]]:
         series = {name: points for name, points in series.items() if points}
         if any(len(points) > 1 for points in series.values()):
             source = ", ".join(chart.series[name] for name in series)
-            image = plots.lines(series, chart.x, chart.level)
+            known = record.expected.bands.get(stage, {}) if record.expected else {}
+            bands = {
+                name: known[metric] for name, metric in chart.series.items() if metric in known
+            }
+            image = plots.lines(series, chart.x, chart.level, bands)
+            source += ", behind it the band of the recipe's healthy runs" if bands else ""
             out.append({"title": chart.title, "source": source, "image": image})
     return out
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.cli import reporting_errors
 from pipeline.config.schema import Data
+from pipeline.data.messages import Message
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.errors import UserError, at
 from pipeline.evaluation.card import card
@@ -38,35 +39,64 @@ def main(argv: list[str] | None = None) -> None:
     print(text(found))
 
 
+class Scorer:
+    """Any sequence classifier with one score, by its own tokenizer and template."""
+
+    def __init__(self, model: str | Path):
+        from pipeline.models import device  # these import torch
+        from pipeline.models.causal import places
+        from pipeline.models.loading import fit_tokenizer, load_reward, load_tokenizer
+
+        self.tokenizer, network = load_tokenizer(model), load_reward(model)
+        fit_tokenizer(network, self.tokenizer)
+        self.places, self.network = places(network), network.to(device.device())
+
+    def encode(
+        self, messages: list[Message], responses: list[str]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Ids of a prompt and of the responses to it, without their thinking."""
+        from pipeline.data.template import encode_responses, without_thinking
+
+        return encode_responses(self.tokenizer, messages, list(map(without_thinking, responses)))
+
+    def scores(
+        self, prompts: list[list[int]], replies: list[list[int]], progress: str
+    ) -> list[float]:
+        """One score for each pair of ids."""
+        from pipeline.models.forward import score_sequences
+        from pipeline.models.tokens import pad_id
+
+        pad = pad_id(self.tokenizer)
+        return score_sequences(self.network, prompts, replies, pad, progress=progress)
+
+    def of_answers(self, asked: list[list[Message]], answers: list[str]) -> list[float]:
+        """Scores of one answer to each conversation; UserError for one that is too long."""
+        pairs = [
+            self.encode(messages, [text]) for messages, text in zip(asked, answers, strict=True)
+        ]
+        longest = max(len(prompt) + len(reply) for prompt, [reply] in pairs)
+        if longest > self.places:
+            raise UserError(f"a judge model has {self.places} places, an answer needs {longest}")
+        prompts, replies = [prompt for prompt, _ in pairs], [reply for _, [reply] in pairs]
+        return self.scores(prompts, replies, "judging")
+
+
 def scored(model: str, rankings: list[Ranking], max_length: int | None = None) -> list[Scored]:
     """Rankings with a reward model's scores, by its own tokenizer and template.
 
     Responses over `max_length`, or over what the model has places for, are left out and said; UserError
     when no pair is left.
     """
-    from pipeline.data.template import encode_responses, without_thinking  # these import torch
-    from pipeline.models import device
-    from pipeline.models.causal import places
-    from pipeline.models.forward import score_sequences
-    from pipeline.models.loading import (
-        fit_tokenizer,
-        load_reward,
-        load_tokenizer,
-        prepare_cpu,
-        quiet,
-    )
-    from pipeline.models.tokens import pad_id
+    from pipeline.models.loading import prepare_cpu, quiet  # these import torch
 
     quiet()
     prepare_cpu(None)
-    tokenizer, network = load_tokenizer(model), load_reward(model)
-    fit_tokenizer(network, tokenizer)
-    limit = min(places(network), max_length or places(network))
+    scorer = Scorer(model)
+    limit = min(scorer.places, max_length or scorer.places)
     items, prompts, replies, left = list[Scored](), list[list[int]](), list[list[int]](), 0
     for ranking in tracked(rankings, "rm: encoding"):
-        said = [without_thinking(response) for response in ranking.responses]
         with at(ranking.where):
-            prompt, encoded = encode_responses(tokenizer, ranking.messages, said)
+            prompt, encoded = scorer.encode(ranking.messages, ranking.responses)
         fit = [i for i, ids in enumerate(encoded) if len(prompt) + len(ids) <= limit]
         left += len(encoded) - len(fit)
         ranks = [ranking.ranks[i] for i in fit]
@@ -81,10 +111,7 @@ def scored(model: str, rankings: list[Ranking], max_length: int | None = None) -
         say(f"rm: {left} responses are over {limit} tokens and left out")
     if not items:
         raise UserError("rm: no pair of ranked responses is left to score")
-    pad = pad_id(tokenizer)
-    scores = iter(
-        score_sequences(network.to(device.device()), prompts, replies, pad, progress="rm: scoring")
-    )
+    scores = iter(scorer.scores(prompts, replies, "rm: scoring"))
     for item in items:
         item.scores = [next(scores) for _ in item.ranks]
     return items

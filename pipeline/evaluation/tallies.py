@@ -24,6 +24,16 @@ class Answers:
         """Name -> one number per prompt."""
         return {"length": self.lengths, "ended": self.ended, **self.grades}
 
+    def at(self, places: Sequence[int]) -> "Answers":
+        """Some of them."""
+        texts, lengths, ended = self.texts, self.lengths, self.ended
+        return Answers(
+            [texts[i] for i in places],
+            [lengths[i] for i in places],
+            [ended[i] for i in places],
+            {name: [values[i] for i in places] for name, values in self.grades.items()},
+        )
+
     def row(self, i: int) -> dict[str, Any]:
         """The i-th answer as a line of a samples file has it."""
         numbers = {name: values[i] for name, values in self.columns().items()}

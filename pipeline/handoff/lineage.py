@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.handoff import artifacts, datafiles, sources
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.found import find_stages, fresh_stages, read_json
-from pipeline.handoff.remembered import make_command
+from pipeline.handoff.remembered import expected_of, make_command
 from pipeline.process.files import read_if_whole, sha256, write_atomically
 
 _WORTH_CACHING = 1_000_000  # bytes; a smaller file is hashed as fast as it is looked up
@@ -119,7 +119,8 @@ def identity(name: str, config: BaseModel | None, run: Path) -> Identity:
             "compare/compare",
             "rounds/rounds",
         )
-        inputs = _hashed([path for name in shown if (path := run / f"{name}.json").is_file()])
+        files = [*(run / f"{name}.json" for name in shown), expected_of(run)]
+        inputs = _hashed([path for path in files if path.is_file()])
     else:
         inputs = inputs_of(config) if isinstance(config, Section) else {}
     return Identity(values, parents, _portable(inputs))

@@ -13,6 +13,8 @@ from pipeline.errors import UserError
 from pipeline.process.files import Lock, write_atomically
 
 FILE = "run.json"
+EXPECTED = "expect.yaml"
+"""In a recipe's folder: what its healthy runs look like (`pipeline.evaluation.expect`)."""
 DEFAULT_RECIPE = Path("configs/tiny")
 
 
@@ -49,6 +51,11 @@ def recall(run: Path) -> Memory:
             f"{run / FILE}: cannot be read: {reason}\nIt holds the recipe, files and settings of the "
             "run; remove it to give them anew"
         ) from None
+
+
+def expected_of(run: Path) -> Path:
+    """Where a run's recipe says what its runs look like, if it does."""
+    return Path(recall(run).recipe or "", EXPECTED)
 
 
 def note(run: Path, name: str, made: Made, recipe: Path | None, borrow: Path | None) -> None:

@@ -1,7 +1,8 @@
 """What the evaluation shows about each step, a module a step, named in the table of steps.
 
-Each has CHARTS (its curves in the report) and verdict(record, verdict) (its findings). Here are the words
-that several of them use. Thresholds are rules of thumb; those that PPO has too, as a bar of its gates or the
+Each has CHARTS (its curves in the report), EXPECTED (what it usually means that one of them, or a number of the
+manifest, is below its band or above: `pipeline.evaluation.expect`) and verdict(record, verdict) (its findings).
+Here are the words that several of them use. Thresholds are rules of thumb; those that PPO has too, as a bar of its gates or the
 limit of an alarm, are the ones of the run's own config.
 """
 
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline import steps
+from pipeline.evaluation import expect
+from pipeline.evaluation.expect import Departure
 from pipeline.evaluation.record import Record
 from pipeline.ppo.preflight import Finding, Level
 
@@ -76,11 +79,21 @@ def verdicts(record: Record) -> list[Verdict]:
         if about := steps.about(stage):
             verdict = Verdict(stage)
             about.verdict(record, verdict)
+            for departure in departures(record, stage):
+                verdict.add("watch", str(departure))
             if not verdict.findings:
                 remedy = f": {record.command('eval')}" if record.evaluable else ""
                 verdict.add("watch", f"Nothing was measured yet{remedy}.")
             out.append(verdict)
     return out
+
+
+def departures(record: Record, stage: str) -> list[Departure]:
+    """What left the band of the recipe's healthy runs; nothing of a stage that was made otherwise than those."""
+    expected, own = record.expected, record.stages[stage]
+    if expected is None or expect.caveats(expected, own):
+        return []
+    return expect.departures(expected, own)
 
 
 def conclusion(found: list[Verdict]) -> str:

@@ -31,6 +31,39 @@ CHARTS = [
     )
 ]
 
+EXPECTED = {
+    "objective/scores": (
+        "It does not learn this reward: learning_rate, kl_coef, or scores of the wrong sign or scale; at the first "
+        "iteration: another reward or SFT model.",
+        "Another reward, or one that is gamed: look at KL and at the samples.",
+    ),
+    "objective/kl": (
+        "The policy hardly moves: learning_rate too low, kl_coef too high, or scores that are all alike.",
+        "The policy goes too far: learning_rate too high, or kl_coef too low.",
+    ),
+    "policy/entropy_avg": (
+        "It collapses onto few answers: learning_rate too high, kl_coef too low.",
+        "It answers at random: learning_rate too high, another temperature, or a reward of the wrong sign.",
+    ),
+    "policy/approxkl_avg": (
+        "Its steps are small: learning_rate too low, or advantages that are all alike.",
+        "Its steps are large: learning_rate or ppo_epochs too high.",
+    ),
+    "response/length": (
+        "Responses shrink: the reward pays for it, or EOS comes at once.",
+        "Responses grow: EOS is masked or not learnt, or the reward pays for length.",
+    ),
+    "response/truncated": ("", "Responses do not end: EOS is masked or not learnt."),
+    "val/explained_variance": (
+        "The value network does not follow the returns: value_learning_rate, or a reward that jumps.",
+        "Returns are easier to tell: scores that hardly vary.",
+    ),
+    "loss/value_avg": (
+        "Returns hardly vary: scores that are all alike, or another scale.",
+        "Returns are far from what the value network expects: scores of another scale, or a policy that jumps.",
+    ),
+}
+
 
 def _kl(record: Record) -> float | None:
     """As it was evaluated, else as it was logged at the end."""

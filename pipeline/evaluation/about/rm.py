@@ -20,6 +20,25 @@ CHARTS = [
     ),
 ]
 
+EXPECTED = {
+    "train/loss": (
+        "It learns by heart, or something beside the answers tells them apart: look at its card.",
+        "It learns less: learning_rate too high or too low, ranks the wrong way round, or noisier labels.",
+    ),
+    "train/accuracy": (
+        "It learns less: learning_rate, ranks the wrong way round, or noisier labels.",
+        "It learns by heart, or something beside the answers tells them apart.",
+    ),
+    "validation/accuracy": (
+        "It ranks less right: learning_rate, noisier labels, or an SFT model whose answers are alike.",
+        "Held-out rankings may be among those it learns from, or they are easier.",
+    ),
+    "accuracy": (
+        "It ranks less right: learning_rate, noisier labels, or an SFT model whose answers are alike.",
+        "Held-out rankings may be among those it learns from, or they are easier.",
+    ),
+}
+
 
 def verdict(record: Record, verdict: Verdict) -> None:
     """What PPO asks of it, its calibration and length, and the judge."""

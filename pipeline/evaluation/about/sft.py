@@ -12,6 +12,26 @@ CHARTS = [
     ),
 ]
 
+EXPECTED = {
+    "train/loss": (
+        "What it is to say stands in what it is asked, or another model or data.",
+        "It learns less: learning_rate too high or too low, another model or data, or labels masked that "
+        "should not be.",
+    ),
+    "train/token_accuracy": (
+        "It learns less: learning_rate, another model or data, or labels masked that should not be.",
+        "What it is to say stands in what it is asked, or another model or data.",
+    ),
+    "validation/loss": (
+        "Held-out rows may be among those it learns from, or they are others.",
+        "It learns less, or by heart: fewer epochs if train/loss is within its band.",
+    ),
+    "eos_share": (
+        "Its answers do not end: EOS is masked in the labels, or sample_tokens cuts.",
+        "",
+    ),
+}
+
 
 def verdict(record: Record, verdict: Verdict) -> None:
     """Perplexity, what PPO asks of it, and the judge."""
