@@ -14,7 +14,7 @@
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
 #: MODEL="path ..." DATA=file TASK=text|classification|likelihood   make eval of any models on any rows
 #: SEEDS="1 2 3"    seeds of `make seeds`, `compare` and `expect`; ARGS= further arguments of chat, round, the studies and test
-#: REPO=owner/name  where `make push` sends an export; export and push take ARGS= too
+#: REPO=owner/name  where `make push` sends an export; export, push and serve take ARGS= too
 #: SIZE=S|M|L DEVICE= ITERATIONS= THREADS= CASES="fp32 sft"   of `make bench`; CASES=growth: what grows
 #: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
@@ -161,7 +161,7 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 # Told now and not when the goals before it are made, in hours.
 TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare expect overopt round seeds bench \
 	status show-config clean
-TARGETS += export push
+TARGETS += export push serve
 ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
 $(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
 endif
@@ -280,6 +280,9 @@ chat: $(STAMP)  ## talk with the run's policy
 
 export: $(STAMP)  ## folders for others in CKPT/RUN/export: merged weights, adapter, model card
 	@exec $(PY) -m pipeline.commands.export --run $(RUN_DIR) $(ARGS)
+
+serve: $(STAMP)  ## an OpenAI-compatible server of the run's policy, on this machine alone
+	@exec $(PY) -m pipeline.commands.serve --run $(RUN_DIR) $(ARGS)
 
 push: $(STAMP)  ## an export to the hub as REPO=owner/name; tells what would go, sends with ARGS=--upload
 	@exec $(PY) -m pipeline.commands.push --run $(RUN_DIR) --repo $(call quote,$(REPO)) $(ARGS)

@@ -385,6 +385,7 @@ def test_every_rule_is_one_that_make_3_81_knows():
 def test_other_targets_call_what_they_say():
     assert dry("chat", "RUN=x") == ["pipeline.commands.chat --run checkpoints/x "]
     assert dry("export", "ARGS=--ema") == ["pipeline.commands.export --run checkpoints/tiny --ema"]
+    assert dry("serve", "RUN=x") == ["pipeline.commands.serve --run checkpoints/x "]
     pushed = "pipeline.commands.push --run checkpoints/tiny --repo 'me/it' "
     assert dry("push", "REPO=me/it") == [pushed]
     asked = "--recipe tiny --run checkpoints/x --seeds 1 2 --write"
