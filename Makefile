@@ -162,6 +162,7 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare expect overopt round seeds bench \
 	status show-config clean
 TARGETS += export push serve
+TARGETS += wandb-sync
 ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
 $(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
 endif
@@ -309,6 +310,9 @@ bench: $(STAMP)  ## time PPO against TRL's own, and the other stages against its
 	exec $(PY) -m pipeline.bench --size $(SIZE) $(if $(DEVICE),--device $(DEVICE)) \
 	  $(if $(ITERATIONS),--iterations $(ITERATIONS)) $(if $(THREADS),--threads $(THREADS)) \
 	  $(if $(CASES),--cases $(CASES)) $(ARGS)
+
+wandb-sync: $(STAMP)  ## send to W&B what the run mirrored offline, in order, and draw its lineage
+	@exec $(PY) -m pipeline.commands.wandb_sync --run $(RUN_DIR)
 
 status: $(STAMP)  ## what the run has, and what would be made again
 	@$(STATUS)

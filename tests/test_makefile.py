@@ -511,3 +511,10 @@ def test_a_first_make_builds_the_environment_and_then_the_stages(
     assert installs[-1].endswith("--editable .[dev,gguf]")
     assert Path("checkpoints/tiny/sft/manifest.json").exists()
     assert Path(".venv/.installed").exists()
+
+
+def test_wandb_sync_of_a_run_that_is_not_there_names_those_that_are(tmp_path):
+    make_all(tmp_path)
+    done = make("wandb-sync", "RUN=nope")
+    assert done.returncode != 0
+    assert "checkpoints/nope: no such run; there are: tiny" in done.stderr

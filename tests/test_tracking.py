@@ -46,7 +46,6 @@ class FakeRun:
         self.logged: list[tuple[int, dict]] = []
         self.finished: int | None = None
         self.resumed, self.step, self.url = False, 0, "there"
-        self.settings = types.SimpleNamespace(sync_dir="sync")
         self.summary, self.alerts, self.used, self.made, self.defined = {}, [], [], [], {}
         self._log = log
 
@@ -233,7 +232,7 @@ def test_an_unreachable_server_means_offline_with_one_warning(tmp_path, monkeypa
     assert tried == ["online", "offline"]
     assert run.logged == [(1, {"ppo/step": 1, "loss": 1.0})]
     assert "no answer; writing offline" in told
-    assert "wandb sync sync" in told
+    assert "make wandb-sync RUN=tiny" in told
     assert "tail" not in told
 
 
@@ -330,7 +329,7 @@ def check_real(done: subprocess.CompletedProcess, tmp_path: Path) -> None:
     [file] = folder.glob("*.wandb")
     assert b"objective/kl" in file.read_bytes()
     assert b"tiny-ppo" in file.read_bytes()
-    assert f"wandb sync {folder}" in done.stdout
+    assert "make wandb-sync RUN=tiny" in done.stdout
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def read_back(run: Path) -> dict[str, list[Any]]:
     [folder] = (run / "wandb").glob("offline-run-*")
     wandb = Path(sys.executable).with_name("wandb")
     command = [str(wandb), "leet", "inspect", "--json", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=run)
     out: dict[str, list[Any]] = {}
     for line in map(json.loads, done.stdout.splitlines()):
         out.setdefault(line["type"], []).append(line.get(line["type"]))

@@ -91,6 +91,8 @@ class Wandb(Section):
     upload: bool = False
     """Also send what is published: weights, and the rows a stage keeps beside them. Else numbers, config,
     the responses to a few fixed prompts, and hashes alone leave this machine."""
+    registry: Text | None = None
+    """Collection that what the stage publishes is linked to, e.g. `wandb-registry-model/my-policy`."""
 
 
 class StageConfig(Section):
@@ -120,7 +122,7 @@ class StageConfig(Section):
     save_every: Positive = 200
     """Optimizer steps between saved training states; a killed run redoes at most so many."""
     wandb: Wandb = Wandb()
-    """mode, project, entity, upload."""
+    """mode, project, entity, upload, registry."""
 
 
 class BaseConfig(Section):

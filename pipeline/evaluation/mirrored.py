@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import steps
-from pipeline.config.schema import Wandb
 from pipeline.evaluation.about import Verdict
 from pipeline.evaluation.record import Record
 from pipeline.handoff.found import Stage
+from pipeline.tracking.contents import settings_of
 from pipeline.tracking.mirror import Mirror
 
 
@@ -44,11 +44,11 @@ def _mirror(name: str, run: Path, stages: dict[str, Stage], config: dict[str, An
     """As the last stage that was made is mirrored; the artifacts are its parents."""
     run = run.resolve() if not run.name else run
     made = [stage for stage in stages.values() if stage.manifest]
-    settings = Wandb.model_validate(made[-1].config.get("wandb") or {}) if made else Wandb()
     work = run / ".work" / name
     work.mkdir(parents=True, exist_ok=True)
     (work / "wandb_id").unlink(missing_ok=True)  # another result is another run
-    return Mirror(work, name, run, settings, config, {stage.name: stage.path for stage in made})
+    parents = {stage.name: stage.path for stage in made}
+    return Mirror(work, name, run, settings_of(stages), config, parents)
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

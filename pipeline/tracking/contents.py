@@ -1,6 +1,7 @@
 """What a run in Weights & Biases holds: its axes, what it was made from and with, tables, artifacts."""
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.handoff.artifacts import (
     is_published,
     manifest_hash,
 )
+from pipeline.handoff.found import Stage
 
 BEST = {
     "validation/loss": "min",
@@ -81,29 +83,52 @@ def page(file: Path) -> Any:
     return wandb.Html(str(file), inject=False)
 
 
-def log_artifact(
-    run: Any, directory: Path, manifest: Manifest, settings: schema.Wandb, mode: str
-) -> None:
-    """Hashes of its data, its manifest with each file's; files only when asked to."""
+def log_artifact(run: Any, directory: Path, manifest: Manifest, upload: bool) -> Any:
+    """Its manifest with each file's hash; the files themselves only when asked to."""
     import wandb
 
-    if mode == "online" and manifest.inputs:  # offline `use_artifact` raises
-        data = wandb.Artifact(f"{name_of(directory)}-data", "dataset", metadata=manifest.inputs)
-        run.use_artifact(data)
     held = manifest.model_dump(mode="json", exclude={"files"})
     artifact = wandb.Artifact(name_of(directory), type="model", metadata=held)
-    if settings.upload:
+    if upload:
         artifact.add_dir(str(directory), policy="immutable")  # refers to the files, copies none
     else:
         artifact.add_file(str(directory / MANIFEST), policy="immutable")
     run.log_artifact(artifact, aliases=["latest", alias(directory)])
+    return artifact
 
 
-def use(run: Any, parents: Iterable[Path]) -> None:
-    """Edges from the artifacts that a run reads; a parent that was never sent has none."""
-    for parent in parents:
-        with contextlib.suppress(Exception):
-            run.use_artifact(f"{name_of(parent)}:{alias(parent)}")
+def use(run: Any, names: Iterable[str]) -> list[str]:
+    """Edges from the artifacts that a run reads; returns those that were never sent, and have none."""
+    missing = []
+    for name in names:
+        try:
+            run.use_artifact(name)
+        except Exception:
+            missing.append(name)
+    return missing
+
+
+def use_data(run: Any, directory: Path, inputs: dict[str, str]) -> None:
+    """An edge from the data of an artifact, as hashes."""
+    import wandb
+
+    if inputs:
+        run.use_artifact(wandb.Artifact(f"{name_of(directory)}-data", "dataset", metadata=inputs))
+
+
+def where(settings: schema.Wandb) -> dict[str, Any]:
+    """Project and entity, the environment's over the config's."""
+    asked = os.environ.get
+    return {
+        "project": asked("WANDB_PROJECT") or settings.project,
+        "entity": asked("WANDB_ENTITY") or settings.entity,
+    }
+
+
+def settings_of(stages: dict[str, Stage]) -> schema.Wandb:
+    """As the last stage that was made is mirrored."""
+    made = [stage.config["wandb"] for stage in stages.values() if stage.config.get("wandb")]
+    return schema.Wandb.model_validate(made[-1]) if made else schema.Wandb()
 
 
 def name_of(directory: Path) -> str:
@@ -114,3 +139,8 @@ def name_of(directory: Path) -> str:
 def alias(directory: Path) -> str:
     """What an artifact is by content."""
     return f"sha-{manifest_hash(directory)[:12]}" if is_published(directory) else MANIFEST
+
+
+def versioned(directory: Path) -> str:
+    """An artifact as it is now."""
+    return f"{name_of(directory)}:{alias(directory)}"

@@ -14,9 +14,10 @@ from urllib.parse import urlparse
 
 from pipeline.config import schema
 from pipeline.handoff.artifacts import Manifest
+from pipeline.handoff.remembered import command
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
-from pipeline.tracking import contents
+from pipeline.tracking import contents, view
 
 INIT_SECONDS = 10
 """An unreachable server is given up after so long; the run goes on meanwhile."""
@@ -98,11 +99,13 @@ class Mirror:
         seconds = float(FINISH_SECONDS)
         if artifact is not None and manifest is not None:
             published = artifact, manifest
-            self._put(lambda run: contents.log_artifact(run, *published, self.wandb, self.mode))
+            self._put(lambda run: self._log_artifact(run, *published))
             size = sum(entry.size for entry in manifest.files.values()) if self.wandb.upload else 0
             seconds += size / UPLOAD_BYTES_PER_SECOND if self.mode == "online" else 0
         exit_code = code if code is not None else 0 if artifact else 1
         self._put(lambda run: run.finish(exit_code))
+        if self.mode == "online":  # last: it keeps nothing waiting, if a server is slow
+            self._put(lambda run: _quietly(lambda: view.ensure(run.entity, run.project)))
         self._jobs.put(None)
         self._thread.join(seconds + INIT_SECONDS)
         if self._thread.is_alive():
@@ -120,7 +123,7 @@ class Mirror:
             self._wandb_run = self._init()
             contents.define_metrics(self._wandb_run, self.stage)
             if self.mode == "online":
-                contents.use(self._wandb_run, self.parents.values())
+                contents.use(self._wandb_run, map(contents.versioned, self.parents.values()))
             while (job := self._jobs.get()) is not None:
                 job(self._wandb_run)
         except BaseException as error:  # wandb raises even SystemExit
@@ -145,27 +148,10 @@ class Mirror:
         import wandb  # seconds to import
 
         code = contents.code_version()
-        wanted: dict[str, Any] = {
-            "silent": True,
-            "console": "off",
-            "init_timeout": INIT_SECONDS,
-            "finish_timeout": FINISH_SECONDS,
-            "login_timeout": 1,
-            "save_code": False,
-            "disable_git": True,  # it would send the remote's address as well
-            "git_commit": code.get("commit"),
-        }
-        known = wandb.Settings.model_fields  # older versions lack some
-        settings = wandb.Settings(
-            **{k: v for k, v in wanted.items() if k in known and v is not None}
-        )
         self.run.mkdir(parents=True, exist_ok=True)
-        asked = (
-            os.environ.get
-        )  # over the config, as WANDB_MODE is; tags and notes wandb reads itself
+        asked = os.environ.get  # over the config; tags and notes wandb reads itself
         return wandb.init(
-            project=asked("WANDB_PROJECT") or self.wandb.project,
-            entity=asked("WANDB_ENTITY") or self.wandb.entity,
+            **contents.where(self.wandb),
             id=stable_id(self.work, f"{self.run.name}-{self.stage}"),
             name=f"{asked('WANDB_NAME') or self.run.name}-{self.stage}",
             group=asked("WANDB_RUN_GROUP") or self.run.name,
@@ -174,8 +160,19 @@ class Mirror:
             config=self.config | contents.about(self.parents, code),
             resume="allow",
             mode=mode,
-            settings=settings,
+            settings=settings(git_commit=code.get("commit")),
         )
+
+    def _log_artifact(self, run: Any, directory: Path, manifest: Manifest) -> None:
+        online = self.mode == "online"  # offline an artifact can be neither used nor linked
+        if online:
+            contents.use_data(run, directory, manifest.inputs)
+        artifact = contents.log_artifact(run, directory, manifest, self.wandb.upload)
+        if online and self.wandb.registry:
+            try:
+                run.link_artifact(artifact, self.wandb.registry)
+            except Exception as error:  # no such registry, or not allowed: all else is there
+                say(f"{self.stage}: W&B: not linked to {self.wandb.registry}: {_first_line(error)}")
 
     def _put(self, job: Job) -> None:
         if self._thread.is_alive():
@@ -195,10 +192,25 @@ class Mirror:
             if self.mode == "online":
                 say(f"{self.stage}: W&B: {run.url}")
             else:
-                folder = Path(run.settings.sync_dir)
-                with contextlib.suppress(ValueError):
-                    folder = folder.relative_to(Path.cwd())
-                say(f"{self.stage}: W&B offline; to view it online: wandb sync {folder}")
+                say(f"{self.stage}: W&B offline; to send it: {command(self.run, 'wandb-sync')}")
+
+
+def settings(**more: Any) -> Any:
+    """wandb's own: quiet, and not waiting for ever."""
+    import wandb
+
+    wanted: dict[str, Any] = {
+        "silent": True,
+        "console": "off",
+        "init_timeout": INIT_SECONDS,
+        "finish_timeout": FINISH_SECONDS,
+        "login_timeout": 1,
+        "save_code": False,
+        "disable_git": True,  # it would send the remote's address as well
+        **more,
+    }
+    known = wandb.Settings.model_fields  # older versions lack some
+    return wandb.Settings(**{k: v for k, v in wanted.items() if k in known and v is not None})
 
 
 def mode_of(wandb: schema.Wandb) -> str:
