@@ -16,7 +16,7 @@
 #: SEEDS="1 2 3"    seeds of `make seeds`, `compare` and `expect`; ARGS= further arguments of chat, round, the studies and test
 #: REPO=owner/name  where `make push` sends an export; export, push and serve take ARGS= too
 #: SIZE=S|M|L DEVICE= ITERATIONS= THREADS= CASES="fp32 sft"   of `make bench`; CASES=growth: what grows
-#: ENGINE=name      run PPO through accelerate with configs/engines/ENGINE.yaml
+#: ENGINE=ddp PROCESSES=n   train in several processes: configs/engines/ENGINE.yaml; PROCESSES: one a GPU, on a CPU two
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
 
 SHELL := /bin/sh
@@ -41,7 +41,8 @@ RM :=
 endif
 SET ?=
 FORCE ?=
-ENGINE ?=
+PROCESSES ?=
+ENGINE ?= $(if $(PROCESSES),ddp)
 MODEL ?=
 DATA ?=
 TASK ?=
@@ -62,7 +63,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 
 # A misspelt variable would do nothing.
 TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE MODEL DATA TASK SEEDS ARGS SIZE DEVICE ITERATIONS THREADS CASES ENGINE CKPT PYTHON \
+KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE MODEL DATA TASK SEEDS ARGS SIZE DEVICE ITERATIONS THREADS CASES ENGINE PROCESSES CKPT PYTHON \
 	VENV TORCH_INDEX SHELL MAKEFLAGS MAKELEVEL
 KNOWN += REPO
 ifneq ($(filter-out $(KNOWN),$(TYPED)),)
@@ -85,10 +86,7 @@ config = $(if $(1),--config $(call quote,$(1)))
 
 BORROW = $(if $(FROM),--from $(call quote,$(FROM_DIR)))
 ENGINE_CONFIG = configs/engines/$(ENGINE).yaml
-LAUNCH = $(if $(ENGINE),-m accelerate.commands.launch --config_file $(ENGINE_CONFIG) )
-# accelerate's launcher for several processes forgets its own `use_cpu`.
-LAUNCH_ENV = $(if $(ENGINE),$(shell sed -n 's/^use_cpu: true.*/ACCELERATE_USE_CPU=true/p' \
-	$(ENGINE_CONFIG)) )
+LAUNCH = $(if $(ENGINE),-m pipeline.engines --config_file $(ENGINE_CONFIG) $(if $(PROCESSES),--num_processes $(PROCESSES) ))
 
 # Names become paths and targets: letters, digits, dots, dashes and underscores alone.
 plain = $(shell case $(call quote,$(value $(1))) in (''|.*|-*|*[!A-Za-z0-9._-]*) echo bad;; esac)
@@ -100,6 +98,9 @@ $(error RUN=$(RUN): CKPT/base holds the base models, CKPT/eval what was measured
 endif
 ifneq ($(ENGINE),$(patsubst configs/engines/%.yaml,%,$(wildcard configs/engines/$(ENGINE).yaml)))
 $(error ENGINE=$(ENGINE): no configs/engines/$(ENGINE).yaml)
+endif
+ifneq ($(shell case $(call quote,$(value PROCESSES)) in (*[!0-9]*|0*) echo bad;; esac),)
+$(error PROCESSES=$(value PROCESSES): a number)
 endif
 FROM_DIR := $(if $(FROM),$(if $(findstring /,$(FROM)),$(FROM),$(CKPT)/$(FROM)))
 # A run remembers what it was made with (pipeline/handoff/remembered.py); a new one that borrows begins with
@@ -243,13 +244,13 @@ $(FILE_base): $(call redo,base) | $(STAMP)
 	exec $(PY) -m pipeline.commands.base --config $(BASE_CONFIG) --out $(BASE_DIR)
 
 $(FILE_sft): $(call redo,sft) | $(STAMP) $(call made,base)
-	exec $(PY) -m stages.sft $(call arguments,sft,$(SFT))
+	exec $(PY) $(LAUNCH)-m stages.sft $(call arguments,sft,$(SFT))
 
 $(FILE_rm): $(call redo,rm) | $(STAMP) $(call made,base sft)
-	exec $(PY) -m stages.rm $(call arguments,rm,$(RM))
+	exec $(PY) $(LAUNCH)-m stages.rm $(call arguments,rm,$(RM))
 
 $(FILE_ppo): $(call redo,ppo) | $(STAMP) $(call made,base sft rm)
-	$(LAUNCH_ENV)exec $(PY) $(LAUNCH)-m stages.ppo $(call arguments,ppo,$(PPO))
+	exec $(PY) $(LAUNCH)-m stages.ppo $(call arguments,ppo,$(PPO))
 
 $(FILE_eval): $(call redo,eval) | $(STAMP) $(call made,base sft rm ppo)
 	exec $(PY) -m pipeline.evaluation $(call arguments,eval,$(EVAL))

@@ -14,12 +14,13 @@ from pipeline.config.load import AddSettings
 from pipeline.config.schema import Data, StageConfig
 from pipeline.data.forms import load_demonstrations, load_prompts
 from pipeline.data.rankings import load_rankings
+from pipeline.engines import start
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, datafiles, sealed
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.lineage import missing, why_stale
 from pipeline.handoff.remembered import Asked
-from pipeline.process import disk, faults, launch, memory, stopping
+from pipeline.process import disk, faults, memory, stopping
 from pipeline.process.progress import is_main_process, say
 
 
@@ -30,10 +31,11 @@ def main(stage: str, argv: list[str] | None = None) -> None:
     training under way, its state saved), 1 anything else.
     """
     stopping.install()
+    start.ends_with_its_launcher()
     with reporting_errors():
         args = parser(stage).parse_intermixed_args(argv)
         faults.setup(stage, steps.phases())
-        launch.check_environment()
+        start.check()
         asked = request(stage, args)
         config = configured(stage, asked)
         run.started(config, asked.of(stage), asked.recipe)
@@ -164,6 +166,8 @@ def reporting_errors(config: StageConfig | None = None) -> Iterator[None]:
         if disk.is_full(error):
             room = (config.run, run.bytes_needed(config)) if config else (None,)
             _stop(f"error: {disk.message(*room)}", 1)
+        if start.lost_another(error):
+            sys.exit(start.LOST)
         if not memory.is_out(error):
             raise
         _stop(f"error: {memory.message(error)}", 1)
@@ -181,6 +185,6 @@ def _kept(config: StageConfig | None) -> str:
 
 
 def _stop(message: str, code: int) -> None:
-    if is_main_process() or code == 1:
+    if start.first_to_tell():
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import load_prompts
 from pipeline.data.kept import pick
 from pipeline.data.lengths import over_limit
 from pipeline.data.literals import tell_spelled
 from pipeline.data.template import template_hash, tokenizer_hash
+from pipeline.engines.start import anywhere, check_started, together
 from pipeline.errors import UserError
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import ADAPTER, merged, save_adapter
@@ -53,6 +52,8 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
     check_dtype(config.dtype)
     prompts = load_prompts(given(config.prompts, dataset, "prompts"), seed=config.seed)
     with StageRun(config, dataset) as stage:
+        check_started()
+        together()  # the first has tidied up
         tracker = stage.tracker
         begun = tracker.metrics_path.exists()  # what the gates found was told then
         preflight.check(config, stage.parents, None if begun else tracker.alert)
@@ -143,17 +144,13 @@ def _resume(ppo: PPO, stage: StageRun) -> None:
 
 def _save_state(ppo: PPO, stage: StageRun) -> None:
     """Save the training state when it is time or a SIGTERM has come, and then end the process."""
-    accelerator = ppo.accelerator
-    asked = stopping.asked()
-    if accelerator.num_processes > 1:  # it reaches them at different moments, or not all of them
-        told = torch.tensor(float(asked), device=accelerator.device)
-        asked = bool(accelerator.reduce(told))
+    asked = anywhere(stopping.asked())
     due = ppo.iteration % ppo.config.save_every == 0 or ppo.iteration == ppo.config.iterations
     if stage.main and (due or asked):
         stage.tracker.sync()
         checkpoint.save(stage.work, ppo.iteration, ppo.state_dict())
     if asked:
-        accelerator.wait_for_everyone()
+        together()
         stopping.leave("ppo", ppo.iteration)
 
 

@@ -35,6 +35,8 @@ from pipeline.data.template import (
     tokenizer_hash,
     without_thinking,
 )
+from pipeline.engines.shares import worked_on
+from pipeline.engines.start import check_started, together, wait_for
 from pipeline.errors import UserError, at
 from pipeline.evaluation.card import write_card
 from pipeline.evaluation.rankings import Scored, measure, write_scored
@@ -89,6 +91,8 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
     if config.data is not None or not samples:
         rankings = load_rankings(given(config.data, dataset, "data or sampling"), seed=config.seed)
     with StageRun(config, dataset) as stage:
+        check_started()
+        together()  # the first has tidied up
         quiet()
         prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
@@ -97,8 +101,13 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         tokenizer = load_tokenizer(sft)
         if samples:
             faults.at("rollout", 0)
+            if not stage.main:
+                wait_for(stage.work / "rankings.jsonl")
+                together()
             rankings = sampled_rankings(config, sft, tokenizer, stage.work, rankings)
-            shutil.copyfile(stage.work / "rankings.jsonl", stage.output / "rankings.jsonl")
+            if stage.main:
+                together()
+                shutil.copyfile(stage.work / "rankings.jsonl", stage.output / "rankings.jsonl")
         training, held_out = split_by_prompt(rankings, config.validation_fraction, config.seed)
         training_rows, too_long = _encode(tokenizer, training, config, config.too_long)
         held_out_rows, _ = _encode(tokenizer, held_out, config)
@@ -111,7 +120,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         checkpoint.seed_everything(config.seed)
         model = reward_from_policy(sft, tokenizer, config.dtype).to(device())
         check_length(model, _pairs(itertools.chain(training_rows, held_out_rows)))
-        before = measure(_score(model, tokenizer, held_out_rows))
+        before = _measured(model, tokenizer, held_out_rows)
         trainer = KwiseTrainer(
             model=_trainable(model, config),
             args=one_gpu(
@@ -131,6 +140,8 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         trainer.held_out = lambda: _held_out(trainer, tokenizer, held_out_rows)
         recorder = Recorder(stage.tracker, LOGGED, config.log_every, best)
         train(trainer, stage.work, recorder, first)
+        if not stage.main:
+            return stage.final
 
         if config.lora is not None:
             save_adapter(trainer.accelerator.unwrap_model(trainer.model), stage.output / ADAPTER)
@@ -258,13 +269,18 @@ def _score(
     ]
 
 
+def _measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]):
+    """What held-out rankings say of a model, each process scoring its share of them."""
+    return measure(worked_on(rows, lambda mine: _score(model, tokenizer, mine)))
+
+
 def _held_out(
     trainer: KwiseTrainer, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]
 ) -> dict[str, float]:
     """Accuracy and loss on held-out rankings while it trains."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     with torch.random.fork_rng():
-        found = measure(_score(model, tokenizer, rows))
+        found = _measured(model, tokenizer, rows)
     return {"eval_accuracy": found.accuracy.share, "eval_loss": found.loss}
 
 

@@ -33,6 +33,7 @@ from pipeline.data.template import (
     tokenizer_hash,
     well_formed,
 )
+from pipeline.engines.start import check_started, together
 from pipeline.errors import UserError, at
 from pipeline.handoff import checkpoint
 from pipeline.models.adapters import ADAPTER, merged, save_adapter
@@ -80,6 +81,8 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
     check(config, SFTConfig)
     demonstrations = load_demonstrations(given(config.data, dataset, "data"), seed=config.seed)
     with StageRun(config, dataset) as stage:
+        check_started()
+        together()  # the first has tidied up
         quiet()
         prepare_cpu(config.threads)
         checkpoint.seed_everything(config.seed)
@@ -106,6 +109,8 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         recorder = Recorder(stage.tracker, LOGGED, config.log_every, best)
         train(trainer, stage.work, recorder, before)
         after = _validation_loss(trainer)
+        if not stage.main:
+            return stage.final
 
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if config.lora is not None:

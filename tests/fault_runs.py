@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,6 +98,33 @@ class Child:
             os.kill(self.pid, number)
 
 
+class Job:
+    """Processes that train together, and what a launcher does with them: when one fails the others are
+    asked to end."""
+
+    def __init__(self, children: list[Child]):
+        self.children = children
+
+    def wait(self, seconds: float = 120.0, grace: float = 5.0) -> list[Outcome]:
+        """Until all have ended, and how each did; those that have not `grace` s after the first failure are
+        sent SIGTERM."""
+        failed = 0.0
+        end = time.monotonic() + seconds
+        while any(child.poll() is None for child in self.children) and time.monotonic() < end:
+            time.sleep(0.02)
+            if not failed and any(child.poll() for child in self.children):
+                failed = time.monotonic()
+            if failed and time.monotonic() - failed > grace:
+                self.signal(signal.SIGTERM)
+                failed = time.monotonic()
+        return [child.wait(0.0) for child in self.children]
+
+    def signal(self, number: int) -> None:
+        for child in self.children:
+            if child.poll() is None:
+                child.signal(number)
+
+
 class Project:
     """Configs, data and a base model of a kind in `root`; runs lie in `root/checkpoints`."""
 
@@ -141,14 +169,31 @@ class Project:
         **environment: str,
     ) -> Child:
         """Begin a stage; `file_bytes`: no file may grow further."""
+        name = environment.get("RANK", "")
         request = {
             "stage": stage,
             "argv": self.arguments(stage, run, *words),
             "environment": {"PIPELINE_FAULT": fault, **environment},
-            "output": str(self.root / f"{run}-{stage}.{time.monotonic_ns()}.log"),
+            "output": str(self.root / f"{run}-{stage}.{name}{time.monotonic_ns()}.log"),
             "file_bytes": file_bytes,
         }
         return Child(self.server, request)
+
+    def start_all(self, processes: int, stage: str, run: str, *words: str, **how: Any) -> "Job":
+        """A stage in several processes, as a launcher starts them."""
+        told = self.root / f"launch.{time.monotonic_ns()}"
+        told.mkdir()
+        port = str(_free_port())
+        shared = {
+            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": port,
+            "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "PIPELINE_LAUNCH": str(told),
+        }  # fmt: skip
+        return Job(
+            [
+                self.start(stage, run, *words, **shared, RANK=str(r), LOCAL_RANK=str(r), **how)
+                for r in range(processes)
+            ]
+        )
 
     def make(self, stage: str, run: str, *words: str, **how: Any) -> Outcome:
         """A stage from its start to its end, whichever that is; see `start`."""
@@ -165,6 +210,12 @@ class Project:
         """Where a stage of two runs differs: weights by hash, lines of the records."""
         made, expected = result(self.run(run) / stage), result(self.run(other) / stage)
         return sorted({*made.items()} ^ {*expected.items()})
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def result(directory: Path) -> dict[str, str]:

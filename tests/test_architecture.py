@@ -15,6 +15,7 @@ FLOORS = [
     ["pipeline", "pipeline.errors"],
     ["pipeline.process"],
     ["pipeline.config"],
+    ["pipeline.engines"],
     ["pipeline.steps"],
     ["pipeline.handoff"],
     ["pipeline.data", "pipeline.tracking"],

@@ -32,7 +32,7 @@ esac
 """
 MAKES_OWN = (
     "MAKEFLAGS MFLAGS MAKELEVEL GNUMAKEFLAGS MAKEOVERRIDES RECIPE RUN FROM SFT RM PPO EVAL SET FORCE "
-    "DRY ENGINE MODEL DATA TASK CKPT PYTHON VENV TORCH_INDEX ARGS RLHF_CHECKPOINTS"
+    "DRY ENGINE PROCESSES MODEL DATA TASK CKPT PYTHON VENV TORCH_INDEX ARGS RLHF_CHECKPOINTS"
 ).split()
 STAGE = """from pipeline import cli
 from fake_stages import train as run
@@ -201,18 +201,23 @@ def test_a_run_that_borrows_begins_with_the_recipe_of_its_lender(tmp_path):
     assert "--recipe configs/tiny " in dry("ppo", "RUN=b", "FROM=a", "RECIPE=tiny")[0]
 
 
-def test_an_engine_wraps_ppo_alone(tmp_path):
-    engines = tmp_path / "configs" / "engines"
-    engines.mkdir()
-    shutil.copyfile(ROOT / "configs/engines/cpu2.yaml", engines / "cpu2.yaml")
-    done = make("-n", "ppo", "ENGINE=cpu2")
-    [line] = [line for line in done.stdout.splitlines() if "stages.ppo" in line]
-    assert line.startswith(
-        "ACCELERATE_USE_CPU=true exec ./python -m accelerate.commands.launch "
-        "--config_file configs/engines/cpu2.yaml -m stages.ppo --run"
+def test_an_engine_starts_every_stage(tmp_path):
+    shutil.copytree(ROOT / "configs/engines", tmp_path / "configs" / "engines")
+    done = make("-n", "ppo", "ENGINE=ddp", "PROCESSES=4").stdout.splitlines()
+    launch = (
+        "./python -m pipeline.engines --config_file configs/engines/ddp.yaml --num_processes 4 -m"
     )
-    assert "launch" not in next(x for x in done.stdout.splitlines() if "stages.sft" in x)
+    for stage in ("sft", "rm", "ppo"):
+        [line] = [line for line in done if f"stages.{stage} " in line]
+        assert line.startswith(f"exec {launch} stages.{stage} --run")
+    [line] = [x for x in make("-n", "sft", "ENGINE=ddp").stdout.splitlines() if "stages.sft" in x]
+    assert "ddp.yaml -m" in line  # as many as there are devices
+    [line] = [x for x in make("-n", "sft", "PROCESSES=2").stdout.splitlines() if "stages.sft" in x]
+    assert "ddp.yaml --num_processes 2 -m" in line
+    assert not [line for line in done if "evaluation" in line and "engines" in line]
     assert "no configs/engines/none.yaml" in make("-n", "ppo", "ENGINE=none").stderr
+    for wrong in ("0", "two", "-1", "2;true"):
+        assert "PROCESSES=" in make("-n", "ppo", f"PROCESSES={wrong}").stderr
 
 
 def test_a_manifest_is_a_target():
@@ -360,7 +365,9 @@ def test_make_alone_tells_every_target():
     targets = "sft rm ppo base venv test test-slow check eval report chat compare expect overopt seeds status".split()
     for target in [*targets, "show-config", "clean"]:
         assert f"make {target} " in told
-    for variable in "RECIPE RUN FROM SFT RM PPO SET FORCE CKPT PYTHON VENV ENGINE".split():
+    for (
+        variable
+    ) in "RECIPE RUN FROM SFT RM PPO SET FORCE CKPT PYTHON VENV ENGINE PROCESSES".split():
         assert f"{variable}=" in told
     assert not Path("calls").exists()  # help needs no Python
 

@@ -14,6 +14,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 import tiny_models
 from pipeline.config.schema import Lora, PPOConfig, Reward
 from pipeline.data.template import encode_prompt
+from pipeline.engines import start
 from pipeline.errors import UserError
 from pipeline.models.adapters import add_lora, scorers_on
 from pipeline.models.forward import response_scores
@@ -26,7 +27,6 @@ from pipeline.ppo.gates import InvariantError
 from pipeline.ppo.rewards import Episodes
 from pipeline.ppo.rollout import Query
 from pipeline.ppo.watch import Watch
-from pipeline.process import launch
 from test_ppo_exact import EOS, QUERIES, RESPONSES, make, recorded
 
 # --- weights move, networks train -----------------------------------------------------------------
@@ -79,24 +79,15 @@ def test_sizes_that_do_not_divide_by_the_processes_are_refused_with_those_that_d
         build.check_divides(PPOConfig(batch_size=8, minibatches=8))
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"])
-def test_engines_that_shard_are_refused(engine):
-    with pytest.raises(
-        UserError, match=f"distributed_type {engine}: not supported. One process is"
-    ):
-        launch.check_supported(engine)
-
-
 def test_a_launcher_config_is_read_before_anything_slow(monkeypatch):
-    launch.check_environment()
-    launch.check_supported("MULTI_GPU")
+    start.check()
     source = Path(accelerate.utils.launch.__file__).read_text()
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         assert f'"ACCELERATE_USE_{engine}"' in source  # accelerate's own spelling
         with monkeypatch.context() as patch, pytest.raises(UserError, match=engine):
             patch.setenv(f"ACCELERATE_USE_{engine}", "true")
-            launch.check_environment()
-    launch.check_environment()
+            start.check()
+    start.check()
 
 
 def test_what_is_no_folder_is_refused_in_words(tmp_path):

@@ -21,7 +21,8 @@ from pipeline.models.device import device
 from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
 from pipeline.process.progress import say
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.trainers import Checked, Recorder, arguments, one_gpu, quiet, train
+from pipeline.training.checked import Checked
+from pipeline.training.trainers import Recorder, arguments, one_gpu, quiet, train
 
 PAIRS = 4
 """Of each prompt in a pass over the rankings: prompts weigh the same, however many pairs they have."""

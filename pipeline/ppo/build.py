@@ -12,6 +12,7 @@ from pipeline.data.forms import load_texts
 from pipeline.data.kept import like
 from pipeline.data.literals import text_ids
 from pipeline.data.template import template_hash, tokenizer_hash
+from pipeline.engines import start
 from pipeline.errors import UserError
 from pipeline.models.adapters import add_lora, checkpoint_layers, scorers_on
 from pipeline.models.device import placed
@@ -47,7 +48,6 @@ from pipeline.ppo.rollout import generator
 from pipeline.ppo.sampler import Sampler
 from pipeline.ppo.trainer import PPO
 from pipeline.ppo.vllm import VLLMSampler, require_vllm
-from pipeline.process import launch
 from pipeline.process.progress import say
 
 
@@ -65,8 +65,7 @@ def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) 
         raise UserError("build_ppo: rewards name rm: give its folder, rm=..., or other rewards")
     _check_models(config, sft)
     check_ppo(config, sft, rm)
-    accelerator = launch.accelerator()
-    launch.check_supported(accelerator.distributed_type)
+    accelerator = start.accelerator()
     tokenizer = load_tokenizer(sft)
     dtype = config.dtype if config.lora else "fp32"
     start = config.policy or sft
@@ -120,7 +119,7 @@ def _check_models(config: PPOConfig, sft: Path) -> None:
 
 def check_divides(config: PPOConfig) -> None:
     """UserError unless every process gets as many episodes of each minibatch, and whole groups."""
-    processes = launch.world_size()
+    processes = start.world_size()
     for key in ("minibatches", "samples_per_prompt"):
         unit = getattr(config, key) * processes
         if config.batch_size % unit:

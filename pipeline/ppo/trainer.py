@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import Prompt
 from pipeline.data.template import response_text, scored_ids
+from pipeline.engines import start
 from pipeline.models.adapters import adapter_off
 from pipeline.models.device import placed
 from pipeline.models.forward import response_logprobs
@@ -33,7 +34,6 @@ from pipeline.ppo.ptx import Ptx, PtxBatch
 from pipeline.ppo.rewards import Episodes, RunningScale, Score, TokenScore, shaped_scores
 from pipeline.ppo.rollout import Query, Rollout, everywhere, generator, queries_of, real_rows
 from pipeline.ppo.sampler import PolicySampler, Sampler
-from pipeline.process import launch
 
 
 class PPO:
@@ -60,7 +60,7 @@ class PPO:
     ):
         self.config, self.tokenizer = config, tokenizer
         self.score, self.token_score, self.ptx = score, token_score, ptx
-        self.accelerator = accelerator or launch.accelerator()
+        self.accelerator = accelerator or start.accelerator()
         self.device = self.accelerator.device
         self.stop = stops(tokenizer, config.stop_tokens)
         self.sampler = sampler or PolicySampler(config, policy, tokenizer, self.accelerator)

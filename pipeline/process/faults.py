@@ -1,7 +1,8 @@
-"""Faults on demand, to show that a run survives them: `PIPELINE_FAULT=stage:phase:step:action`.
+"""Faults on demand, to show that a run survives them: `PIPELINE_FAULT=stage:phase:step:action[@process]`.
 
     PIPELINE_FAULT=ppo:update:3:kill make ppo      # dies in the third iteration's update
     PIPELINE_FAULT=sft:step:2:term,sft:step:2:term make sft
+    PIPELINE_FAULT=sft:step:2:kill@1 make sft PROCESSES=2   # in the second process alone
 
 Stages call `at("phase", step)` where such a thing can happen; without the variable it is one `if`.
 No torch here: `nan` and `oom` are told to the caller or raised by name.
@@ -51,8 +52,9 @@ def setup(stage: str, known: Mapping[str, Collection[str]]) -> None:
     """Plan this stage's faults from the environment; `known`: stage -> phases, told by the UserError."""
     _planned.clear()
     for word in filter(None, os.environ.get(VARIABLE, "").split(",")):
-        owner, phase, step, action = _parse(word.strip(), known)
-        if owner == stage:
+        word, _, process = word.strip().partition("@")
+        owner, phase, step, action = _parse(word, known)
+        if owner == stage and process in ("", os.environ.get("RANK", "0")):
             _planned.setdefault((phase, step), []).append(action)
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from pipeline.process.progress import say
+from pipeline.process.progress import is_main_process, say
 
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -60,6 +60,8 @@ def code() -> int:
 def leave(stage: str, step: int) -> NoReturn:
     """End with `code()` after the state of `step` was saved."""
     name = _NAMES[signal.Signals(_by)]
+    for number in _NAMES:  # of several processes the first to go has the others sent another
+        signal.signal(number, signal.SIG_IGN)
     say(f"{stage}: stopped by {name}, saved after step {step}; the same command goes on from there")
     raise SystemExit(code())
 
@@ -76,6 +78,8 @@ def _handle(signum: int, frame: object) -> None:
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(code())
+    if not is_main_process():
+        return
     # not print: the signal may have come in the middle of one
     name = _NAMES[signal.Signals(signum)]
     os.write(

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trl import RewardTrainer
 
+from pipeline.engines.shares import from_all
+from pipeline.engines.whole import within
 from pipeline.models.forward import final_scores
 from pipeline.models.sequences import Sequences
-from pipeline.training.trainers import Checked
+from pipeline.training.checked import Checked
 
 
 def kwise_loss(
@@ -106,16 +108,25 @@ class KwiseTrainer(Checked, RewardTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step: list[tuple[Tensor, Tensor]] = []  # margins and scores of each micro-batch
-        return batches, sum(prompts_with_pairs(b["ranks"], b["groups"]) for b in batches)
+        prompts = sum(prompts_with_pairs(b["ranks"], b["groups"]) for b in batches)
+        return batches, int(*self.total([prompts]))
+
+    def blank(self, batch):
+        batch["ranks"].fill_(1)
+        batch["groups"].fill_(-1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         s = Sequences.within(inputs)
         # which only the model's own forward would enter by itself
         with self.accelerator.autocast():
-            scores = final_scores(model, s)
+            scores = within(model, lambda bare: final_scores(bare, s))
         of_pairs = inputs["ranks"], inputs["groups"], num_items_in_batch
         loss, better = kwise_loss(scores, *of_pairs, inputs.get("strengths"), self.margin)
-        self._step.append(((scores[:, None] - scores[None, :])[better].detach(), scores.detach()))
+        if num_items_in_batch is not None:  # engines average gradients over processes
+            loss = loss * self.args.world_size
+        seen = scores.detach()
+        own = (seen[:, None] - seen[None, :])[better], seen[inputs["groups"] >= 0]
+        self._step += from_all([own])
         margins, seen = map(torch.cat, zip(*self._step, strict=True))
         right = (margins > 0).float() + 0.5 * (margins == 0)  # a tie is half right
         means = {"accuracy": right, "margin": margins, "mean_reward": seen}

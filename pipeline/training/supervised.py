@@ -19,6 +19,7 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.config.schema import SFTConfig
+from pipeline.engines.whole import within
 from pipeline.errors import UserError
 from pipeline.models.adapters import add_lora
 from pipeline.models.encoder_decoder import is_encoder_decoder
@@ -27,7 +28,8 @@ from pipeline.models.packing import rounded
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import pad_id
 from pipeline.process.progress import say
-from pipeline.training.trainers import Checked, arguments, dataset_of, one_gpu
+from pipeline.training.checked import Checked
+from pipeline.training.trainers import arguments, dataset_of, one_gpu
 
 
 def sft_trainer(
@@ -97,17 +99,23 @@ class Seq2SeqTokenTrainer(Checked, Seq2SeqTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(int(batch["response_mask"].sum()) for batch in batches)
+        tokens = sum(int(batch["response_mask"].sum()) for batch in batches)
+        return batches, int(*self.total([tokens]))
+
+    def blank(self, batch):
+        batch["response_mask"].zero_()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         s = Sequences.within(inputs)
         # which only the model's own forward would enter by itself
         with self.accelerator.autocast():
-            (nats, right), _ = of_predictions(model, s, _nats_and_right)
+            nats, right = within(model, lambda bare: of_predictions(bare, s, _nats_and_right)[0])
         loss, tokens = nats.sum(), len(nats)
         seen = torch.stack([loss.detach(), right.sum(), torch.tensor(tokens)]).cpu()
         self._sums["train" if model.training else "eval"] += seen
-        loss = loss / (num_items_in_batch or tokens)
+        if num_items_in_batch:  # engines average gradients over processes
+            loss = loss * self.args.world_size
+        loss = loss / (num_items_in_batch or max(tokens, 1))
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -117,13 +125,13 @@ class Seq2SeqTokenTrainer(Checked, Seq2SeqTrainer):
     def evaluation_loop(self, *args, **kwargs):
         self._sums["eval"].zero_()
         out = super().evaluation_loop(*args, **kwargs)
-        nats, right, tokens = self._sums["eval"].tolist()
+        nats, right, tokens = self.total(self._sums["eval"].tolist())
         out.metrics.update(eval_loss=nats / tokens, eval_mean_token_accuracy=right / tokens)
         return out
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            _, right, tokens = self._sums["train"].tolist()
+            _, right, tokens = self.total(self._sums["train"].tolist())
             logs["mean_token_accuracy"] = right / tokens
             self._sums["train"].zero_()
         super().log(logs, *args, **kwargs)
@@ -149,7 +157,8 @@ class TokenTrainer(Checked, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training:  # of a step's micro-batches the plain mean is logged
-            share = _tokens(inputs) / float(num_items_in_batch)
+            [tokens] = self.total([_tokens(inputs)])
+            share = tokens / float(num_items_in_batch)
             accuracies = self._metrics["train"]["mean_token_accuracy"]
             accuracies[-1] *= share * self.current_gradient_accumulation_steps
         return out
@@ -163,11 +172,16 @@ class TokenTrainer(Checked, SFTTrainer):
         self._seen: list[tuple[float, int]] = []  # loss and tokens of each batch
         out = super().evaluation_loop(*args, **kwargs)
         accuracies = self._metrics["eval"]["mean_token_accuracy"]
-        tokens = sum(count for _, count in self._seen)
-        right = sum(a * n for a, (_, n) in zip(accuracies, self._seen, strict=True)) / tokens
+        counts = self.total([count for _, count in self._seen])
+        tokens = sum(counts)
+        right = sum(a * n for a, n in zip(accuracies, counts, strict=True)) / tokens
         self._metrics["eval"]["mean_token_accuracy"] = [right]
-        out.metrics["eval_loss"] = sum(loss * count for loss, count in self._seen) / tokens
+        [nats] = self.total([sum(loss * count for loss, count in self._seen)])
+        out.metrics["eval_loss"] = nats / tokens
         return out
+
+    def blank(self, batch):
+        batch["labels"].fill_(-100)
 
 
 def _tokens(inputs: dict[str, Tensor]) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from pipeline.config.schema import Optimisation, StageConfig
+from pipeline.engines.start import anywhere, asked, together, world_size
 from pipeline.errors import UserError
 from pipeline.handoff import checkpoint, sealed
 from pipeline.models import loading as models
@@ -26,6 +26,7 @@ from pipeline.process.files import write_atomically
 from pipeline.process.progress import say, track, tracked
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.best import Best
+from pipeline.training.checked import refuse
 
 SCRATCH = "trainer"
 """Folder of `work` in which transformers writes a checkpoint, before it is sealed and put in its place."""
@@ -37,14 +38,15 @@ def arguments(config: StageConfig, examples: int, work: Path) -> dict[str, Any]:
     """Our keys as keyword arguments of `trl.SFTConfig` / `trl.RewardConfig`; `examples`: rows of
     the training set, packed ones if they are packed."""
     assert isinstance(config, Optimisation)
-    micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    share = config.batch_size // world_size()
+    micro = min(config.micro_batch_size or share, share)
     steps = config.max_steps or steps_of(config.epochs, examples, config.batch_size)
     return {
         "output_dir": str(work / SCRATCH),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": config.batch_size // micro,
+        "gradient_accumulation_steps": share // micro,
         "learning_rate": config.learning_rate,
         # transformers' own "constant" would ignore the warm-up
         "lr_scheduler_type": "constant_with_warmup"
@@ -91,13 +93,14 @@ def check(config: Any, kind: type[StageConfig]) -> None:
         raise UserError(f"{kind.stage}: run() takes a {name}, not a {type(config).__name__}")
     assert isinstance(config, Optimisation)
     check_dtype(config.dtype)
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(
-            f"{config.stage}: {processes} processes; this stage trains in one, start it plainly"
-        )
-    batch, micro = config.batch_size, config.micro_batch_size
-    if micro and batch % min(micro, batch):
-        raise UserError(f"batch_size {batch} does not divide by micro_batch_size {micro}")
+    processes, batch = world_size(), config.batch_size
+    share, rest = divmod(batch, processes)
+    if rest:
+        raise UserError(f"batch_size {batch} does not divide by the {processes} processes")
+    micro = min(config.micro_batch_size or share, share)
+    if share % micro:
+        of = f" of {processes} processes" if processes > 1 else ""
+        raise UserError(f"batch_size {batch}{of} does not divide by micro_batch_size {micro}")
 
 
 def dataset_of(rows: Sequence[dict], told: Callable[[dict], dict], work: Path) -> Dataset:
@@ -137,22 +140,6 @@ def steps_of(epochs: float, examples: int, batch: int) -> int:
     )
 
 
-class Checked:
-    """Mixed into a transformers Trainer: a loss that is no number ends the run before it is stepped."""
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if not torch.isfinite(loss):
-            _refuse(self.state.global_step + 1, "the loss", float(loss))  # type: ignore[attr-defined]
-        return loss
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """None beside a checkpoint that nobody publishes."""
-
-    def _send_telemetry(self) -> None:
-        """None: TRL would tell its makers what is trained here."""
-
-
 class Recorder(TrainerCallback):
     """Writes means of the trainer's numbers to the tracker, shows progress, publishes its states.
 
@@ -180,13 +167,13 @@ class Recorder(TrainerCallback):
             [p.grad for p in model.parameters() if p.grad is not None]
         )
         if not torch.isfinite(norm):
-            _refuse(state.global_step + 1, "a gradient", float(norm))
+            refuse(state.global_step + 1, "a gradient", float(norm))
 
     def on_step_end(self, args, state, control, **kwargs):
         faults.at("step", state.global_step)
         if self.bar:
             self.bar.advance(1)
-        if stopping.asked():
+        if anywhere(stopping.asked()):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -210,8 +197,12 @@ class Recorder(TrainerCallback):
             self.sums = {}
 
     def on_save(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
+        together()  # the others may still be writing their random states
+        if state.is_world_process_zero:
+            self._publish(args, state)
+        together()
+
+    def _publish(self, args, state) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
         write_atomically(written / _RECORDER, json.dumps([self.sums, self.measured]))
@@ -288,16 +279,12 @@ def train(
 
 
 def _go_on(trainer: Trainer, work: Path, newest: Path | None, stage: str) -> None:
+    # measuring before the first step left this mark, with which accelerate would not wrap it to train
+    if asked() == "DDP":
+        vars(trainer.model).pop("_is_accelerate_prepared", None)
     weight = next(p for p in trainer.model.parameters() if p.requires_grad)
     faults.watch_gradient(weight, lambda: trainer.state.global_step + 1)
     with stopping.deferred(), checkpoint.refusing_code(newest or work):
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-        if stopping.asked():
+        if anywhere(stopping.asked()):
             stopping.leave(stage, trainer.state.global_step)
-
-
-def _refuse(step: int, what: str, value: float) -> None:
-    raise UserError(
-        f"step {step}: {what} is {value}; nothing was stepped and the last saved state is good. "
-        "Lower learning_rate, or look at the data"
-    )

@@ -1,0 +1,179 @@
+"""Several processes train as one does: shares of batches, the same numbers, engines that are what was asked for."""
+
+import itertools
+import types
+
+import accelerate
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import RandomSampler, SequentialSampler
+
+from fault_runs import STAGES, Project, rows_of
+from pipeline.config.schema import SFTConfig
+from pipeline.engines import __main__ as launcher
+from pipeline.engines import start
+from pipeline.engines.shares import OrNothing, Shares, share
+from pipeline.engines.whole import check_wrapped, within
+from pipeline.errors import UserError
+from pipeline.training import trainers
+
+# --- who has which rows -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 7, 8, 12, 17])
+@pytest.mark.parametrize(
+    ("size", "micro", "processes"), [(4, 2, 2), (4, 1, 4), (6, 2, 3), (8, 3, 1)]
+)
+def test_processes_share_the_batches_that_one_would_have(rows, size, micro, processes):
+    sampler = SequentialSampler(range(rows))
+    shares = [Shares(sampler, size, micro, process, processes) for process in range(processes)]
+    turns = [list(one) for one in shares]
+    assert [len(one) for one in shares] == [len(one) for one in turns]
+    assert len({len(one) for one in turns}) == 1  # or processes would wait for each other for ever
+    assert all(len(batch) <= micro for one in turns for batch in one)
+    assert sorted(itertools.chain(*itertools.chain(*turns))) == list(range(rows))  # each row once
+    per_batch = -(-size // processes // micro) if rows >= size else 0
+    first = [i for one in turns for batch in one[:per_batch] for i in batch]
+    assert sorted(first) == list(range(size))[: len(first)]
+
+
+def test_the_order_is_the_samplers_and_shares_differ_by_a_row_at_most():
+    order = list(RandomSampler(range(9), generator=torch.Generator().manual_seed(1)))
+    sampler = RandomSampler(range(9), generator=torch.Generator().manual_seed(1))
+    assert list(itertools.chain(*Shares(sampler, 9, 9, 0, 1))) == order
+    assert [share(7, process, 3) for process in range(3)] == [(0, 2), (2, 4), (4, 7)]
+
+
+def test_an_empty_share_is_a_batch_that_teaches_nothing():
+    def collate(rows):
+        return {"labels": torch.tensor(rows)}
+
+    empty = OrNothing(collate, [5, 6], lambda batch: batch["labels"].fill_(-100))
+    assert empty([[1, 2]])["labels"].tolist() == [[1, 2]]
+    assert empty([])["labels"].tolist() == [[-100, -100]]
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "told"),
+    [(9, None, "batch_size 9 does not divide by the 2 processes"), (12, 4, "12 of 2 processes")],
+)
+def test_batches_that_processes_cannot_share_are_refused(monkeypatch, batch, micro, told):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = SFTConfig(model="m", batch_size=batch, micro_batch_size=micro)
+    with pytest.raises(UserError, match=told):
+        trainers.check(config, SFTConfig)
+
+
+# --- which engine -----------------------------------------------------------------------------------
+
+
+def started_as(monkeypatch, found: str, processes: int) -> None:
+    """accelerate starts this, whatever was asked for."""
+    state = types.SimpleNamespace(distributed_type=found, num_processes=processes)
+    monkeypatch.setattr(accelerate, "PartialState", lambda **_: state)
+
+
+def test_independent_runs_and_another_engine_are_errors(monkeypatch):
+    start.check_started()  # one process asks for nothing
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    started_as(monkeypatch, "NO", 1)
+    with pytest.raises(UserError, match="each as if it were alone.*ENGINE=ddp"):
+        start.check_started()
+    started_as(monkeypatch, "MULTI_CPU", 2)
+    start.check_started()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP was asked for and became MULTI_CPU.*ENGINE=ddp"):
+        start.check_started()
+
+
+def test_a_model_in_no_wrapper_is_not_trained(monkeypatch):
+    check_wrapped(nn.Linear(1, 1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="Linear is in no engine's wrapper"):
+        check_wrapped(nn.Linear(1, 1))
+
+
+def test_a_model_of_one_process_is_run_as_it_is():
+    model = nn.Linear(1, 1)
+    assert within(model, lambda bare: bare) is model
+
+
+@pytest.mark.parametrize(
+    ("codes", "told", "code", "line"),
+    [
+        ({0: -9, 1: start.LOST}, False, 137, "process 0 was ended by SIGKILL"),
+        ({0: start.LOST, 1: -9}, False, 137, "process 1 was ended by SIGKILL"),
+        ({0: start.LOST, 1: 2}, True, 2, ""),
+        ({0: 143, 1: -15}, True, 143, ""),
+    ],
+)
+def test_a_launcher_says_in_a_line_what_processes_could_not(capsys, codes, told, code, line):
+    failures = {
+        rank: types.SimpleNamespace(exitcode=number, local_rank=rank, timestamp=rank)
+        for rank, number in codes.items()
+    }
+    assert launcher._ended(failures, told) == code
+    assert line in capsys.readouterr().err
+
+
+def test_one_process_of_a_launch_says_why_it_ends(monkeypatch, tmp_path):
+    assert start.first_to_tell() and start.first_to_tell()  # alone, always
+    monkeypatch.setenv(start.LAUNCH, str(tmp_path))
+    assert [start.first_to_tell() for _ in range(2)] == [True, False]
+
+
+# --- the same numbers -------------------------------------------------------------------------------
+
+NO_GRADIENT = {
+    "sft": ("k_proj.bias",),
+    "rm": ("k_proj.bias", "decoder.layers.1.final_layer_norm.bias"),
+    "ppo": ("k_proj.bias",),
+}
+"""Parameters that change no loss: softmax does not see what is added to all keys, nor a ranking what is
+added to all scores. Their gradient is rounding, and Adam's steps are as long for it as for any other."""
+CLOCKS = ("time", "memory/")
+
+
+@pytest.fixture(scope="module")
+def projects(tmp_path_factory):
+    made = {}
+
+    def of(kind: str) -> Project:
+        if kind not in made:
+            made[kind] = Project(tmp_path_factory.mktemp("engines"), kind).straight()
+        return made[kind]
+
+    yield of
+    for project in made.values():
+        project.server.close()
+
+
+def equal_one(project: Project, run: str, stage: str, rel: float, one: str = "straight") -> None:
+    """Weights and records of a stage are those of a run in one process, but for the last digits."""
+    mine, other = project.run(run) / stage, project.run(one) / stage
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (mine, other))
+    for name, tensor in expected.items():
+        if not name.endswith(NO_GRADIENT[stage]):
+            gap = (weights[name] - tensor).abs().max() / tensor.abs().max()
+            assert gap < rel, f"{stage}: {name}: {gap}"
+    for row, told in zip(*(rows_of(d / "metrics.jsonl") for d in (mine, other)), strict=True):
+        assert row.keys() == told.keys()
+        for name in told.keys() - {"train/score_mean"}:  # see NO_GRADIENT
+            if not name.startswith(CLOCKS):
+                assert row[name] == pytest.approx(told[name], rel=rel, abs=rel), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "processes"), [("llama", 2), ("llama", 4), ("bart", 2)])
+def test_ddp_has_the_numbers_of_one_process(projects, kind, processes):
+    """15 rows in batches of 4: the last share of an epoch is smaller, and with four processes empty."""
+    project, words = projects(kind), {"ppo": ["minibatches=2"]}
+    for stage in STAGES:
+        job = project.start_all(processes, stage, f"ddp{processes}-{stage}", *words.get(stage, []))
+        outcomes = job.wait()
+        assert [out.code for out in outcomes] == [0] * processes, [out.told for out in outcomes]
+        told = [out.told.count(f"{stage}: published") for out in outcomes]
+        assert told == [1] + [0] * (processes - 1)
+        equal_one(project, f"ddp{processes}-{stage}", stage, 1e-5 if kind == "bart" else 5e-6)
