@@ -21,6 +21,7 @@ from pipeline.data.kept import pick
 from pipeline.data.lengths import over_limit
 from pipeline.data.literals import tell_spelled
 from pipeline.data.template import template_hash, tokenizer_hash
+from pipeline.engines.shares import from_all
 from pipeline.engines.start import anywhere, check_started, together
 from pipeline.errors import UserError
 from pipeline.handoff import checkpoint
@@ -137,7 +138,7 @@ def _resume(ppo: PPO, stage: StageRun) -> None:
     weight = next(p for p in ppo.networks.parameters() if p.requires_grad)
     faults.watch_gradient(weight, lambda: ppo.iteration + 1)
     if newest is not None:
-        ppo.load_state_dict(checkpoint.load(newest))
+        ppo.load_state_dict(checkpoint.load(newest, ppo.config.seed))
         stage.tracker.truncate(ppo.iteration)
         say(f"ppo: goes on after iteration {ppo.iteration}")
 
@@ -146,9 +147,11 @@ def _save_state(ppo: PPO, stage: StageRun) -> None:
     """Save the training state when it is time or a SIGTERM has come, and then end the process."""
     asked = anywhere(stopping.asked())
     due = ppo.iteration % ppo.config.save_every == 0 or ppo.iteration == ppo.config.iterations
-    if stage.main and (due or asked):
-        stage.tracker.sync()
-        checkpoint.save(stage.work, ppo.iteration, ppo.state_dict())
+    if due or asked:
+        random = from_all([checkpoint.random_state()])
+        if stage.main:
+            stage.tracker.sync()
+            checkpoint.save(stage.work, ppo.iteration, ppo.state_dict(), random)
     if asked:
         together()
         stopping.leave("ppo", ppo.iteration)

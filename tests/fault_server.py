@@ -11,11 +11,13 @@ import json
 import os
 import resource
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 
 import tiny_models
 from pipeline import cli
@@ -65,6 +67,9 @@ def run(request: dict[str, Any]) -> int:
     if limit := request.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     code = 1
+    if "LATE" in os.environ:
+        save = Trainer._save_rng_state
+        Trainer._save_rng_state = lambda *args: (time.sleep(1.0), save(*args))[1]
     try:
         cli.main(request["stage"], request["argv"])
     except SystemExit as end:

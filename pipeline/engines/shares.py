@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
-from pipeline.engines.start import world_size
+from pipeline.engines.start import rank, world_size
 
 T = TypeVar("T")
 
@@ -77,5 +76,5 @@ def worked_on(rows: Sequence[T], work: Callable[[Sequence[T]], list]) -> list:
     """What `work` makes of rows, each process of a share of them."""
     if world_size() == 1:
         return work(rows)
-    first, end = share(len(rows), PartialState().process_index, world_size())
+    first, end = share(len(rows), rank(), world_size())
     return gather_object(work(rows[first:end]))

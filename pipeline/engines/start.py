@@ -30,6 +30,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of them this is."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def asked() -> str:
     """The engine that a launcher's variables ask for: one of `_ASKED`, DDP, or NO with one process."""
     for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):

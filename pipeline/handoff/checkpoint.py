@@ -10,28 +10,46 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.engines.start import rank, world_size
 from pipeline.errors import UserError
 from pipeline.handoff import sealed
 from pipeline.handoff.sealed import newest, step_of
+from pipeline.process.progress import say
 
-__all__ = ["load", "newest", "random_state", "save", "seed_everything", "step_of"]
+__all__ = ["load", "newest", "random_state", "reseed", "save", "seed_everything", "step_of"]
 
 
-def save(work: Path, step: int, state: dict, keep: int = 2) -> Path:
-    """Write `state` as work/step-NNNNNN, whole or not at all, and prune to the last `keep`."""
+def save(
+    work: Path, step: int, state: dict, states: list[dict] | None = None, keep: int = 2
+) -> Path:
+    """Write `state`, and the `random_state` of every process (by default this one), as work/step-NNNNNN, whole or not at all, and
+    prune to the last `keep`."""
     temporary = sealed.temporary(work, step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    torch.save({"state": state, "random": random_state()}, temporary / "state.pt")
+    torch.save({"state": state, "random": states or [random_state()]}, temporary / "state.pt")
     return sealed.publish(temporary, work, step, keep)
 
 
-def load(directory: Path) -> dict:
-    """State saved by `save`, with every random generator put back; loads tensors, never code."""
+def load(directory: Path, seed: int = 0) -> dict:
+    """State saved by `save`, with every random generator put back; loads tensors, never code. `seed`: of the
+    run, for other processes than it was saved by."""
     with refusing_code(directory):
         saved = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
-    restore_random_state(saved["random"])
+    if len(saved["random"]) == world_size():
+        restore_random_state(saved["random"][rank()])
+    else:
+        reseed(directory, len(saved["random"]), seed)
     return saved["state"]
+
+
+def reseed(directory: Path, processes: int, seed: int) -> None:
+    """New random numbers, of (seed, step, process), for a run that so many `processes` have begun."""
+    say(
+        f"{directory}: saved by {processes} processes, and now there are {world_size()}: it goes on from the same "
+        "weights with other random numbers, and will not be exactly the run that was interrupted"
+    )
+    seed_everything(hash((seed, step_of(directory), rank())) % 2**63)
 
 
 @contextlib.contextmanager

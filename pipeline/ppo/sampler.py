@@ -4,6 +4,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -74,4 +75,6 @@ class PolicySampler:
         """Random numbers (B, T): all processes' are drawn, so that neither these nor batches change a response."""
         processes, mine = self.accelerator.num_processes, self.accelerator.process_index
         drawn = torch.rand(episodes * processes, self.config.max_new_tokens)
+        if processes > 1:  # whoever has drawn other numbers before
+            drawn = broadcast(drawn.to(self.accelerator.device)).cpu()
         return drawn[mine * episodes : (mine + 1) * episodes]

@@ -1,5 +1,6 @@
 """What our trainers add to transformers': losses that are numbers, and batches shared among processes."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from pipeline.engines.shares import OrNothing, Shares
 from pipeline.engines.whole import check_wrapped
 from pipeline.errors import UserError
+from pipeline.handoff import checkpoint
 
 
 class Checked:
@@ -39,6 +41,13 @@ class Checked:
             return numbers
         kind = torch.float32 if args.device.type == "mps" else torch.float64
         return accelerator.reduce(torch.tensor(numbers, device=args.device, dtype=kind)).tolist()
+
+    def _load_rng_state(self, saved):
+        processes = len(list(Path(saved or "").glob("rng_state*.pth")))
+        if saved is None or processes == self.args.world_size:  # type: ignore[attr-defined]
+            super()._load_rng_state(saved)  # type: ignore[misc]
+        else:
+            checkpoint.reseed(Path(saved), processes, self.args.seed)  # type: ignore[attr-defined]
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
         """accelerate would have processes take turns with batches, and use rows twice to make them even."""
