@@ -21,7 +21,7 @@ from pipeline.handoff import artifacts
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy
 from pipeline.tracking.tracker import Tracker
-from pipeline.training import kwise, trainers
+from pipeline.training import checked, kwise
 from pipeline.training.supervised import check_packing, packed
 from pipeline.training.trainers import steps_of
 from stages import rm, sft
@@ -399,13 +399,5 @@ def test_a_file_name_in_the_place_of_rows_is_told(base, tmp_path):
             stage.run(config, dataset="file.jsonl")
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm"])
-def test_several_processes_are_refused(base, tmp_path, monkeypatch, stage):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    train = train_rm if stage == "rm" else lambda run: train_sft(base, run)
-    with pytest.raises(UserError, match=f"{stage}: 2 processes; this stage trains in one"):
-        train(tmp_path)
-
-
 def test_the_makers_of_a_library_are_told_nothing():
-    assert trainers.Checked._send_telemetry is kwise.KwiseTrainer._send_telemetry
+    assert checked.Checked._send_telemetry is kwise.KwiseTrainer._send_telemetry
