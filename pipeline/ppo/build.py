@@ -68,8 +68,8 @@ def build_ppo(config: PPOConfig, sft: Path | str, rm: Path | str | None = None) 
     accelerator = start.accelerator()
     tokenizer = load_tokenizer(sft)
     dtype = config.dtype if config.lora else "fp32"
-    start = config.policy or sft
-    policy = add_lora(load_policy(start, tokenizer, dtype), config.lora, "CAUSAL_LM")
+    origin = config.policy or sft
+    policy = add_lora(load_policy(origin, tokenizer, dtype), config.lora, "CAUSAL_LM")
     at_once = config.rollout_batch_size or 64
     terms = _Terms(rm, tokenizer, accelerator.device, at_once, config.dtype, config.offload)
     if config.offload and accelerator.device.type == "cpu":
