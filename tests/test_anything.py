@@ -14,7 +14,7 @@ import tiny_models
 from pipeline.config.evaluation import EvalConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import anything, classification, metrics, overlap
-from pipeline.evaluation.subjects import load_adapted
+from pipeline.models.adapted import load_adapted
 from pipeline.models.loading import load_policy
 
 ROWS = [

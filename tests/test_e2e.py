@@ -7,7 +7,7 @@ import pytest
 
 import small_run
 from configs.e2e import judged, prepare, rule
-from configs.e2e.judged import bootstrap, interval, versus
+from configs.e2e.judged import versus
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import load_config
 from pipeline.config.schema import Data
@@ -15,6 +15,7 @@ from pipeline.data.forms import load_demonstrations, load_prompts
 from pipeline.data.rankings import load_rankings
 from pipeline.evaluation.__main__ import run_evaluation
 from pipeline.evaluation.judges import load_judge
+from pipeline.evaluation.wins import bootstrap, interval
 
 FULL = (
     "name[The Mill], eatType[pub], food[Indian], priceRange[less than £20], customer rating[low], "
@@ -224,7 +225,8 @@ def test_an_interval_draws_whole_lists():
     clustered, free = interval(values, lists), interval(values, [str(i) for i in range(100)])
     assert clustered == {"value": 0.5, "low": 0.0, "high": 1.0}
     assert 0.38 < free["low"] < 0.42 and 0.58 < free["high"] < 0.62
-    assert bootstrap(lambda picks: float(len(picks)), lists, 10)["value"] == 100
+    sizes = bootstrap(lambda counts: counts.sum(axis=1), lists, 10)
+    assert sizes == {"value": 100, "low": 100, "high": 100}
 
 
 def test_what_is_judged_beside_ppo_has_the_answers_of_the_evaluation(tmp_path, monkeypatch, capsys):

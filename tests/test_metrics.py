@@ -61,20 +61,6 @@ def test_win_rate_counts_a_tie_as_half():
         metrics.win_rate([1.0], [1.0, 2.0])
 
 
-def test_wins_at_equal_length_are_those_that_length_does_not_explain():
-    longer = [3, 3, 3, 3, -3, -3, -3, -3] * 25
-    by_length = [float(x > 0) for x in longer]
-    found = metrics.wins_at_equal_length(by_length, [0.5] * 200, longer)
-    assert found.rate == pytest.approx(0.5, abs=1e-6)
-    # 3 in 4 of those that are longer and 2 in 4 of the others win: half way between in logits
-    better = [1, 1, 1, 0, 1, 1, 0, 0] * 25
-    found = metrics.wins_at_equal_length(better, [0.5] * 200, longer)
-    assert found.rate == pytest.approx(3**0.5 / (1 + 3**0.5), abs=1e-3)
-    assert found.low < found.rate < found.high and found.high - found.low < 0.2
-    same = metrics.wins_at_equal_length([1, 2, 3], [1, 2, 3], [1, 0, 5])
-    assert same == pytest.approx((0.5, 0.5, 0.5))  # ties are half a win
-
-
 def test_pairs_of_one_prompt_count_for_less_than_pairs_of_many():
     """Ten prompts of six pairs that are all right or all wrong say no more than ten pairs do."""
     points = [6.0] * 7 + [0.0] * 3

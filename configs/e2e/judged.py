@@ -9,7 +9,7 @@ best-ranked texts, writes RUN/judged-SPLIT.json. Intervals are bootstrapped over
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,25 +20,20 @@ from pipeline.cli import reporting_errors
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import checkpoints_root, load_config
 from pipeline.config.schema import Data
-from pipeline.data.messages import message
+from pipeline.data.messages import Message, message
 from pipeline.data.rankings import load_rankings
-from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
 from pipeline.evaluation.card import card
 from pipeline.evaluation.evaluate import Exam, ask
 from pipeline.evaluation.rankings import Scored
-from pipeline.evaluation.rm import scored, text
+from pipeline.evaluation.rm import Scorer, scored, text
+from pipeline.evaluation.wins import at_equal_length, interval, of_scores
 from pipeline.handoff.found import read_json
-from pipeline.models.forward import score_sequences
-from pipeline.models.loading import load_policy, load_reward, load_tokenizer, prepare_cpu, quiet
-from pipeline.models.tokens import pad_id
+from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu, quiet
 from pipeline.process.files import jsonl, read_jsonl, write_atomically
 
 CLOSE = 2
 """Tokens by which two texts may differ in length and count as equally long."""
-
-Texts = list[tuple[str, str]]
-"""Prompts and responses."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,26 +104,6 @@ def judged(args: argparse.Namespace, config: EvalConfig) -> dict:
     }
 
 
-class Scorer:
-    """A reward model as a function of prompts and texts."""
-
-    def __init__(self, path: Path):
-        self.model, self.tokenizer = load_reward(path), load_tokenizer(path)
-
-    def ids(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
-        """Tokens of a prompt and of a response, its end included."""
-        given, [response] = encode_responses(self.tokenizer, [message("user", prompt)], [text])
-        return given, response
-
-    def length(self, prompt: str, text: str) -> int:
-        """Tokens of a response, its end included."""
-        return len(self.ids(prompt, text)[1])
-
-    def __call__(self, pairs: Texts) -> list[float]:
-        given, responses = zip(*(self.ids(*pair) for pair in pairs), strict=True)
-        return score_sequences(self.model, list(given), list(responses), pad_id(self.tokenizer), 64)
-
-
 def collected(args: argparse.Namespace, config: EvalConfig, own: Scorer) -> dict[str, list[dict]]:
     """Policy -> an answer to each prompt: prompt, policy, response, ended, maybe rm."""
     samples = read_jsonl(args.run / "eval" / f"{args.split}_samples.jsonl")
@@ -148,7 +123,7 @@ def collected(args: argparse.Namespace, config: EvalConfig, own: Scorer) -> dict
         return [_answer(prompt, name, response=r.text, ended=r.ended) for prompt, r in told]
 
     four = answers("best of 4", args.run, 4)
-    scores = own([(row["prompt"], row["response"]) for row in four])
+    scores = own.of_answers(*asked_of(four))
     places = [max(range(i, i + 4), key=scores.__getitem__) for i in range(0, len(four), 4)]
     out["best of 4"] = [four[i] | {"rm": scores[i]} for i in places]
     if args.best:
@@ -163,11 +138,16 @@ def _answer(
     return {"prompt": prompt, "policy": policy, "response": response, "ended": ended, **known}
 
 
+def asked_of(rows: list[dict]) -> tuple[list[list[Message]], list[str]]:
+    """Messages and responses of answers."""
+    return [[message("user", row["prompt"])] for row in rows], [row["response"] for row in rows]
+
+
 def grades(rows: list[dict], own: Scorer, held_out: Scorer) -> dict[str, list[float]]:
     """Name of a grade -> one for each answer."""
-    pairs = [(row["prompt"], row["response"]) for row in rows]
-    prompts, texts = map(list, zip(*pairs, strict=True))
-    verdicts = [rule.read(*pair) for pair in pairs]
+    prompts, texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
+    verdicts = [rule.read(*pair) for pair in zip(prompts, texts, strict=True)]
+    messages, _ = asked_of(rows)
     return {
         "rule": rule.score(prompts, texts, [], [row["ended"] for row in rows]),
         "said": [len(v.said) / v.slots for v in verdicts],
@@ -175,34 +155,27 @@ def grades(rows: list[dict], own: Scorer, held_out: Scorer) -> dict[str, list[fl
         "faithful": [float(v.faithful) for v in verdicts],
         "wrong": [float(len(v.wrong)) for v in verdicts],
         "ended": [float(row["ended"]) for row in rows],
-        "tokens": [float(own.length(*pair)) for pair in pairs],
-        "rm": [row["rm"] for row in rows] if "rm" in rows[0] else own(pairs),
-        "held_out_rm": held_out(pairs),
+        "tokens": [
+            float(len(own.encode(asked, [said])[1][0]))
+            for asked, said in zip(messages, texts, strict=True)
+        ],
+        "rm": [row["rm"] for row in rows] if "rm" in rows[0] else own.of_answers(messages, texts),
+        "held_out_rm": held_out.of_answers(messages, texts),
     }
 
 
 def versus(ours: dict, theirs: dict, grade: str, lists: Sequence[str]) -> dict:
-    """Wins by a grade, ties half: all, at equal length, and among pairs that are about as long.
-
-    At equal length: what a line through (difference in tokens, win) gives at 0, as length-controlled AlpacaEval does
-    with a logistic curve (arXiv 2404.04475).
-    """
-    difference = np.subtract(ours[grade], theirs[grade])
-    wins = (difference > 0) + 0.5 * (difference == 0)
+    """Wins by a grade, ties half: all, at equal length, and among pairs that are about as long."""
+    verdicts = np.array(of_scores(ours[grade], theirs[grade]))
     longer = np.subtract(ours["tokens"], theirs["tokens"])
     close = np.abs(longer) <= CLOSE
-
-    def at_equal_length(picks: np.ndarray) -> float:
-        line = np.stack([np.ones(len(picks)), longer[picks]], axis=1)
-        return float(np.linalg.lstsq(line, wins[picks], rcond=None)[0][0])
-
     return {
-        **interval(wins, lists),
-        "ties": float(np.mean(difference == 0)),
-        "at_equal_length": bootstrap(at_equal_length, lists),
+        **interval(verdicts, lists),
+        "ties": float(np.mean(verdicts == 0.5)),
+        "at_equal_length": at_equal_length(verdicts, longer, lists),
         "close": {
             "pairs": int(close.sum()),
-            "rate": float(wins[close].mean()) if close.any() else None,
+            "rate": float(verdicts[close].mean()) if close.any() else None,
         },
     }
 
@@ -211,28 +184,6 @@ def by_rule(item: Scored) -> Scored:
     """A ranking with the rule's scores."""
     k = len(item.responses)
     return replace(item, scores=rule.score([item.prompt] * k, item.responses, [{}] * k))
-
-
-def interval(values: Sequence[float], lists: Sequence[str]) -> dict[str, float]:
-    """Mean and 95 % interval."""
-    x = np.asarray(values, dtype=float)
-    return bootstrap(lambda picks: float(x[picks].mean()), lists)
-
-
-def bootstrap(
-    measure: Callable[[np.ndarray], float], lists: Sequence[str], rounds: int = 1000
-) -> dict[str, float]:
-    """A measure of rows with its 95 % percentile interval, attribute lists drawn with replacement."""
-    members: dict[str, list[int]] = {}
-    for i, name in enumerate(lists):
-        members.setdefault(name, []).append(i)
-    groups, draw = [np.array(rows) for rows in members.values()], np.random.default_rng(0)
-    again = [
-        measure(np.concatenate([groups[i] for i in draw.integers(len(groups), size=len(groups))]))
-        for _ in range(rounds)
-    ]
-    low, high = np.quantile(again, [0.025, 0.975])
-    return {"value": measure(np.arange(len(lists))), "low": float(low), "high": float(high)}
 
 
 if __name__ == "__main__":

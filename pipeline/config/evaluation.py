@@ -6,9 +6,53 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.schema import Data, Positive
-from pipeline.config.section import CodeName, Section, Text
+from pipeline.config.section import CodeName, DataName, ModelName, Section, Text
 
 Split = Literal["test", "validation"]
+
+
+class JudgeConfig(Section):
+    """A judge of pairs of answers: exactly one of `module`, `reward`, `llm`, `url` and `votes`."""
+
+    name: Text | None = None
+    """In tables; none = what it is."""
+    module: CodeName | None = None
+    """Like the key `judge`: the higher score wins."""
+    reward: ModelName | None = None
+    """A reward model's folder or hub id, with its own tokenizer: the higher score wins."""
+    llm: ModelName | None = None
+    """A language model's folder or hub id, asked which of two answers is better: the likelier of "A" and "B". Asked
+    in both orders; it has to say the same, else they tie."""
+    url: Text | None = None
+    """An OpenAI-compatible server (`https://host/v1`), asked the same in both orders; it may also say "tie". Its
+    answers are kept by their content in `checkpoints/eval/answers` and not asked for again."""
+    model: Text | None = None
+    """The server's name of the model."""
+    key: Text | None = "OPENAI_API_KEY"
+    """Environment variable that holds the server's key; none = it wants none."""
+    calls: Positive = 1000
+    """Most requests of one evaluation, repeated ones included."""
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds for one of them."""
+    votes: DataName | None = None
+    """Rankings by people, as the labelling page writes them: those of the very answers that are compared."""
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        kinds = ("module", "reward", "llm", "url", "votes")
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a judge has exactly one of {', '.join(kinds)}")
+        if (self.url is None) != (self.model is None):
+            raise ValueError("url and model go together")
+        unread = {"key", "calls", "timeout"} & self.model_fields_set
+        if unread and self.url is None:
+            raise ValueError(f"{', '.join(sorted(unread))}: of a url alone")
+        return self
+
+    def title(self) -> str:
+        """Its name in tables."""
+        return self.name or self.model or self.module or self.reward or self.llm or "people"
 
 
 def _is_text(task: str) -> bool:
@@ -36,6 +80,10 @@ class EvalConfig(Section):
     judge: CodeName | None = None
     """Module with `score(prompts, responses, rows, ended=None)` and maybe `exact(prompts, responses,
     rows)`; none = measure only what needs no judge."""
+    judges: Annotated[list[JudgeConfig], Field(exclude_if=operator.not_)] = []
+    """More judges, of pairs of answers: the run's last policy against the one before it (make eval MODEL=: each model
+    against the first, a single one against the references). Win rates with intervals, at equal length, and how far
+    all judges agree."""
     reference: Text | None = None
     """Key of the prompts' rows that holds a right answer, for chrF (of all answers together, by sacrebleu),
     exact match and token F1: of words, of single characters in Chinese and Japanese. Case and punctuation
@@ -78,6 +126,9 @@ class EvalConfig(Section):
     def _known_keys_once(self):
         if len(set(self.groups())) != len(self.groups()):
             raise ValueError("group_by names a key twice")
+        titles = ["judge", "reward model", *(judge.title() for judge in self.judges)]
+        if twice := [name for name in titles if titles.count(name) > 1]:
+            raise ValueError(f"judges: two are called {twice[0]!r}; give each a name of its own")
         return self
 
     def groups(self) -> list[str]:

@@ -25,6 +25,7 @@ from pipeline.data.messages import prompt_text
 from pipeline.errors import UserError
 from pipeline.evaluation import classification, tallies
 from pipeline.evaluation.questions import Question, labels_of, questions
+from pipeline.evaluation.summary import judge_tables
 from pipeline.handoff import artifacts
 from pipeline.handoff.lineage import inputs_of
 from pipeline.process.files import jsonl, write_atomically
@@ -97,12 +98,15 @@ def measured(
     started = time.perf_counter()
     asked = questions(config)
     labels, inputs = labels_of(config, asked), inputs_of(config)
-    from pipeline.evaluation.subjects import answered, loaded, that_fit  # imports torch
+    from pipeline.evaluation.panel import panel  # these import torch
+    from pipeline.evaluation.subjects import answered, contests, loaded, that_fit
 
+    others = panel(config)
     subjects = loaded(config, dict(zip(_names(paths), paths, strict=True)))
     asked = that_fit(config, subjects, asked)
     found = {subject.name: answered(config, subject, asked, labels) for subject in subjects}
     groups = tallies.memberships([question.row for question in asked], config.groups())
+    samples = [_sample(config, i, question, found) for i, question in enumerate(asked)]
     result = {
         "format_version": FORMAT_VERSION,
         "data": config.prompts.path,
@@ -119,10 +123,11 @@ def measured(
             }
             for subject in subjects
         },
+        **({"judges": contests(found, asked, others, samples)} if others else {}),
         "packages": artifacts.installed_packages(),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    return result, [_sample(config, i, question, found) for i, question in enumerate(asked)]
+    return result, samples
 
 
 def _sample(
@@ -157,6 +162,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         for value, one in values.items():
             parts = {name: found["groups"][key][value] for name, found in models.items()}
             console.print(_table(f"{key} {value}, {one['n']} rows", shown, parts), "")
+    for table in judge_tables(result):
+        console.print(table, "")
     for name, found in models.items():
         if "confusion" in found:
             console.print(_confusion(name, found), "")

@@ -26,6 +26,7 @@ from pipeline.evaluation.likelihoods import (
     room,
     texts,
 )
+from pipeline.evaluation.panel import Contest, judged, panel
 from pipeline.evaluation.rankings import Scored, measure, read_scored
 from pipeline.evaluation.tallies import Answers
 from pipeline.handoff.found import Stage
@@ -62,7 +63,7 @@ def evaluate(
     if config.reference is not None:
         from pipeline.evaluation import chrf  # its package may be missing, which is told at once
     tokenizer = load_tokenizer(stages["sft"].path)
-    judge = load_judge(config.judge)
+    judge, others = load_judge(config.judge), panel(config)
     asked = ask(config, split, tokenizer)
     for key in config.groups():
         if all(row.get(key) is None for row in asked.rows):
@@ -95,8 +96,13 @@ def evaluate(
         result["rm"] = _reward_model(config, asked.rows, *exam.candidates(models["sft"], asked))
     if reward is not None and (held_out := read_scored(stages["rm"].path)):
         result["labels"] = labels(held_out, judge)
+    samples = _samples(config, asked, answers)
+    if config.judges and len(answers) > 1:
+        before, after = list(answers)[-2:]
+        contest = Contest(asked.messages, asked.rows, answers[after], answers[before])
+        result["judges"] = {f"{after}_vs_{before}": judged(contest, others, samples)}
     result["seconds"] = round(time.perf_counter() - started, 2)
-    return result, _samples(config, asked, answers)
+    return result, samples
 
 
 def ask(config: EvalConfig, split: Split, tokenizer: PreTrainedTokenizerBase) -> Asked:

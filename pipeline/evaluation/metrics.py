@@ -138,41 +138,6 @@ def win_rate(first: Sequence[float], second: Sequence[float]) -> WinRate:
     )
 
 
-class Rate(NamedTuple):
-    """A share and its 95 % interval."""
-
-    rate: float
-    low: float
-    high: float
-
-
-def wins_at_equal_length(
-    first: Sequence[float], second: Sequence[float], longer: Sequence[float], rounds: int = 500
-) -> Rate:
-    """Win rate of `first` over `second` were its responses no longer; `longer`: tokens more, prompt by prompt.
-
-    Length-controlled AlpacaEval's curve (arXiv 2404.04475) without its term for the prompt: a logistic one over
-    tanh(longer / its deviation), taken at 0; a tie is half a win. The interval is a bootstrap over prompts.
-    """
-    wins = np.array([(a > b) + (a == b) / 2 for a, b in zip(first, second, strict=True)])
-    spread = float(np.std(longer))
-    x = np.tanh(np.asarray(longer) / spread) if spread > 0 else np.zeros(len(wins))
-    picks = np.random.default_rng(0).integers(len(wins), size=(rounds, len(wins)))
-    low, high = np.quantile([_at_zero(x[pick], wins[pick]) for pick in picks], [0.025, 0.975])
-    return Rate(_at_zero(x, wins), float(low), float(high))
-
-
-def _at_zero(x: np.ndarray, wins: np.ndarray) -> float:
-    """The logistic curve of wins over x, at 0; by Newton's method, held in by a hundredth of a prompt's weight."""
-    design, weights = np.stack([np.ones(len(x)), x], axis=1), np.zeros(2)
-    for _ in range(12):
-        p = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
-        gradient = design.T @ (wins - p) - 0.01 * weights
-        curvature = (design * (p * (1 - p))[:, None]).T @ design + 0.01 * np.eye(2)
-        weights = weights + np.linalg.solve(curvature, gradient)
-    return float(1 / (1 + np.exp(-weights[0])))
-
-
 def untied_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
     """(better, worse) indices of every pair whose ranks differ; rank 1 is best."""
     n = len(ranks)

@@ -20,7 +20,14 @@ from pipeline.evaluation.about import conclusion, verdicts
 from pipeline.evaluation.rankings import Measured
 from pipeline.evaluation.record import Record, load_record, values
 from pipeline.evaluation.rivals import columns
-from pipeline.evaluation.summary import formatted, summary_rows
+from pipeline.evaluation.summary import (
+    AGREEMENT,
+    JUDGES,
+    agreement_rows,
+    formatted,
+    judge_rows,
+    summary_rows,
+)
 from pipeline.handoff.lineage import identity
 from pipeline.ppo.preflight import better_rule
 from pipeline.process.files import write_atomically
@@ -74,6 +81,7 @@ def context(record: Record) -> dict[str, Any]:
         "models": record.policies(),
         "summary": summary_rows(record),
         "comparisons": comparison_rows(record),
+        "contests": contests(record),
         "families": family_tables(record),
         "charts": {verdict.stage: charts(record, verdict.stage) for verdict in found},
         "titles": {verdict.stage: verdict.title for verdict in found},
@@ -101,6 +109,19 @@ def comparison_rows(record: Record) -> list[dict[str, Any]]:
         for by, suffix in (("judge", ""), ("reward model", "_by_rm"))
         for before, after in pairwise(steps.policies())
         if (found := record.comparison(f"{after}_vs_{before}{suffix}"))
+    ]
+
+
+def contests(record: Record) -> list[dict[str, Any]]:
+    """What all judges say of two policies, how far they agree, and where they do not."""
+    return [
+        {
+            "title": " over ".join(name.split("_vs_")),
+            "tables": [(JUDGES, judge_rows(found)), (AGREEMENT, agreement_rows(found))],
+            "opposed": found["opposed"],
+            "examples": found["examples"],
+        }
+        for name, found in (record.result.get("judges") or {}).items()
     ]
 
 

@@ -10,6 +10,7 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.judges import Judge
 from pipeline.evaluation.rm import Scorer
 from pipeline.evaluation.tallies import Answers
+from pipeline.evaluation.wins import at_equal_length, of_scores
 
 Row = dict[str, Any]
 """Of one policy: judge, wins over SFT with an interval, rm_score, KL to SFT, ended, length, minutes."""
@@ -100,9 +101,11 @@ def wins(now: Answers, before: Answers) -> dict[str, float]:
     for grade, values in now.grades.items():
         if key := WINS.get(grade, grade if grade.startswith("by ") else None):
             plain = metrics.win_rate(values, before.grades[grade])
-            even = metrics.wins_at_equal_length(values, before.grades[grade], longer)
-            for name, found in ((key, plain), (key + EVEN, even)):
-                out |= {name: found.rate, f"{name}_low": found.low, f"{name}_high": found.high}
+            out |= {key: plain.rate, f"{key}_low": plain.low, f"{key}_high": plain.high}
+            verdicts = of_scores(values, before.grades[grade])
+            even = at_equal_length(verdicts, longer, range(len(longer)))
+            for end, name in (("", "value"), ("_low", "low"), ("_high", "high")):
+                out[f"{key}{EVEN}{end}"] = even[name]
     return out
 
 

@@ -1,13 +1,11 @@
 """Models of any kind, each with its own tokenizer, asked the same questions."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 
 from pipeline.config.evaluation import EvalConfig
 from pipeline.data.template import encode_responses
@@ -15,14 +13,15 @@ from pipeline.errors import UserError
 from pipeline.evaluation import classification, metrics, overlap, tallies
 from pipeline.evaluation.evaluate import sampled
 from pipeline.evaluation.likelihoods import label_likelihoods, room, sequence_logprobs
+from pipeline.evaluation.panel import Contest, Judging, judged
 from pipeline.evaluation.questions import Question
 from pipeline.evaluation.tallies import Answers
 from pipeline.handoff import artifacts
 from pipeline.models import device
-from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu, quiet
+from pipeline.models.adapted import load_adapted
+from pipeline.models.loading import prepare_cpu, quiet
 from pipeline.models.tokens import pad_id
 from pipeline.ppo.measures import repeated_ngrams
-from pipeline.process import hub
 from pipeline.process.progress import say
 
 
@@ -109,33 +108,6 @@ def loaded(config: EvalConfig, paths: dict[str, str]) -> list[Subject]:
     return out
 
 
-def load_adapted(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A policy and its tokenizer; an adapter of peft is folded into the base that it names."""
-    base = None if Path(path, "config.json").is_file() else _base_of_adapter(path)
-    if base is None:
-        tokenizer = load_tokenizer(path)
-        return load_policy(path, tokenizer), tokenizer
-    from peft import PeftModel
-
-    own = any(Path(path).glob("tokenizer*"))
-    tokenizer = load_tokenizer(path if own else base)
-    model = load_policy(base, tokenizer)
-    try:
-        return PeftModel.from_pretrained(model, path).merge_and_unload(), tokenizer
-    except (OSError, ValueError, RuntimeError) as error:
-        told = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: an adapter that does not fit its base {base}: {told}") from error
-
-
-def _base_of_adapter(path: str) -> str | None:
-    hub.look(path)
-    try:
-        file = find_adapter_config_file(path)
-    except (OSError, ValueError):  # no model at all, which its loading tells
-        return None
-    return file and json.loads(Path(file).read_bytes())["base_model_name_or_path"]
-
-
 def that_fit(config: EvalConfig, subjects: list[Subject], asked: list[Question]) -> list[Question]:
     """Questions for which every model has places; the others are said and left out."""
     new = 0 if config.task == "likelihood" else config.max_new_tokens
@@ -182,3 +154,23 @@ def grades(texts: list[str], references: list[str]) -> dict[str, Sequence[float]
     except ImportError:
         say("eval: ROUGE is left out: it needs the rouge-score package: pip install rouge-score")
         return found
+
+
+def contests(
+    found: dict[str, Found],
+    asked: list[Question],
+    others: dict[str, Judging],
+    samples: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What judges say of each model against the first, of a single one against the references."""
+    first, *rest = found
+    known = [q.reference for q in asked]
+    own = found[first]
+    sides = {f"{name}_vs_{first}": (found[name].answers, own.answers) for name in rest} or {
+        f"{first}_vs_reference": (own.answers, Answers(known, own.sizes, [True] * len(known)))
+    }
+    messages, rows = [q.messages for q in asked], [q.row for q in asked]
+    return {
+        name: judged(Contest(messages, rows, *pair), others, samples)
+        for name, pair in sides.items()
+    }

@@ -5,6 +5,7 @@ Printed at the end of `make sft rm ppo`; reads records only, so it takes a fract
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +50,8 @@ def show(record: Record, console: Console) -> None:
     console.print(Text(str(record.run), style="italic"))
     if record.policies():
         console.print(table(record))
+    for judges in judge_tables(record.result):
+        console.print(judges)
     for problem in record.problems:
         console.print(Text(f"  ! {problem}", style="yellow"))
     for verdict in found:
@@ -90,6 +93,55 @@ def summary_rows(record: Record) -> list[tuple[str, list[str]]]:
         cells = [f"{value:.2f}{spread}" if name == policy else "–" for name in names]
         rows.append((f"KL to {other.upper()}, nats per response", cells))
     return rows
+
+
+JUDGES = ("judges", "wins (95 %)", "at equal length", "wins / ties / losses", "judged")
+AGREEMENT = ("judges", "both judged", "agree", "Cohen's κ", "one says win, the other loss")
+
+
+def judge_rows(found: dict[str, Any]) -> list[list[str]]:
+    """What each judge says of a contest (see `pipeline.evaluation.panel`), under `JUDGES`."""
+    rows = []
+    for name, own in found["judges"].items():
+        counts = f"{own['wins']} / {own['ties']} / {own['losses']}"
+        equal = own.get("at_equal_length")
+        shares = [
+            "–" if part is None else f"{part[key]:.1%} ({part['low']:.1%} to {part['high']:.1%})"
+            for part, key in ((own if own["judged"] else None, "rate"), (equal, "value"))
+        ]
+        rows.append([name, *shares, counts, str(own["judged"])])
+    return rows
+
+
+def agreement_rows(found: dict[str, Any]) -> list[list[str]]:
+    """How far each two judges of a contest agree, under `AGREEMENT`."""
+    rows = []
+    for name, own in found["agreement"].items():
+        table = own["table"]
+        opposed = table["win"]["loss"] + table["loss"]["win"]
+        kappa = formatted(own["kappa"], "{:.2f}")
+        rows.append(
+            [name, str(own["judged"]), formatted(own["same"], "{:.1%}"), kappa, str(opposed)]
+        )
+    return rows
+
+
+def judge_tables(result: dict[str, Any]) -> list[Table]:
+    """Of every contest: what the judges say, and how far they agree."""
+    out = []
+    for contest, found in (result.get("judges") or {}).items():
+        first, _, second = contest.partition("_vs_")
+        for titles, rows in ((JUDGES, judge_rows(found)), (AGREEMENT, agreement_rows(found))):
+            if rows:
+                table = Table(show_edge=False, pad_edge=False)
+                for title in (f"{first} over {second}", *titles[1:]):
+                    table.add_column(
+                        Text(title), justify="left" if table.columns == [] else "right"
+                    )
+                for row in rows:
+                    table.add_row(*map(Text, row))
+                out.append(table)
+    return out
 
 
 def formatted(value: float | None, form: str) -> str:

@@ -123,6 +123,9 @@ def identity(name: str, config: BaseModel | None, run: Path) -> Identity:
         inputs = _hashed([path for path in files if path.is_file()])
     else:
         inputs = inputs_of(config) if isinstance(config, Section) else {}
+    if isinstance(config, EvalConfig):  # artifacts that judge are no parents
+        models = [Path(name) for _, _, kind, name in config.references() if kind is Reads.MODEL]
+        inputs |= {str(p): artifacts.manifest_hash(p) for p in models if is_published(p)}
     return Identity(values, parents, _portable(inputs))
 
 
