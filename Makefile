@@ -15,6 +15,7 @@
 #: MODEL="path ..." DATA=file TASK=text|classification|likelihood   make eval of any models on any rows
 #: SEEDS="1 2 3"    seeds of `make seeds`, `compare` and `expect`; ARGS= further arguments of chat, round, the studies and test
 #: REPO=owner/name  where `make push` sends an export; export, push and serve take ARGS= too
+#: SWEEP=file.yaml  of `make sweep`
 #: SIZE=S|M|L DEVICE= ITERATIONS= THREADS= CASES="fp32 sft"   of `make bench`; CASES=growth: what grows
 #: ENGINE=ddp PROCESSES=n   train in several processes: configs/engines/ENGINE.yaml; PROCESSES: one a GPU, on a CPU two
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
@@ -55,6 +56,7 @@ ITERATIONS ?=
 THREADS ?=
 CASES ?=
 ARGS ?=
+SWEEP ?=
 REPO ?=
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
@@ -65,7 +67,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE MODEL DATA TASK SEEDS ARGS SIZE DEVICE ITERATIONS THREADS CASES ENGINE PROCESSES CKPT PYTHON \
 	VENV TORCH_INDEX SHELL MAKEFLAGS MAKELEVEL
-KNOWN += REPO
+KNOWN += REPO SWEEP
 ifneq ($(filter-out $(KNOWN),$(TYPED)),)
 $(error $(firstword $(filter-out $(KNOWN),$(TYPED)))= does nothing: variables are written in capitals (make help), \
 	settings of a config as SET="ppo.seed=3 rm.epochs=2")
@@ -163,11 +165,11 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare expect overopt round seeds bench \
 	status show-config clean
 TARGETS += export push serve
-TARGETS += wandb-sync
+TARGETS += sweep wandb-sync
 ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
 $(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
 endif
-ifneq ($(and $(DRY),$(filter compare expect overopt round seeds bench,$(MAKECMDGOALS))),)
+ifneq ($(and $(DRY),$(filter compare expect overopt round seeds bench sweep,$(MAKECMDGOALS))),)
 $(error DRY=1 is for a run: sft rm ppo eval report, chat, status and show-config)
 endif
 ifneq ($(and $(filter clean,$(MAKECMDGOALS)),$(filter-out clean,$(MAKECMDGOALS))),)
@@ -311,6 +313,10 @@ bench: $(STAMP)  ## time PPO against TRL's own, and the other stages against its
 	exec $(PY) -m pipeline.bench --size $(SIZE) $(if $(DEVICE),--device $(DEVICE)) \
 	  $(if $(ITERATIONS),--iterations $(ITERATIONS)) $(if $(THREADS),--threads $(THREADS)) \
 	  $(if $(CASES),--cases $(CASES)) $(ARGS)
+
+sweep: $(STAMP)  ## try values of config keys one after the other (SWEEP=file.yaml): a table and a plot
+	@test -n $(call quote,$(SWEEP)) || { echo "sweep: SWEEP=file.yaml, such as configs/tiny/sweep.yaml" >&2; exit 2; }
+	@exec $(PY) -m pipeline.evaluation.sweep --sweep $(call quote,$(SWEEP)) $(if $(filter 1,$(FORCE)),--force) $(STUDY)
 
 wandb-sync: $(STAMP)  ## send to W&B what the run mirrored offline, in order, and draw its lineage
 	@exec $(PY) -m pipeline.commands.wandb_sync --run $(RUN_DIR)

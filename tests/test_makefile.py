@@ -525,3 +525,11 @@ def test_wandb_sync_of_a_run_that_is_not_there_names_those_that_are(tmp_path):
     done = make("wandb-sync", "RUN=nope")
     assert done.returncode != 0
     assert "checkpoints/nope: no such run; there are: tiny" in done.stderr
+
+
+def test_sweep_wants_a_file_and_hands_over_what_the_studies_have():
+    done = make("sweep")
+    assert done.returncode != 0 and "sweep: SWEEP=file.yaml" in done.stderr
+    [line] = dry("sweep", "SWEEP=my sweep.yaml", "RUN=mine", "SET=ppo.lam=1", "FORCE=1")
+    words = "--sweep 'my sweep.yaml' --force --recipe tiny --run checkpoints/mine --set 'ppo.lam=1'"
+    assert line.strip() == f"pipeline.evaluation.sweep {words}"

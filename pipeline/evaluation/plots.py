@@ -128,6 +128,37 @@ def root_kl(studies: Mapping[str, Sequence[Mapping[str, float]]], *, axes: Axes)
 
 
 @functools.partial(chart, width=9.4, height=3.6)
+def parallel(columns: Mapping[str, Sequence[Any]], *, axes: Axes) -> None:
+    """A line per row through one axis per column, from its least to its greatest; the last column colours.
+
+    Columns of numbers are axes of numbers, others have a place for each value.
+    """
+    places = {name: _places(values) for name, values in columns.items()}
+    last = list(places.values())[-1][0]
+    colours = mpl.colormaps["viridis"]
+    for row, colour in enumerate(last):
+        axes.plot([at[row] for at, _ in places.values()], color=colours(colour), marker="o")
+    for x, (_, labels) in enumerate(places.values()):
+        axes.axvline(x, color=INK, linewidth=0.9)
+        for y, label in labels.items():
+            axes.annotate(ascii(label)[:24], (x, y), (4, 2), textcoords="offset points", fontsize=8)
+    axes.set_xticks(range(len(places)), [ascii(name)[1:-1] for name in places])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+
+
+def _places(values: Sequence[Any]) -> tuple[list[float], dict[float, Any]]:
+    """Where values stand on an axis from 0 to 1, and what is written where."""
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        low, high = min(values), max(values)
+        at = [(v - low) / (high - low) if high > low else 0.5 for v in values]
+        return at, {min(at): float(f"{low:.4g}"), max(at): float(f"{high:.4g}")}
+    kinds = list(dict.fromkeys(map(str, values)))
+    own = {kind: (i + 0.5) / len(kinds) for i, kind in enumerate(kinds)}
+    return [own[str(v)] for v in values], {y: kind for kind, y in own.items()}
+
+
+@functools.partial(chart, width=9.4, height=3.6)
 def growth(rows: Sequence[Mapping[str, Any]], *, axes: Axes) -> None:
     """Of rows of `pipeline.bench`, CPU seconds of an iteration by those of its floor (full) and
     memory (dashed), as each thing grows to so many times what it was."""
