@@ -17,6 +17,7 @@ from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
 from pipeline.evaluation import rounds
+from pipeline.evaluation.ranked import rank_by
 from pipeline.evaluation.record import load_record
 from pipeline.evaluation.report import render
 from pipeline.feedback import comparisons
@@ -243,7 +244,9 @@ def test_a_round_without_labels_waits_and_goes_on(commands, tmp_path):
     Path("checkpoints/r/sft").mkdir(parents=True)
     Path("checkpoints/r/sft/manifest.json").write_text("{}")
     commands.waiting = True
-    with pytest.raises(UserError, match=r"round 1 waits for people: .*r-round1/to_rank\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"r-round1 waits for people, who rank .*r-round1/to_rank\.jsonl"
+    ):
         rounds.main(["--run", "checkpoints/r", "--prompts", "7"])
     assert commands.words == [("rm", "r-round1", ("rm.sampling.count=7",), "r")]
     commands.waiting = False
@@ -253,6 +256,60 @@ def test_a_round_without_labels_waits_and_goes_on(commands, tmp_path):
         ("ppo", "r-round1"),
         ("eval", "r-round1"),
     ]
+
+
+def test_a_judge_ranks_by_wins_what_nobody_has_ranked(tmp_path):
+    asked = []
+
+    def longer(contest):
+        """Likes the longer one; says nothing of the word w9."""
+        asked.extend(contest.texts())
+        pairs = [(a, b) for _, a, b in contest.texts()]
+        told = [
+            None if "w9" in (a, b) else (len(a) > len(b)) + (len(a) == len(b)) / 2 for a, b in pairs
+        ]
+        return told, {}
+
+    rows = [
+        {"prompt": [{"role": "user", "content": "w1"}], "responses": ["a", "ccc", "bb", "dd"]},
+        {"prompt": [{"role": "user", "content": "w2"}], "responses": ["a", "b"], "ranks": [2, 1]},
+        {
+            "prompt": [{"role": "user", "content": "w3"}],
+            "responses": ["a", "w9", "ccc"],
+            "ended": [True, True, False],
+        },
+    ]
+    path = small_run.write_jsonl(tmp_path / "to_rank.jsonl", rows)
+    assert rank_by(longer, path) == 2
+    assert [row["ranks"] for row in read(path)] == [[3, 1, 2, 2], [2, 1], [3, 2, 1]]
+    assert len(asked) == 6 + 3
+    assert rank_by(longer, path) == 0
+
+
+def test_a_round_by_a_judge_of_the_recipe(commands, tmp_path, monkeypatch):
+    fake_stages.write_recipe(
+        tmp_path,
+        rm="sampling: {prompts: {path: p.jsonl}, labeler: some.labeler, count: 4}\n",
+        eval="prompts: {path: p.jsonl}\njudges: [{reward: a/b, name: theirs}]\n",
+    )
+    monkeypatch.setattr("pipeline.evaluation.panel.panel", lambda config: {"theirs": "it"})
+    ranked = []
+
+    def rank(judging, path):
+        ranked.append((judging, path.name))
+        commands.waiting = False
+        return 4
+
+    monkeypatch.setattr("pipeline.evaluation.ranked.rank_by", rank)
+    commands.waiting = True
+    rounds.main("--run checkpoints/r --judge theirs".split())
+    assert ranked == [("it", "to_rank.jsonl")]
+    assert [word[:2] for word in commands.words] == [
+        (step, "r-round1" if step != "sft" else "r") for step in ("sft", "rm", "rm", "ppo", "eval")
+    ]
+    assert "rm.sampling.labeler=null" in commands.words[1][2]
+    with pytest.raises(UserError, match=r"--judge ours: .*eval\.yaml has no such judge \(theirs\)"):
+        rounds.main("--run checkpoints/r --judge ours".split())
 
 
 def test_a_recipe_that_samples_nothing_is_told_at_once(commands, tmp_path):

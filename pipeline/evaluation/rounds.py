@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `make round`."""
     args = parser().parse_intermixed_args(argv)
     recipe, run, settings = steps.asked(args)
-    study = Rounds(recipe, run, args.borrow, settings, args.prompts, args.start, args.unsure)
+    asked = args.prompts, args.start, args.unsure, args.judge
+    study = Rounds(recipe, run, args.borrow, settings, *asked)
     study.check()
     first = study.finished() + 1
     for number in range(first, args.to + 1 if args.to else first + 1):
@@ -62,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--start", choices=["sft", "policy"], default="sft", help=start)
     unsure = "prompts that the last reward model is least sure of, not random ones"
     out.add_argument("--unsure", action="store_true", help=unsure)
+    judge = "one of eval.yaml's judges that ranks, in the labeler's place"
+    out.add_argument("--judge", metavar="NAME", help=judge)
     return out
 
 
@@ -76,6 +79,7 @@ class Rounds:
     prompts: int
     start: str
     unsure: bool
+    judge: str | None = None
 
     def round(self, number: int) -> Path:
         """The run of a round; number 0 is the run that they started from."""
@@ -95,6 +99,12 @@ class Rounds:
                 'SET="rm.sampling.prompts.path=FILE" (and rm.sampling.labeler=MODULE, or people rank)'
             )
         load_judge(self.eval.judge)
+        named = [judge.title() for judge in self.eval.judges]
+        if self.judge is not None and self.judge not in named:
+            known = ", ".join(named) or "none yet"
+            raise UserError(
+                f"--judge {self.judge}: {self.recipe / 'eval.yaml'} has no such judge ({known})"
+            )
         self.split: Split = "validation" if self.eval.validation_prompts else "test"
 
     def finished(self) -> int:
@@ -117,19 +127,35 @@ class Rounds:
             steps.evaluation(self.recipe, self.run, self.split, *words)
         policies = [self.round(n) / "ppo" for n in range(number)]
         policy = next((path for path in reversed(policies) if is_published(path)), None)
-        try:
-            words = self.rm_words(number, policy)
-            steps.stage("rm", self.recipe, own, *self.settings, *words, borrow=lender)
-        except steps.StepFailed:
-            waiting = own / "to_rank.jsonl"
-            if not waiting.is_file():
-                raise
-            raise UserError(
-                f"round {number} waits for people: {waiting}; then the same command goes on"
-            ) from None
+        self._reward_model(own, lender, self.rm_words(number, policy))
         words = [f"ppo.policy={policy}"] if policy and self.start == "policy" else []
         steps.stage("ppo", self.recipe, own, *self.settings, *words, borrow=lender)
         steps.evaluation(self.recipe, own, self.split, *overrides("eval", self.settings))
+
+    def _reward_model(self, own: Path, lender: Path, words: list[str]) -> None:
+        """Sample, have ranked and train; UserError while people have not ranked."""
+        waiting = own / "to_rank.jsonl"
+        words = [*self.settings, *words]
+        try:
+            steps.stage("rm", self.recipe, own, *words, borrow=lender)
+        except steps.StepFailed:
+            if not waiting.is_file() or not self._ranked(waiting):
+                raise
+            steps.stage("rm", self.recipe, own, *words, borrow=lender)
+
+    def _ranked(self, waiting: Path) -> bool:
+        """Whether the judge has ranked what waits; UserError when people are to do it."""
+        if self.judge is None:
+            raise UserError(
+                f"{waiting.parent.name} waits for people, who rank {waiting}; then the same command goes on"
+            )
+        from pipeline.evaluation.panel import panel  # imports torch
+        from pipeline.evaluation.ranked import rank_by
+
+        assert isinstance(self.eval, EvalConfig)
+        count = rank_by(panel(self.eval)[self.judge], waiting)
+        say(f"round: {self.judge} has ranked the responses to {count} prompts")
+        return count > 0
 
     def rm_words(self, number: int, policy: Path | None) -> list[str]:
         """Settings of a round's reward model: whom it asks, and what it knows."""
@@ -137,6 +163,8 @@ class Rounds:
         words = [] if policy is None else [f"rm.sampling.model={policy}"]
         if self.rm.sampling.count is None:
             words.append(f"rm.sampling.count={self.prompts}")
+        if self.judge is not None:
+            words.append("rm.sampling.labeler=null")
         before = [self.round(n) / "rm" for n in range(number)]
         files: list[Any] = [rm / "rankings.jsonl" for rm in before]
         files = [{"path": str(file)} for file in files if file.is_file()]
