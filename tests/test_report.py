@@ -115,7 +115,10 @@ def test_a_metric_that_was_never_logged_has_no_chart(tmp_path):
     found = record.load_record(small_run.make_run(tmp_path))
     titles = [chart["title"] for chart in report.charts(found, "ppo")]
     assert "Score" in titles
+    assert "Score against KL: what each nat bought" in titles
     assert "Clipped tokens" not in titles
+    rows = [{"step": 1, "kl": 0.5, "score": 2.0}, {"step": 2, "score": 3.0}]
+    assert record.values(rows, "score", over="kl") == [(0.5, 2.0)]
 
 
 def test_charts_are_svg_data_uris_and_the_same_each_time():

@@ -116,9 +116,10 @@ def _bars(run: Path, stages: dict[str, Stage]) -> PPOConfig:
         return PPOConfig()
 
 
-def values(curve: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """(step, value) of one metric; lines without it or with null are left out."""
-    return [(row["step"], row[name]) for row in curve if row.get(name) is not None]
+def values(curve: list[dict[str, Any]], name: str, over: str = "step") -> list[tuple[float, float]]:
+    """(step, value) of one metric, or over another one; lines without it or with null are left out."""
+    both = [(row.get(over), row.get(name)) for row in curve]
+    return [(x, y) for x, y in both if x is not None and y is not None]
 
 
 def ends(curve: list[dict[str, Any]], name: str, last: int = 5) -> tuple[float, float] | None:

@@ -167,13 +167,15 @@ def charts(record: Record, stage: str) -> list[dict[str, str]]:
     about = steps.about(stage)
     for chart in about.CHARTS if about else ():
         curve = record.curves[stage]
-        series = {name: values(curve, metric) for name, metric in chart.series.items()}
+        series = {name: values(curve, metric, chart.over) for name, metric in chart.series.items()}
         series = {name: points for name, points in series.items() if points}
         if any(len(points) > 1 for points in series.values()):
             source = ", ".join(chart.series[name] for name in series)
             known = record.expected.bands.get(stage, {}) if record.expected else {}
             bands = {
-                name: known[metric] for name, metric in chart.series.items() if metric in known
+                name: known[metric]
+                for name, metric in chart.series.items()
+                if metric in known and chart.over == "step"
             }
             image = plots.lines(series, chart.x, chart.level, bands)
             source += ", behind it the band of the recipe's healthy runs" if bands else ""

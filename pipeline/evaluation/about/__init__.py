@@ -26,6 +26,7 @@ class Chart(NamedTuple):
     series: dict[str, str]  # legend -> metric
     level: float | None = None  # dashed
     x: str = "step"
+    over: str = "step"  # what is logged along the x axis
 
 
 @dataclass

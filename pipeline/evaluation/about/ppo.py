@@ -29,6 +29,13 @@ CHARTS = [
         Chart("Mean ratio", {"ratio": "val/ratio"}, 1.0),
         Chart("Score–length correlation", {"correlation": "objective/score_length_corr"}, 0.0),
     )
+] + [
+    Chart(
+        "Score against KL: what each nat bought",
+        {"score": "objective/scores"},
+        x="KL to SFT, nats per response",
+        over="objective/kl",
+    )
 ]
 
 EXPECTED = {
