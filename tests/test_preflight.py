@@ -75,6 +75,11 @@ def test_below_a_bar_ppo_refuses_or_warns_with_the_same_words(change, told, caps
     assert f"ppo: warning: {told}" in capsys.readouterr().out
     preflight.check(PPOConfig(gates="off"), parents(**change))
     assert capsys.readouterr().out == ""
+    alerts: list[tuple[str, str]] = []
+    preflight.check(PPOConfig(gates="warn"), parents(**change), lambda *alert: alerts.append(alert))
+    stage, _, text = told.partition(": ")
+    below = dict(alerts)[f"gates of {stage}"]
+    assert any(line.startswith(text) for line in below.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Studies over seeds and over-optimisation: what they collect, without running a stage."""
 
 import json
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
+import psutil
 import pytest
 from datasets import Dataset
 
@@ -260,3 +263,18 @@ def test_a_study_of_over_optimisation_tells_its_mistakes_before_it_trains(
         with pytest.raises(SystemExit):
             overopt.main(["--recipe", str(recipe), word, "0"])
         assert f"argument {word}: 0: a whole number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_study_that_is_asked_to_end_ends_what_it_runs():
+    """And does not go on with the next."""
+    code = "from pipeline.evaluation import calls\nfor _ in 'ab': calls.call('http.server', '0')"
+    study = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for line in study.stdout:
+        if line.startswith("Serving"):
+            break
+    [child] = psutil.Process(study.pid).children()
+    study.terminate()
+    assert study.wait(60) == 143
+    assert not child.is_running()
+    assert study.stdout.read().count("$ python") == 0

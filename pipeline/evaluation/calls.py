@@ -1,6 +1,7 @@
 """Runs the command lines of stages and of the evaluation, for studies that need several runs."""
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,11 +54,25 @@ def sibling(run: Path, suffix: str) -> Path:
     return run.with_name(f"{run.name}-{suffix}")
 
 
+ASKED_TO_END = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+
+
 def call(module: str, *words: str) -> None:
-    """Run `python -m module words...` and show what it prints; StepFailed if it fails."""
+    """Run `python -m module words...` and show what it prints; StepFailed if it fails.
+
+    A SIGTERM goes on to it; a command that was asked to end, and has saved its state, ends the study.
+    """
     command = ["-m", module, *words]
     say(f"$ python {' '.join(command)}")
-    if subprocess.run([sys.executable, *command]).returncode:
+    child = subprocess.Popen([sys.executable, *command])
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code in ASKED_TO_END:
+        sys.exit(code if code > 0 else 128 - code)
+    if code:
         raise StepFailed(f"python {' '.join(command)} failed; its message is above")
 
 
