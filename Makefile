@@ -14,6 +14,7 @@
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
 #: MODEL="path ..." DATA=file TASK=text|classification|likelihood   make eval of any models on any rows
 #: SEEDS="1 2 3"    seeds of `make seeds`, `compare` and `expect`; ARGS= further arguments of chat, round, the studies and test
+#: RUNS="a b c"     runs that `make report` puts on one page
 #: REPO=owner/name  where `make push` sends an export; export, push and serve take ARGS= too
 #: SWEEP=file.yaml  of `make sweep`
 #: SIZE=S|M|L DEVICE= ITERATIONS= THREADS= CASES="fp32 sft"   of `make bench`; CASES=growth: what grows
@@ -58,6 +59,7 @@ CASES ?=
 ARGS ?=
 SWEEP ?=
 REPO ?=
+RUNS ?=
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
@@ -67,7 +69,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE MODEL DATA TASK SEEDS ARGS SIZE DEVICE ITERATIONS THREADS CASES ENGINE PROCESSES CKPT PYTHON \
 	VENV TORCH_INDEX SHELL MAKEFLAGS MAKELEVEL
-KNOWN += REPO SWEEP
+KNOWN += REPO RUNS SWEEP
 ifneq ($(filter-out $(KNOWN),$(TYPED)),)
 $(error $(firstword $(filter-out $(KNOWN),$(TYPED)))= does nothing: variables are written in capitals (make help), \
 	settings of a config as SET="ppo.seed=3 rm.epochs=2")
@@ -103,6 +105,9 @@ $(error ENGINE=$(ENGINE): no configs/engines/$(ENGINE).yaml)
 endif
 ifneq ($(shell case $(call quote,$(value PROCESSES)) in (*[!0-9]*|0*) echo bad;; esac),)
 $(error PROCESSES=$(value PROCESSES): a number)
+endif
+ifneq ($(shell case $(call quote,$(value RUNS)) in (*[!A-Za-z0-9._\ -]*) echo bad;; esac),)
+$(error RUNS=$(value RUNS): names of runs, with blanks between them)
 endif
 FROM_DIR := $(if $(FROM),$(if $(findstring /,$(FROM)),$(FROM),$(CKPT)/$(FROM)))
 # A run remembers what it was made with (pipeline/handoff/remembered.py); a new one that borrows begins with
@@ -145,7 +150,7 @@ STEPS := base sft rm ppo eval report
 FILES := $(foreach step,$(STEPS),$(FILE_$(step)))
 
 # Steps asked for, by name or by file; PPO brings its evaluation and report.
-ASKED := $(filter $(STEPS) $(FILES),$(MAKECMDGOALS))
+ASKED := $(filter $(if $(RUNS),$(filter-out report,$(STEPS)),$(STEPS)) $(FILES),$(MAKECMDGOALS))
 # The evaluation of any models is of no run.
 ifneq ($(strip $(MODEL)$(DATA)$(TASK)),)
 ifneq ($(MAKECMDGOALS)$(if $(MODEL),,x)$(if $(DATA),,x)$(DRY),eval)
@@ -235,8 +240,10 @@ ifeq ($(MODEL),)
 eval: $(call made,eval)  ## measure the run on held-out prompts; with MODEL= DATA= any models on any rows
 	$(call say_done,eval)
 endif
-report: $(call made,report)  ## one page about the run: CKPT/RUN/report.html
+ifeq ($(RUNS),)
+report: $(call made,report)  ## one page about the run: CKPT/RUN/report.html (RUNS="a b": of several, in CKPT/reports)
 	$(call say_done,report)
+endif
 
 # A signal must not make make delete a published manifest.
 .PRECIOUS: $(FILES)
@@ -260,6 +267,11 @@ $(FILE_eval): $(call redo,eval) | $(STAMP) $(call made,base sft rm ppo)
 $(FILE_report): $(call redo,report) | $(STAMP) $(call made,sft rm ppo eval)
 	exec $(PY) -m pipeline.evaluation.report --run $(RUN_DIR)
 
+endif
+
+ifneq ($(RUNS),)
+report: $(STAMP)
+	@exec $(PY) -m pipeline.evaluation.runs $(addprefix $(CKPT)/,$(RUNS))
 endif
 
 base-%:

@@ -393,6 +393,9 @@ def test_other_targets_call_what_they_say():
     assert dry("chat", "RUN=x") == ["pipeline.commands.chat --run checkpoints/x "]
     assert dry("export", "ARGS=--ema") == ["pipeline.commands.export --run checkpoints/tiny --ema"]
     assert dry("serve", "RUN=x") == ["pipeline.commands.serve --run checkpoints/x "]
+    assert dry("report", "RUNS=a b.1") == ["pipeline.evaluation.runs checkpoints/a checkpoints/b.1"]
+    assert "names of runs" in make("report", "RUNS=a $(shell touch oops)").stderr
+    assert not Path("oops").exists()
     pushed = "pipeline.commands.push --run checkpoints/tiny --repo 'me/it' "
     assert dry("push", "REPO=me/it") == [pushed]
     asked = "--recipe tiny --run checkpoints/x --seeds 1 2 --write"

@@ -91,6 +91,32 @@ def lines(
 
 
 @chart
+def bands(
+    places: Sequence[str],
+    groups: Mapping[str, Sequence[Points]],
+    xlabel: str = "step",
+    level: float | None = None,
+    *,
+    axes: Axes,
+) -> None:
+    """A line per group of curves, their mean, in a band from the lowest to the highest; the colour is its
+    place's in `places`."""
+    for name, curves in groups.items():
+        colour = COLOURS[places.index(name) % len(COLOURS)]
+        at: dict[float, list[float]] = {}
+        for step, value in (point for curve in curves for point in curve):
+            at.setdefault(step, []).append(value)
+        steps = sorted(at)
+        axes.plot(steps, [sum(at[s]) / len(at[s]) for s in steps], color=colour, label=name)
+        if len(curves) > 1:
+            low, high = ([of(at[s]) for s in steps] for of in (min, max))
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    if level is not None:
+        axes.axhline(level, color=INK, linewidth=0.9, linestyle="--")
+    axes.set_xlabel(xlabel)
+
+
+@chart
 def calibration(rows: Sequence[tuple[float, float, int]], *, axes: Axes) -> None:
     """Rows of predicted and observed probability and pairs, against the diagonal."""
     axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.9, linestyle="--", label="calibrated")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pipeline import steps
@@ -56,7 +56,12 @@ def write_report(run: Path) -> Path:
 
 
 def render(record: Record) -> str:
-    """The page. Everything from a run is text to the template, which escapes it."""
+    """The page."""
+    return template("report.html.jinja").render(context(record))
+
+
+def template(name: str) -> Template:
+    """A page's template. Everything from a run is text to it, which it escapes."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -64,7 +69,7 @@ def render(record: Record) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(context(record))
+    return environment.get_template(name)
 
 
 def context(record: Record) -> dict[str, Any]:
