@@ -13,7 +13,7 @@
 #: DRY=1            a few steps of a small random model on a few local rows, in CKPT/RECIPE-dry; no network
 #: FORCE=stage      make it again though it is up to date; 1 = what is asked for
 #: MODEL="path ..." DATA=file TASK=text|classification|likelihood   make eval of any models on any rows
-#: SEEDS="1 2 3"    seeds of `make seeds`, `compare` and `expect`; ARGS= further arguments of chat, round, the studies and test
+#: SEEDS="1 2 3"    seeds of `make seeds`, `compare` and `expect`; ARGS= further arguments of chat, label, round, the studies and test
 #: RUNS="a b c"     runs that `make report` puts on one page
 #: REPO=owner/name  where `make push` sends an export; export, push and serve take ARGS= too
 #: SWEEP=file.yaml  of `make sweep`
@@ -167,7 +167,7 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 	$(if $(FORCE),--force $(call quote,$(FORCE))) $(if $(DRY),--dry) $(SETTINGS)
 
 # Told now and not when the goals before it are made, in hours.
-TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat compare expect overopt round seeds bench \
+TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat label compare expect overopt round seeds bench \
 	status show-config clean
 TARGETS += export push serve
 TARGETS += sweep wandb-sync
@@ -302,6 +302,13 @@ serve: $(STAMP)  ## an OpenAI-compatible server of the run's policy, on this mac
 
 push: $(STAMP)  ## an export to the hub as REPO=owner/name; tells what would go, sends with ARGS=--upload
 	@exec $(PY) -m pipeline.commands.push --run $(RUN_DIR) --repo $(call quote,$(REPO)) $(ARGS)
+
+label: $(STAMP)  ## people rank the run's responses on a page; ARGS=--help tells how many, of which models, for whom
+ifneq ($(VENV),)
+	@$(PY) -c 'import starlette, uvicorn, krippendorff, choix' 2>/dev/null || \
+	  { echo "label: its packages are installed, once"; $(PIP) --editable '.[label]'; }
+endif
+	@exec $(PY) -m pipeline.commands.label --run $(RUN_DIR) $(ARGS)
 
 STUDY = --recipe $(RECIPE) --run $(RUN_DIR) $(SETTINGS) $(ARGS)
 VARIANT = $(if $(PPO),--ppo $(call quote,$(PPO))) $(BORROW)

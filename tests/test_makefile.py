@@ -362,7 +362,7 @@ def test_clean_names_the_runs_that_borrow_before_it_asks(tmp_path):
 
 def test_make_alone_tells_every_target():
     told = make().stdout
-    targets = "sft rm ppo base venv test test-slow check eval report chat compare expect overopt seeds status".split()
+    targets = "sft rm ppo base venv test test-slow check eval report chat label compare expect overopt seeds status".split()
     for target in [*targets, "show-config", "clean"]:
         assert f"make {target} " in told
     for (
@@ -407,6 +407,14 @@ def test_other_targets_call_what_they_say():
 
 
 STUDIES = {"seeds": seeds, "overopt": overopt}
+
+
+def test_label_installs_its_packages_once_in_the_environment_alone():
+    assert dry("label", "RUN=x", "ARGS=--k 3") == [
+        "pipeline.commands.label --run checkpoints/x --k 3"
+    ]
+    done = subprocess.run(["make", "-n", "label"], capture_output=True, text=True, check=True)
+    assert ".[label]" in done.stdout and ".[label]" not in make("-n", "label").stdout
 
 
 def study(name: str, *words: str):

@@ -8,7 +8,12 @@ APPLICATION = 0x726C6866
 MIGRATIONS = [
     """
     CREATE TABLE tasks (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, origin TEXT UNIQUE,
-        body TEXT NOT NULL, wanted INTEGER NOT NULL, priority REAL NOT NULL DEFAULT 0, last INTEGER);
+        body TEXT NOT NULL, last INTEGER);
+    CREATE TABLE queue (task INTEGER PRIMARY KEY REFERENCES tasks, checks INTEGER NOT NULL,
+        wanted INTEGER NOT NULL, labels INTEGER NOT NULL DEFAULT 0, leased INTEGER NOT NULL DEFAULT 0,
+        priority REAL NOT NULL DEFAULT 0);
+    CREATE INDEX queue_order ON queue (priority DESC, labels + leased, task)
+        WHERE NOT checks AND labels + leased < wanted;
     CREATE TABLE annotators (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, token TEXT UNIQUE,
         admin INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL);
     CREATE TABLE events (id INTEGER PRIMARY KEY, uuid TEXT NOT NULL UNIQUE, time REAL NOT NULL,
@@ -22,7 +27,15 @@ MIGRATIONS = [
         kind TEXT NOT NULL, PRIMARY KEY (task, annotator)) WITHOUT ROWID;
     CREATE INDEX current_of ON current (annotator, event);
     CREATE TABLE leases (annotator INTEGER PRIMARY KEY, task INTEGER NOT NULL, until REAL NOT NULL);
-    CREATE INDEX leases_of ON leases (task);
+    CREATE TRIGGER leased AFTER INSERT ON leases
+        BEGIN UPDATE queue SET leased = leased + 1 WHERE task = new.task; END;
+    CREATE TRIGGER free AFTER DELETE ON leases
+        BEGIN UPDATE queue SET leased = leased - 1 WHERE task = old.task; END;
+    CREATE TRIGGER said AFTER INSERT ON current
+        BEGIN UPDATE queue SET labels = labels + (new.kind = 'label') WHERE task = new.task; END;
+    CREATE TRIGGER said_again AFTER UPDATE ON current
+        BEGIN UPDATE queue SET labels = labels + (new.kind = 'label') - (old.kind = 'label')
+            WHERE task = new.task; END;
     CREATE TABLE guidelines (version INTEGER PRIMARY KEY, text TEXT NOT NULL, time REAL NOT NULL);
     """,
 ]

@@ -1,7 +1,8 @@
 """What people say about responses, in one SQLite file that loses nothing it has called saved.
 
 `events` is only ever added to, one a judgement; `current` is an index on it, the newest event of each
-annotator about each task. A commit is on the disk before a method returns (WAL, synchronous=FULL).
+annotator about each task, and `queue` counts each task's labels and leases (by triggers). What is added, said or changed is on the disk before a
+method returns (WAL, synchronous=FULL); a lease alone may be lost with the machine.
 """
 
 import contextlib
@@ -98,7 +99,6 @@ class Store:
                 "made by a newer one, which opens it. Nothing was changed"
             )
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA foreign_keys=ON")
         if has[1] == len(migrations.MIGRATIONS):
             return
@@ -110,9 +110,10 @@ class Store:
             self._db.execute(f"PRAGMA user_version={len(migrations.MIGRATIONS)}")
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """All of it or nothing, on the disk when it ends."""
+    def _writing(self, durably: bool = True) -> Iterator[None]:
+        """All of it or nothing; on the disk when it ends, unless the machine's fall may undo it."""
         with self._lock:
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durably else 'NORMAL'}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -140,9 +141,12 @@ class Store:
             for task in tasks:
                 body, wanted = asdict(task), votes if _part(task.key) < overlap else 1
                 last, origin = body.pop("last"), body.pop("origin")
-                cells = (task.key, origin, json.dumps(body, default=str), wanted, last)
-                told = "INSERT OR IGNORE INTO tasks (key, origin, body, wanted, last) VALUES (?, ?, ?, ?, ?)"
-                added += self._db.execute(told, cells).rowcount
+                cells = (task.key, origin, json.dumps(body, default=str), last)
+                told = "INSERT OR IGNORE INTO tasks (key, origin, body, last) VALUES (?, ?, ?, ?)"
+                if (new := self._db.execute(told, cells)).rowcount:
+                    waits = (new.lastrowid, last is not None, wanted)
+                    queued = "INSERT INTO queue (task, checks, wanted) VALUES (?, ?, ?)"
+                    added += self._db.execute(queued, waits).rowcount
         return added
 
     def tasks(self) -> dict[int, Task]:
@@ -154,6 +158,15 @@ class Store:
         """One task."""
         found = self._rows("SELECT body, last, origin FROM tasks WHERE id = ?", number)
         return _task(*found[0]) if found else None
+
+    def wanted(self) -> dict[int, int]:
+        """How many people's labels each task should have."""
+        return dict(self._rows("SELECT task, wanted FROM queue"))  # type: ignore[arg-type]
+
+    def newest(self) -> tuple[int, int]:
+        """What changes with every task and every judgement."""
+        said = "SELECT (SELECT max(id) FROM tasks), (SELECT max(id) FROM events)"
+        return self._rows(said)[0]  # type: ignore[return-value]
 
     def number_of(self, task: Task) -> int:
         """The number of a task that was added."""
@@ -168,13 +181,9 @@ class Store:
         """Ask these tasks first, the highest first, of one person more where enough have answered; the
         priorities of all others end."""
         with self._writing():
-            self._db.execute("UPDATE tasks SET priority = 0 WHERE priority <> 0")
-            for task, priority in priorities.items():
-                self._db.execute(
-                    "UPDATE tasks SET priority = ?, wanted = max(wanted, 1 + (SELECT count(*) FROM "
-                    "current WHERE task = tasks.id AND kind = 'label')) WHERE id = ?",
-                    (priority, task),
-                )
+            self._db.execute("UPDATE queue SET priority = 0 WHERE priority <> 0")
+            first = "UPDATE queue SET priority = ?, wanted = max(wanted, labels + 1) WHERE task = ?"
+            self._db.executemany(first, [(high, task) for task, high in priorities.items()])
 
     # --- people -----------------------------------------------------------------------------------
 
@@ -217,13 +226,12 @@ class Store:
         """The task to put before a person, leased to them: the one they have, a due attention check, else by
         priority the one with the fewest labels; None when nothing is left for them."""
         now = time.time() if now is None else now
-        me = {"me": annotator, "now": now}
-        with self._writing():
+        with self._writing(durably=False):
             self._db.execute("DELETE FROM leases WHERE until <= ?", (now,))
             for query in (_HELD, _CHECK, _NEXT):
-                if found := self._db.execute(query, me).fetchone():
+                if found := self._db.execute(query, {"me": annotator}).fetchone():
                     lease = (annotator, found[0], now + LEASE)
-                    self._db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", lease)
+                    self._db.execute(_LEASE, lease)
                     return found[0]
         return None
 
@@ -258,7 +266,7 @@ class Store:
                 cells,
             )
             current = (task, annotator, added.lastrowid, kind)
-            self._db.execute("INSERT OR REPLACE INTO current VALUES (?, ?, ?, ?)", current)
+            self._db.execute(_CURRENT, current)
             self._db.execute(
                 "DELETE FROM leases WHERE annotator = ? AND task = ?", (annotator, task)
             )
@@ -267,14 +275,16 @@ class Store:
 
     def labels(self, annotator: int | None = None, task: int | None = None) -> list[Label]:
         """The newest judgements, in their order; of one person, or about one task."""
-        found = self._rows(_LABELS, annotator, annotator, task, task)
+        asked = {"c.annotator": annotator, "c.task": task}
+        given = {name: value for name, value in asked.items() if value is not None}
+        where = " AND ".join(f"{name} = ?" for name in given) or "1"
+        found = self._rows(_LABELS.format(where), *given.values())
         return [Label(*(*cells, json.loads(body))) for *cells, body in found]
 
     def counts(self, annotator: int) -> tuple[int, int]:
         """Tasks that a person has judged, and that are there for them still."""
-        done = "SELECT count(*) FROM current WHERE annotator = ?"
-        [(left,)] = self._rows(f"SELECT count(*) FROM ({_OPEN})".replace(":me", "?1"), annotator)
-        return self._rows(done, annotator)[0][0], left
+        [(done, left)] = self._rows(_COUNTS.replace(":me", "?1"), annotator)
+        return done, left
 
     # --- guidelines -------------------------------------------------------------------------------
 
@@ -296,24 +306,27 @@ class Store:
 
 _KNOWN = ("application_id", "user_version", "schema_version")
 _HELD = "SELECT task FROM leases WHERE annotator = :me"
-_UNSEEN = "NOT EXISTS (SELECT 1 FROM current c WHERE c.task = t.id AND c.annotator = :me)"
+_LEASE = "INSERT INTO leases VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET until = excluded.until"
+_CURRENT = """
+    INSERT INTO current VALUES (?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET event = excluded.event, kind = excluded.kind"""
+_UNSEEN = "NOT EXISTS (SELECT 1 FROM current c WHERE c.task = q.task AND c.annotator = :me)"
 _CHECK = f"""
-    SELECT t.id FROM tasks t WHERE t.last IS NOT NULL AND {_UNSEEN} AND {CHECK_EVERY} <= (
+    SELECT task FROM queue q WHERE checks AND {_UNSEEN} AND {CHECK_EVERY} <= (
         SELECT count(*) FROM current WHERE annotator = :me AND event > coalesce((
-            SELECT max(c.event) FROM current c JOIN tasks seen ON seen.id = c.task
-            WHERE c.annotator = :me AND seen.last IS NOT NULL), 0))
-    ORDER BY t.id LIMIT 1"""
-_OPEN = f"""
-    SELECT t.id, t.priority, t.wanted,
-        (SELECT count(*) FROM current c WHERE c.task = t.id AND c.kind = 'label') AS labels
-    FROM tasks t WHERE t.last IS NULL AND labels < t.wanted AND {_UNSEEN}"""
+            SELECT max(c.event) FROM current c JOIN queue seen ON seen.task = c.task
+            WHERE c.annotator = :me AND seen.checks), 0))
+    ORDER BY task LIMIT 1"""
 _NEXT = f"""
-    SELECT id, (SELECT count(*) FROM leases l WHERE l.task = id) AS busy FROM ({_OPEN})
-    WHERE labels + busy < wanted ORDER BY priority DESC, labels + busy, id LIMIT 1"""
+    SELECT task FROM queue q WHERE NOT checks AND labels + leased < wanted AND {_UNSEEN}
+    ORDER BY priority DESC, labels + leased, task LIMIT 1"""
+_COUNTS = f"""
+    SELECT (SELECT count(*) FROM current WHERE annotator = :me),
+        (SELECT count(*) FROM queue q WHERE NOT checks AND labels < wanted AND {_UNSEEN})"""
 _LABELS = """
     SELECT e.id, e.uuid, e.time, a.name, e.task, e.kind, e.body FROM current c
     JOIN events e ON e.id = c.event JOIN annotators a ON a.id = c.annotator
-    WHERE (? IS NULL OR c.annotator = ?) AND (? IS NULL OR c.task = ?) ORDER BY e.id"""
+    WHERE {} ORDER BY e.id"""
 
 
 def _task(body: str, last: int | None, origin: str | None) -> Task:

@@ -12,6 +12,7 @@ _PHRASES = (
     "PytorchStreamWriter failed writing",
     "basic_ios::clear: iostream error",
     "unexpected pos ",
+    "database or disk is full",  # SQLite
 )
 
 
