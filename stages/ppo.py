@@ -110,6 +110,7 @@ def iteration(ppo: PPO, stream: PromptStream, watch: Watch) -> dict[str, float]:
     with clock("update"):
         metrics = ppo.update(rollout)
     watch.histograms(rollout)
+    watch.tokens(rollout, metrics["objective/kl_coef"])
     return {**metrics, **clock.seconds, "memory/peak_mb": peak_mb()}
 
 

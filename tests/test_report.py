@@ -54,8 +54,8 @@ def page(tmp_path_factory):
 def test_text_of_a_run_is_escaped(page):
     assert "<script" not in page
     assert (
-        page.count(html.escape(EVIL, quote=False).replace('"', "&#34;")) == 4
-    )  # 2 prompts, 2 answers
+        page.count(html.escape(EVIL, quote=False).replace('"', "&#34;")) == 16
+    )  # 2 of the first prompts with their answers, 3 of the worst and 3 of the best by the judge
 
 
 def test_it_needs_nothing_from_outside(page):
@@ -84,7 +84,7 @@ def test_it_shows_every_section(page):
         "70.0 %",
     ):
         assert text in page, text
-    assert page.count('class="answer better"') == 3  # two samples, and an error of the reward model
+    assert page.count('class="answer better"') == 9  # samples, and an error of the reward model
 
 
 @pytest.mark.parametrize("stages", [("sft",), ("base", "sft", "rm")])

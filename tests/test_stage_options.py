@@ -284,6 +284,17 @@ def test_the_prompts_that_are_watched_may_have_a_file(base, tmp_path, checkpoint
     lines = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
     asked = [(line["step"], line["prompt"]) for line in lines]
     assert asked == [(step, prompt) for step in (0, 1, 2) for prompt in ("w7 w7", "w9")]
+    episodes = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
+    assert [episode["step"] for episode in episodes] == [1] * 4 + [2] * 4
+    for one in episodes:
+        words = [word for word in one["tokens"] if "<" not in word]
+        assert {len(one[name]) for name in ("kl", "value", "advantage")} == {len(one["tokens"])}
+        assert one["score"] == len("".join(words).strip())
+        if one["step"] == 1:  # the policy is the reference: no penalty, and the score at the end
+            missing = 0.0 if one["ended"] else config.missing_eos_penalty
+            last = one["score"] - missing
+            assert one["reward"] == pytest.approx([0.0] * (len(one["tokens"]) - 1) + [last])
+            assert one["kl"] == pytest.approx([0.0] * len(one["tokens"]), abs=1e-4)
 
 
 def length(prompts, responses, rows):

@@ -29,6 +29,7 @@ class Record:
     curves: dict[str, list[dict[str, Any]]]
     result: dict[str, Any]  # eval/test.json, else eval/validation.json
     samples: list[dict[str, Any]]
+    tokens: list[dict[str, Any]]  # episodes that PPO trained on, token by token
     rankings: Measured | None  # what the reward model's scores say about its held-out rankings
     card: dict[str, Any]  # of the reward model, see `pipeline.evaluation.card`
     overopt: dict[str, Any]
@@ -77,6 +78,7 @@ def load_record(run: Path) -> Record:
         curves={name: stage.curve() for name, stage in stages.items()},
         result=result,
         samples=samples,
+        tokens=[r for s in stages.values() for r in read_jsonl(s.path / "tokens.jsonl")],
         rankings=measure(held_out) if held_out else None,
         card=card(held_out) if held_out else {},
         overopt=read_json(run / "overopt" / "overopt.json"),

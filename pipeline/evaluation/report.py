@@ -17,6 +17,7 @@ from pipeline import steps
 from pipeline.cli import reporting_errors
 from pipeline.evaluation import mirrored, plots, rounds
 from pipeline.evaluation.about import conclusion, verdicts
+from pipeline.evaluation.examples import sample_lists, token_view
 from pipeline.evaluation.rankings import Measured
 from pipeline.evaluation.record import Record, load_record, values
 from pipeline.evaluation.rivals import columns
@@ -93,7 +94,8 @@ def context(record: Record) -> dict[str, Any]:
         "better_rule": better_rule,
         "ranking_charts": _ranking_charts(record.rankings),
         "against": record.result.get("rm"),
-        "samples": samples(record),
+        "samples": sample_lists(record),
+        "tokens": token_view(record.tokens),
         "studies": studies,
         "compared": columns(record.compared.get("rows") or {}),
         "rounds": rounds.table(record.rounds.get("rows") or []),
@@ -150,20 +152,6 @@ def family_tables(record: Record) -> list[dict[str, Any]]:
         rate = " over ".join(models[:-3:-1]) if rates else ""
         tables.append({"key": key, "rows": rows, "has_exact": has_exact, "rate": rate})
     return tables
-
-
-def samples(record: Record) -> list[dict[str, Any]]:
-    """Prompts with the answers of the last two policies side by side."""
-    shown = int((record.result.get("config") or {}).get("samples", 40))
-    rows = []
-    for row in record.samples[:shown]:
-        names = [name for name in steps.policies() if name in row["answers"]][-2:]
-        answers = [{"name": name, **row["answers"][name]} for name in names]
-        grades = [answer["judge"] for answer in answers if "judge" in answer]
-        if len(set(grades)) == 2:
-            answers[grades[1] > grades[0]]["better"] = True
-        rows.append({"prompt": row["prompt"], "groups": row["groups"], "answers": answers})
-    return rows
 
 
 def charts(record: Record, stage: str) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ from pipeline.process.files import (
 )
 
 MANIFEST = "manifest.json"
-RECORDS = ("metrics.jsonl", "samples.jsonl")
+RECORDS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl")
 """Files of an artifact that tell of its making, with wall-clock times."""
 FORMAT_VERSION = 1
 _MOST_BYTES = 10_000_000

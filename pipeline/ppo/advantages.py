@@ -14,10 +14,7 @@ def advantages_and_returns(
 ) -> tuple[Tensor, Tensor]:
     """(B, T) each, before whitening and 0 on padding, from the scores (B,) that the rules have shaped."""
     mask = rollout.response_mask
-    kl = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl_penalty)
-    rewards = maths.token_rewards(scores, kl, mask, 0.0 if config.kl_in_loss() else kl_coef)
-    if rollout.token_scores is not None:
-        rewards = rewards + rollout.token_scores
+    rewards = token_rewards_of(rollout, scores, kl_coef, config)
     if config.whiten_rewards:
         rewards = maths.masked_whiten(rewards, mask, keep_mean=True, all_sum=all_sum)
     if config.advantages == "gae":
@@ -26,3 +23,11 @@ def advantages_and_returns(
     of_group = maths.leave_one_out if config.advantages == "rloo" else maths.standardised
     ours = of_group(totals.view(-1, config.samples_per_prompt)).view(-1, 1)
     return torch.where(mask, ours, 0.0), torch.where(mask, totals[:, None], 0.0)
+
+
+def token_rewards_of(rollout: Rollout, scores: Tensor, kl_coef: float, config: PPOConfig) -> Tensor:
+    """(B, T), 0 on padding: the penalty for KL, what rewards gave to tokens, and the score (B,) at the end."""
+    kl = maths.kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl_penalty)
+    coef = 0.0 if config.kl_in_loss() else kl_coef
+    rewards = maths.token_rewards(scores, kl, rollout.response_mask, coef)
+    return rewards if rollout.token_scores is None else rewards + rollout.token_scores

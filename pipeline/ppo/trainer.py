@@ -198,6 +198,7 @@ class PPO:
         advantages, returns = advantages_and_returns(
             rollout, scores, self.kl_coef, config, self._all_sum
         )
+        self.judged = scores, advantages  # of this process's episodes, for who looks on
         metrics: dict[str, float] = measures.of_rollout(
             rollout, scores, advantages, returns, config, self.kl_coef, self._all_sum
         )

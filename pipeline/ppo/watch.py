@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import load_prompts
@@ -17,10 +18,14 @@ from pipeline.models.generation import generate
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import pad_id
 from pipeline.ppo import maths
+from pipeline.ppo.advantages import token_rewards_of
 from pipeline.ppo.networks import autocast
 from pipeline.ppo.rollout import Query, Rollout
 from pipeline.ppo.trainer import PPO
 from pipeline.tracking.tracker import Tracker, read_rows
+
+EPISODES = 6
+"""Of an iteration, best and worst ones whose tokens are recorded."""
 
 
 class Watch:
@@ -63,6 +68,42 @@ class Watch:
             **({"values": rollout.values[mask]} if self.config.critic() else {}),
         }
         self.tracker.histograms(at, {n: x.float().cpu().numpy() for n, x in found.items()})
+
+    def tokens(self, rollout: Rollout, kl_coef: float) -> None:
+        """Every token of the best and the worst episodes of an iteration that has been trained on, as often:
+        its reward, KL to SFT, advantage before whitening and value. Of this process's share."""
+        ppo, config, at = self.ppo, self.config, self.ppo.iteration
+        due = at % config.sample_every == 0 or at == config.iterations
+        if not due or not ppo.accelerator.is_main_process:
+            return
+        scores, advantages = ppo.judged
+        values = {
+            "reward": token_rewards_of(rollout, scores, kl_coef, config),
+            "kl": maths.kl_estimate(
+                rollout.old_logprobs, rollout.ref_logprobs, config.kl_estimator
+            ),
+            "advantage": advantages,
+            **({"value": rollout.values} if config.critic() else {}),
+        }
+        order = rollout.scores.argsort(descending=True).tolist()
+        chosen = order if len(order) < 2 * EPISODES else order[:EPISODES] + order[-EPISODES:]
+        ids = rollout.response_ids()
+        self.tracker.tokens(
+            at,
+            [
+                {
+                    "prompt": (rollout.prompts or [])[row],
+                    "score": round(rollout.scores[row].item(), 4),
+                    "ended": bool(rollout.ended[row]),
+                    "tokens": pieces(ppo.tokenizer, ids[row]),
+                    **{
+                        name: [round(x, 4) + 0.0 for x in table[row][: len(ids[row])].tolist()]
+                        for name, table in values.items()
+                    },
+                }
+                for row in chosen
+            ],
+        )
 
     def _logprobs(self, s: Sequences) -> Tensor:
         with autocast(self.config, self.ppo.device):
@@ -125,3 +166,14 @@ class Watch:
             }
             for q, r, s, kl in zip(self.queries, responses, scores, nats, strict=True)
         ]
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """What each token adds to the text; a character of several tokens stands with its last."""
+    out, shown = [], 0
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+        whole = not text.endswith("\ufffd") or count == len(ids)
+        out.append(text[shown:] if whole else "")
+        shown = len(text) if whole else shown
+    return out

@@ -13,7 +13,7 @@ from pipeline.tracking.mirror import Mirror
 
 
 class Tracker:
-    """Writes `metrics.jsonl` and `samples.jsonl` in `work`, and mirrors both in Weights & Biases.
+    """Writes `metrics.jsonl`, `samples.jsonl` and `tokens.jsonl` in `work`; Weights & Biases mirrors the first two.
 
     `parents`: name -> directory of the artifacts the stage reads, for the mirror's lineage.
     With `main=False` (a process beside the first) nothing is written.
@@ -29,6 +29,7 @@ class Tracker:
         self.stage, self.main = config.stage, main
         self.metrics_path = work / "metrics.jsonl"
         self.samples_path = work / "samples.jsonl"
+        self.tokens_path = work / "tokens.jsonl"
         self._warned: set[str] = set()
         about = config.model_dump(mode="json")
         mirror = Mirror(work, config.stage, config.run, config.wandb, about, parents or {})
@@ -53,6 +54,11 @@ class Tracker:
         if self._mirror:
             self._mirror.samples(step, rows)
 
+    def tokens(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Episodes token by token, for the report alone: what was trained on at this step."""
+        if self.main:
+            _append(self.tokens_path, [{"step": step} | row for row in rows])
+
     @property
     def mirrored(self) -> bool:
         """Whether anybody is shown what the record does not hold."""
@@ -72,7 +78,7 @@ class Tracker:
 
     def sync(self) -> None:
         """Have the record on disk: done before a training state that it belongs to is saved."""
-        for path in (self.metrics_path, self.samples_path):
+        for path in (self.metrics_path, self.samples_path, self.tokens_path):
             if self.main and path.exists():
                 sync(path)
 
@@ -80,7 +86,7 @@ class Tracker:
         """Forget what was recorded after the state of `step` was saved (its samples too), and a torn line."""
         if not self.main:
             return
-        for path in (self.metrics_path, self.samples_path):
+        for path in (self.metrics_path, self.samples_path, self.tokens_path):
             if path.exists():
                 kept = [
                     row
