@@ -14,6 +14,8 @@ import tiny_models
 from pipeline.config.evaluation import EvalConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import anything, classification, metrics, overlap
+from pipeline.evaluation.__main__ import run_evaluation
+from pipeline.evaluation.likelihoods import kl_to_sft
 from pipeline.models.adapted import load_adapted
 from pipeline.models.loading import load_policy
 
@@ -257,6 +259,8 @@ def test_what_a_run_records_is_what_it_was_before_there_were_tasks():
     keys = {"prompts": {"path": "x"}}
     plain = EvalConfig.model_validate(keys).model_dump(mode="json")
     assert not {"task", "labels"} & plain.keys()
+    with pytest.raises(ValueError, match="labels: of task classification or likelihood"):
+        EvalConfig.model_validate({**keys, "labels": ["a"]})
     asked = EvalConfig.model_validate({**keys, "task": "likelihood", "labels": ["a"]})
     assert asked.model_dump(mode="json").items() >= {"task": "likelihood", "labels": ["a"]}.items()
 
@@ -268,3 +272,16 @@ def test_a_label_that_looks_like_markup_is_printed_as_it_is():
     anything.show(result, console)
     assert "[red]" in console.export_text()
     assert metrics.exact_match("[red]", "[red]")
+
+
+def test_a_run_at_temperature_0_has_no_kl_and_no_other_task(tmp_path):
+    run = small_run.make_run(tmp_path)
+    keys = {"prompts": {"path": str(tmp_path / "prompts.jsonl")}, "max_new_tokens": 4, "threads": 1}
+    keys |= {"n": 3, "candidates": 1, "temperature": 0.0}
+    result = run_evaluation(run, EvalConfig.model_validate(keys))
+    assert "kl" not in result and "ppo_vs_sft_by_rm" in result["comparisons"]
+    config = EvalConfig.model_validate({**keys, "task": "classification"})
+    with pytest.raises(UserError, match="task classification is for make eval MODEL="):
+        run_evaluation(run, config)
+    with pytest.raises(UserError, match="KL is of what is sampled"):
+        kl_to_sft(config, {}, tiny_models.tokenizer(), [], [])

@@ -126,6 +126,8 @@ class EvalConfig(Section):
     def _known_keys_once(self):
         if len(set(self.groups())) != len(self.groups()):
             raise ValueError("group_by names a key twice")
+        if self.labels and self.task == "text":
+            raise ValueError("labels: of task classification or likelihood")
         titles = ["judge", "reward model", *(judge.title() for judge in self.judges)]
         if twice := [name for name in titles if titles.count(name) > 1]:
             raise ValueError(f"judges: two are called {twice[0]!r}; give each a name of its own")

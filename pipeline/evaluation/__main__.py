@@ -11,6 +11,7 @@ from typing import Any
 from pipeline import steps
 from pipeline.cli import add_arguments, reporting_errors, request
 from pipeline.config.evaluation import EvalConfig, Split
+from pipeline.errors import UserError
 from pipeline.evaluation import mirrored
 from pipeline.evaluation.judges import load_judge
 from pipeline.handoff.artifacts import installed_packages, read
@@ -45,6 +46,10 @@ def run_evaluation(
     out = run / "eval" / f"{split}.json"
     stages, problems = fresh_stages(find_stages(run))
     need_first(run, stages, "nothing to evaluate")
+    if config.task != "text":
+        raise UserError(
+            f"eval: task {config.task} is for make eval MODEL={run / 'ppo'} DATA=FILE; a run's is text"
+        )
     for problem in problems:
         say(f"eval: left out: {problem}")
     load_judge(config.judge)  # one that cannot be imported ends it here, at once

@@ -46,6 +46,8 @@ def kl_to_sft(
     responses: list[Response],
 ) -> dict[str, float | None]:
     """KL(ppo || sft) in nats per response: mean of log pi - log pi_sft over samples of pi (k1)."""
+    if config.temperature == 0:
+        raise UserError("eval: temperature 0: KL is of what is sampled; give a temperature")
     ids = [r.ids for r in responses]
     args = (prompts, ids, pad_id(tokenizer), config.temperature)
     policy = sequence_logprobs(models["ppo"], *args)
