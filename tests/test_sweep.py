@@ -8,6 +8,8 @@ import pytest
 
 import fake_stages
 from pipeline import cli
+from pipeline import run as frame
+from pipeline.commands import status
 from pipeline.config.sweep import load_sweep
 from pipeline.errors import UserError
 from pipeline.evaluation import calls, sweep
@@ -25,6 +27,7 @@ def made(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_RUN_GROUP")
     fake_stages.write_recipe(tmp_path, eval=EVAL)
     fake_stages.make_base(tmp_path)
+    Path("p.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     done: list[str] = []
 
     def call(module: str, *words: str) -> None:
@@ -38,7 +41,9 @@ def made(tmp_path, monkeypatch):
             (run / "eval/validation.json").write_text(json.dumps(result))
             return
         stage = module.removeprefix("stages.")
-        config = cli.configured(stage, cli.request(stage, cli.parser(stage).parse_args(words)))
+        asked = cli.request(stage, cli.parser(stage).parse_args(words))
+        config = cli.configured(stage, asked)
+        frame.started(config, asked.of(stage), asked.recipe)
         if sweep.is_published(config.run / stage):
             return
         done.append(f"{stage} {run.name}")
@@ -113,6 +118,16 @@ def test_a_reward_model_that_two_trials_share_is_trained_once(made):
         artifacts.read(Path("checkpoints/tiny-s-2/ppo")).parents["sft"].path
         == "checkpoints/tiny/sft"
     )
+
+
+def test_a_trial_is_a_run_as_any_other(made, capsys):
+    """With what it borrows, and what it took of another trial, it is up to date."""
+    run("parameters: {rm.epochs: [1.0, 2.0], ppo.kl_coef: [0.1, 0.2]}\n")
+    capsys.readouterr()
+    status.main(["--run", "checkpoints/tiny-s-2"])
+    states = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert ["sft", "borrowed", "from"] in states
+    assert ["rm", "up", "to"] in states and ["ppo", "up", "to"] in states
 
 
 def test_a_stage_s_own_number_needs_neither_later_stages_nor_an_evaluation(made):

@@ -125,8 +125,13 @@ def test_what_was_mirrored_offline_is_sent_later_once_with_its_edges(tmp_path):
     nothing = {"NETRC": str(tmp_path / "none")}
     done = python("-c", RUN, str(run), **nothing)
     assert done.returncode == 0, done.stderr
+    empty = run / "wandb" / "offline-run-20990101_000000-tiny-sft-abcdef"  # ended before it began
+    empty.mkdir()
+    (empty / "run-tiny-sft-abcdef.wandb").write_bytes(b":W&B...")
     done = python(*sync, str(run), **nothing)
     assert done.returncode == 2 and "no key: set WANDB_API_KEY" in done.stderr
+    done = python(*sync, str(run), WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert done.returncode == 2 and "127.0.0.1:9 cannot be reached" in done.stderr
     with server(tmp_path, "wrong-key") as (address, _):
         done = python(*sync, str(run), WANDB_API_KEY=KEY, WANDB_BASE_URL=address)
     assert done.returncode == 2 and "was not sent" in done.stderr

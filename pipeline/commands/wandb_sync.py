@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from pipeline.handoff.found import Stage, check_there, find_stages
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
 from pipeline.tracking import contents, view
-from pipeline.tracking.mirror import has_key, settings
+from pipeline.tracking.mirror import has_key, server, settings
 
+HEADER = 7
+"""Bytes of a file in which nothing was written: its run ended too early."""
 EDGES = "edges.json"
 """Ids of the runs whose edges are drawn."""
 
@@ -36,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     check_there(run)
     if not has_key():
         raise UserError("wandb-sync: no key: set WANDB_API_KEY, or log in once: wandb login")
+    check_server()
     found = dict(offline(run))
     if not found:
         say(f"wandb-sync: nothing was mirrored offline in {run / 'wandb'}")
@@ -46,12 +51,25 @@ def main(argv: list[str] | None = None) -> None:
         say(f"wandb-sync: {name} is not there; send it first: make wandb-sync RUN={run_name}")
 
 
+def check_server() -> None:
+    """UserError when nobody answers: wandb itself would try again for hours."""
+    try:
+        with urllib.request.urlopen(server(), timeout=20):
+            pass
+    except urllib.error.HTTPError:
+        pass  # somebody does
+    except (OSError, ValueError) as error:
+        raise UserError(f"wandb-sync: {server()} cannot be reached: {error}") from None
+
+
 def offline(run: Path) -> Iterator[tuple[str, list[Path]]]:
     """(step, its folders from the earliest), in the order of the pipeline."""
     for step in steps.TABLE:
         name = f"{run.name}-{step}" if step != "eval" else f"{run.name}-eval*"
-        if folders := sorted((run / "wandb").glob(f"offline-run-*-{name}-??????")):
-            yield step, folders
+        folders = sorted((run / "wandb").glob(f"offline-run-*-{name}-??????"))
+        held = [f for f in folders if any(p.stat().st_size > HEADER for p in f.glob("*.wandb"))]
+        if held:
+            yield step, held
 
 
 def send(run: Path, step: str, folders: list[Path], stages: dict[str, Stage]) -> list[str]:

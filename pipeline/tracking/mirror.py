@@ -23,6 +23,8 @@ INIT_SECONDS = 10
 """An unreachable server is given up after so long; the run goes on meanwhile."""
 FINISH_SECONDS = 15
 """Time for the last rows, besides the upload of files; with the above, all that a run ever waits."""
+LOCAL_SECONDS = 60
+"""More for a result that begins and ends its run at once, where no server but a busy machine alone is slow."""
 UPLOAD_BYTES_PER_SECOND = 1_000_000
 """A slower upload of the artifact is given up."""
 
@@ -102,6 +104,7 @@ class Mirror:
             self._put(lambda run: self._log_artifact(run, *published))
             size = sum(entry.size for entry in manifest.files.values()) if self.wandb.upload else 0
             seconds += size / UPLOAD_BYTES_PER_SECOND if self.mode == "online" else 0
+        seconds += LOCAL_SECONDS if self.mode == "offline" and code is not None else 0
         exit_code = code if code is not None else 0 if artifact else 1
         self._put(lambda run: run.finish(exit_code))
         if self.mode == "online":  # last: it keeps nothing waiting, if a server is slow
@@ -222,14 +225,18 @@ def mode_of(wandb: schema.Wandb) -> str:
     return "online" if has_key() else "offline"
 
 
+def server() -> str:
+    """Where W&B is."""
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
 def has_key() -> bool:
     """Whether a W&B key is configured; without one, going online would prompt or fail."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     file = os.environ.get("NETRC") or str(Path.home() / ".netrc")
     try:
-        return netrc.netrc(file).authenticators(urlparse(server).hostname or "") is not None
+        return netrc.netrc(file).authenticators(urlparse(server()).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
