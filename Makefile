@@ -353,7 +353,7 @@ test-slow: $(STAMP)  ## the slow tests: whole runs, and faults
 	exec $(PY) -m pytest -m "slow or fault" $(ARGS)
 
 faults: $(STAMP)  ## kill, corrupt and starve every stage everywhere; a table of what came of it
-	exec $(PY) -m pytest -m fault tests/test_faults.py tests/test_faults_matrix.py $(ARGS)
+	exec $(PY) -m pytest -m fault tests/test_faults.py tests/test_faults_matrix.py tests/test_faults_engines.py $(ARGS)
 
 check: $(STAMP)  ## lint, format and types
 	$(PY) -m ruff check .

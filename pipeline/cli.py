@@ -38,6 +38,7 @@ def main(stage: str, argv: list[str] | None = None) -> None:
         start.check()
         asked = request(stage, args)
         config = configured(stage, asked)
+        start.check_fits(config)
         run.started(config, asked.of(stage), asked.recipe)
         if args.force:
             if is_main_process():
@@ -167,6 +168,7 @@ def reporting_errors(config: StageConfig | None = None) -> Iterator[None]:
             room = (config.run, run.bytes_needed(config)) if config else (None,)
             _stop(f"error: {disk.message(*room)}", 1)
         if start.lost_another(error):
+            stopping.ending()
             sys.exit(start.LOST)
         if not memory.is_out(error):
             raise

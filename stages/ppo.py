@@ -23,9 +23,10 @@ from pipeline.data.literals import tell_spelled
 from pipeline.data.template import template_hash, tokenizer_hash
 from pipeline.engines.shares import from_all
 from pipeline.engines.start import anywhere, check_started, together
+from pipeline.engines.whole import plain
 from pipeline.errors import UserError
 from pipeline.handoff import checkpoint
-from pipeline.models.adapters import ADAPTER, merged, save_adapter
+from pipeline.models.adapters import ADAPTER, add_lora, merged, save_adapter
 from pipeline.models.causal import places
 from pipeline.models.dtypes import check_dtype
 from pipeline.models.forward import layout
@@ -90,8 +91,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
                 _save_state(ppo, stage)
             watch.samples(last=True)
 
-        if stage.main:
-            _save(ppo, stage.parent("sft"), stage.output)
+        _save(ppo, stage.parent("sft"), stage.output if stage.main else None)
         return stage.publish(
             {**_summary(stage.work / "metrics.jsonl"), **by_source(prompts)},
             tokenizer_hash(ppo.tokenizer),
@@ -149,26 +149,38 @@ def _save_state(ppo: PPO, stage: StageRun) -> None:
     asked = anywhere(stopping.asked())
     due = ppo.iteration % ppo.config.save_every == 0 or ppo.iteration == ppo.config.iterations
     if due or asked:
-        random = from_all([checkpoint.random_state()])
+        state, random = ppo.state_dict(), from_all([checkpoint.random_state()])
         if stage.main:
             stage.tracker.sync()
-            checkpoint.save(stage.work, ppo.iteration, ppo.state_dict(), random)
+            checkpoint.save(stage.work, ppo.iteration, state, random)
     if asked:
         together()
         stopping.leave("ppo", ppo.iteration)
 
 
-def _save(ppo: PPO, sft: Path, output: Path) -> None:
-    """The policy, adapters merged, and beside it its moving average if one was kept."""
+def _save(ppo: PPO, sft: Path, output: Path | None) -> None:
+    """The policy, adapters merged, and beside it its moving average if one was kept; the first process alone
+    has an `output`, but all may have parts of the weights."""
     policy, base = ppo.networks.policy, functools.partial(load_policy, sft, ppo.tokenizer)
+
+    def alone() -> Any:
+        dtype = ppo.config.dtype if ppo.config.lora else "fp32"
+        return add_lora(base(dtype), ppo.config.lora, "CAUSAL_LM")
+
+    def write(trained: Any, folder: Path) -> None:
+        merged(trained, base).save_pretrained(folder)
+        ppo.tokenizer.save_pretrained(folder)
+
     if ppo.config.ema_decay is not None:
         with ppo.ema.swapped_in(ppo.networks.policy_parameters()):
-            merged(copy.deepcopy(policy), base).save_pretrained(output / "ema")
-        ppo.tokenizer.save_pretrained(output / "ema")
-    if ppo.config.lora is not None:
-        save_adapter(policy, output / ADAPTER)
-    merged(policy, base).save_pretrained(output)
-    ppo.tokenizer.save_pretrained(output)
+            average = plain(policy, alone)
+            if output is not None:
+                write(copy.deepcopy(average), output / "ema")
+    trained = plain(policy, alone)
+    if output is not None:
+        if ppo.config.lora is not None:
+            save_adapter(trained, output / ADAPTER)
+        write(trained, output)
 
 
 def _summary(record: Path) -> dict[str, float]:

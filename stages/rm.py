@@ -37,6 +37,7 @@ from pipeline.data.template import (
 )
 from pipeline.engines.shares import worked_on
 from pipeline.engines.start import check_started, together, wait_for
+from pipeline.engines.whole import on_whole, plain
 from pipeline.errors import UserError, at
 from pipeline.evaluation.card import write_card
 from pipeline.evaluation.rankings import Scored, measure, write_scored
@@ -140,15 +141,16 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
         trainer.held_out = lambda: _held_out(trainer, tokenizer, held_out_rows)
         recorder = Recorder(stage.tracker, LOGGED, config.log_every, best)
         train(trainer, stage.work, recorder, first)
+        trained = plain(
+            trainer.model,
+            lambda: _trainable(reward_from_policy(sft, tokenizer, config.dtype), config),
+        )
         if not stage.main:
             return stage.final
 
         if config.lora is not None:
-            save_adapter(trainer.accelerator.unwrap_model(trainer.model), stage.output / ADAPTER)
-        final = merged(
-            trainer.accelerator.unwrap_model(trainer.model),
-            lambda: reward_from_policy(sft, tokenizer).to(device()),
-        )
+            save_adapter(trained, stage.output / ADAPTER)
+        final = merged(trained, lambda: reward_from_policy(sft, tokenizer).to(device()))
         final.config.reward_bias = _demonstration_mean(final, tokenizer, config, sft)
         faults.at("eval", trainer.state.global_step)
         scored = _score(final, tokenizer, held_out_rows)
@@ -271,7 +273,11 @@ def _score(
 
 def _measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]):
     """What held-out rankings say of a model, each process scoring its share of them."""
-    return measure(worked_on(rows, lambda mine: _score(model, tokenizer, mine)))
+
+    def scored(bare: PreTrainedModel) -> list[Scored]:
+        return worked_on(rows, lambda mine: _score(bare, tokenizer, mine))
+
+    return measure(on_whole(model, scored))
 
 
 def _held_out(

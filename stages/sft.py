@@ -34,9 +34,10 @@ from pipeline.data.template import (
     well_formed,
 )
 from pipeline.engines.start import check_started, together
+from pipeline.engines.whole import plain
 from pipeline.errors import UserError, at
 from pipeline.handoff import checkpoint
-from pipeline.models.adapters import ADAPTER, merged, save_adapter
+from pipeline.models.adapters import ADAPTER, add_lora, merged, save_adapter
 from pipeline.models.device import device
 from pipeline.models.generation import generate
 from pipeline.models.loading import load_policy, load_tokenizer, prepare_cpu
@@ -109,10 +110,10 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
         recorder = Recorder(stage.tracker, LOGGED, config.log_every, best)
         train(trainer, stage.work, recorder, before)
         after = _validation_loss(trainer)
+        trained = plain(trainer.model, lambda: _model(config, tokenizer))
         if not stage.main:
             return stage.final
 
-        trained = trainer.accelerator.unwrap_model(trainer.model)
         if config.lora is not None:
             save_adapter(trained, stage.output / ADAPTER)
         final = merged(trained, lambda: _base(config, tokenizer))
@@ -135,6 +136,12 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
             tokenizer_hash(tokenizer),
             template_hash(tokenizer),
         )
+
+
+def _model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A model with the parameters of that which is trained."""
+    policy = load_policy(config.model, tokenizer, config.dtype)
+    return add_lora(policy, config.lora, "CAUSAL_LM")
 
 
 def _base(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -30,6 +30,16 @@ CONFIGS = {
     + "gates: 'off'\nalarms: {entropy: 0.99, length: 1.01, value_warmup: 0}\n",
 }
 _CLOCKS = ("time", "memory/")
+FSDP2 = {
+    "SHARDED": "1",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+"""What accelerate makes of configs/engines/fsdp2.yaml, and the shim of `fault_server.py`."""
 
 
 @dataclass
@@ -105,24 +115,28 @@ class Job:
     def __init__(self, children: list[Child]):
         self.children = children
 
-    def wait(self, seconds: float = 120.0, grace: float = 5.0) -> list[Outcome]:
+    def wait(
+        self, seconds: float = 600.0, grace: float = 5.0, limit: float = 60.0
+    ) -> list[Outcome]:
         """Until all have ended, and how each did; those that have not `grace` s after the first failure are
-        sent SIGTERM."""
-        failed = 0.0
-        end = time.monotonic() + seconds
+        sent SIGTERM, and a minute after it none may be left."""
+        end, asked = time.monotonic() + seconds, False
         while any(child.poll() is None for child in self.children) and time.monotonic() < end:
             time.sleep(0.02)
-            if not failed and any(child.poll() for child in self.children):
-                failed = time.monotonic()
-            if failed and time.monotonic() - failed > grace:
-                self.signal(signal.SIGTERM)
-                failed = time.monotonic()
-        return [child.wait(0.0) for child in self.children]
+            if seconds and any(child.poll() for child in self.children):
+                end, seconds = time.monotonic() + limit, 0.0
+            if not seconds and not asked and time.monotonic() > end - limit + grace:
+                asked = self.signal(signal.SIGTERM)
+        hung = [rank for rank, child in enumerate(self.children) if child.poll() is None]
+        outcomes = [child.wait(0.0) for child in self.children]
+        assert not hung, f"processes {hung} hung: {outcomes}"
+        return outcomes
 
-    def signal(self, number: int) -> None:
+    def signal(self, number: int) -> bool:
         for child in self.children:
             if child.poll() is None:
                 child.signal(number)
+        return True
 
 
 class Project:

@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from transformers import Trainer
 
 import tiny_models
 from pipeline import cli
+from pipeline.engines import whole
 from pipeline.models import loading as models
+from pipeline.ppo import trainer
+from pipeline.training import checked
 from stages import ppo, rm, sft
 
 LOADED = (sft, rm, ppo)
@@ -67,6 +72,8 @@ def run(request: dict[str, Any]) -> int:
     if limit := request.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     code = 1
+    if "SHARDED" in os.environ:
+        shim()
     if "LATE" in os.environ:
         save = Trainer._save_rng_state
         Trainer._save_rng_state = lambda *args: (time.sleep(1.0), save(*args))[1]
@@ -79,6 +86,26 @@ def run(request: dict[str, Any]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def shim() -> None:
+    """Have accelerate take CPUs for devices that it shards models on; it would quietly turn to DDP."""
+    init = PartialState.__init__
+
+    def as_gpus(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.distributed_type == "MULTI_CPU":
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = as_gpus
+    check = whole.check_wrapped
+
+    def told(model):
+        check(model)
+        kinds = {type(p).__name__ for p in model.parameters()}
+        print("trains by", AcceleratorState().distributed_type, *sorted(kinds))
+
+    checked.check_wrapped = trainer.check_wrapped = told
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from fault_runs import STAGES, Project, rows_of
-from pipeline.config.schema import SFTConfig
+from fault_runs import FSDP2, STAGES, Project, rows_of
+from pipeline.config.schema import PPOConfig, SFTConfig
 from pipeline.engines import __main__ as launcher
 from pipeline.engines import start
 from pipeline.engines.shares import OrNothing, Shares, share
@@ -73,6 +73,7 @@ def started_as(monkeypatch, found: str, processes: int) -> None:
     """accelerate starts this, whatever was asked for."""
     state = types.SimpleNamespace(distributed_type=found, num_processes=processes)
     monkeypatch.setattr(accelerate, "PartialState", lambda **_: state)
+    monkeypatch.setattr(start, "accelerator", lambda: types.SimpleNamespace(state=state))
 
 
 def test_independent_runs_and_another_engine_are_errors(monkeypatch):
@@ -88,10 +89,40 @@ def test_independent_runs_and_another_engine_are_errors(monkeypatch):
         start.check_started()
 
 
+def test_what_fsdp2_cannot_do_is_refused_with_what_can(monkeypatch):
+    lora = {"r": 2}
+    never = {
+        "vllm: not with ENGINE=fsdp2.*ENGINE=ddp": PPOConfig(vllm={}),
+        "shared_base: not.*shared_base: false": PPOConfig(shared_base=True, lora=lora),
+        "dtype: not.*bf16 can": PPOConfig(dtype="int8", lora=lora),
+    }
+    for config in never.values():
+        start.check_fits(config)
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    start.check()
+    start.check_fits(PPOConfig(dtype="bf16", lora=lora))
+    for told, config in never.items():
+        with pytest.raises(UserError, match=told):
+            start.check_fits(config)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(UserError, match="version 1.*fsdp_version: 2"):
+        start.check()
+
+
+def test_a_state_goes_on_with_the_engine_that_saved_it(monkeypatch, tmp_path):
+    trainers._check_engine(tmp_path)
+    (tmp_path / "pytorch_model_fsdp.bin").touch()
+    with pytest.raises(UserError, match="saved by ENGINE=fsdp2 and cannot go on without it"):
+        trainers._check_engine(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    trainers._check_engine(tmp_path)
+
+
 def test_a_model_in_no_wrapper_is_not_trained(monkeypatch):
     check_wrapped(nn.Linear(1, 1))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="Linear is in no engine's wrapper"):
+    with pytest.raises(UserError, match="Linear is not in the wrapper of DDP"):
         check_wrapped(nn.Linear(1, 1))
 
 
@@ -177,6 +208,32 @@ def test_ddp_has_the_numbers_of_one_process(projects, kind, processes):
         told = [out.told.count(f"{stage}: published") for out in outcomes]
         assert told == [1] + [0] * (processes - 1)
         equal_one(project, f"ddp{processes}-{stage}", stage, 1e-5 if kind == "bart" else 5e-6)
+
+
+SHORT = {"sft": ["max_steps=3"], "rm": ["max_steps=3"], "ppo": ["iterations=3"]}
+LORA = ["lora={r: 2}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "stage", "words"),
+    [
+        *(("llama", stage, []) for stage in STAGES),
+        ("llama", "sft", LORA),
+        ("llama", "rm", LORA),
+        ("llama", "ppo", [*LORA, "value=shared"]),
+        *(("bart", stage, []) for stage in STAGES),
+    ],
+)
+def test_fsdp2_has_the_numbers_of_one_process(projects, kind, stage, words):
+    project, words = projects(kind), [*SHORT[stage], *words]
+    one, run = (f"{name}-{stage}-{len(words)}" for name in ("one", "fsdp2"))
+    assert project.make(stage, one, *words).code == 0
+    outcomes = project.start_all(2, stage, run, *words, **FSDP2).wait()
+    assert [out.code for out in outcomes] == [0, 0], [out.told for out in outcomes]
+    assert all("trains by DistributedType.FSDP DTensor\n" in out.told for out in outcomes)
+    # BART's biases are small at first, and Adam's steps as long for them
+    equal_one(project, run, stage, 3e-5 if kind == "bart" else 1e-5, one)
 
 
 # --- going on ---------------------------------------------------------------------------------------

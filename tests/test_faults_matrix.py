@@ -98,7 +98,7 @@ def table(request):
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         reporter.write_line("")
         for row in rows:
-            reporter.write_line("{:<6}{:<15}{:<6}{:<8}{:<11}{}".format(*row))
+            reporter.write_line("{:<11}{:<15}{:<6}{:<8}{:<11}{}".format(*row))
 
 
 def fault(project: Project, table: list[Line], case: tuple[str, str, int, str]) -> Outcome:

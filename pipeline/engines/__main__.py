@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> int:
     from accelerate.commands import launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.disable(logging.ERROR)  # torchrun's own account of what went wrong
     if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or there would be independent runs
     args = launch.launch_command_parser().parse_args(argv)

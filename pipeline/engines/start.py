@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.schema import StageConfig
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ LOST = 75
 
 _ASKED = {"FSDP": "FSDP", "DEEPSPEED": "DEEPSPEED"}
 """Word in accelerate's variables -> the `distributed_type` that it must become."""
+_SHARDED_NEVER = {
+    "vllm": "it is handed whole models; leave it out (the policy's own decoding gathers once a rollout), or ENGINE=ddp",
+    "shared_base": "its adapters take turns on one base; shared_base: false, or ENGINE=ddp",
+    "dtype": "rounded weights cannot be cut up; bf16 can, or ENGINE=ddp",
+}
+"""Keys of configs that FSDP2 refuses."""
 _WHOLE = ("MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU")
 """accelerate's names of several processes that each hold whole models (DDP)."""
 _BROKEN = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
@@ -50,10 +57,22 @@ def _set(name: str) -> bool:
 def check() -> None:
     """UserError, before anything slow, for an engine that trains no stage here."""
     engine = asked()
-    if engine not in ("NO", "DDP"):
+    if engine not in ("NO", "DDP", "FSDP"):
         raise UserError(
-            f"{engine}: not supported. One process is, and several that each hold whole models (ENGINE=ddp)"
+            f"{engine}: not supported; ENGINE=fsdp2 shards models too, and ENGINE=ddp none"
         )
+    if engine == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError(
+            "FSDP, version 1: not supported; ENGINE=fsdp2, or fsdp_version: 2 in your config"
+        )
+
+
+def check_fits(config: StageConfig) -> None:
+    """UserError for what a stage is asked to do and its engine cannot, with what can."""
+    for key, told in _SHARDED_NEVER.items() if asked() == "FSDP" else ():
+        value = getattr(config, key, None)
+        if value and value not in ("fp32", "bf16"):
+            raise UserError(f"{config.stage}: {key}: not with ENGINE=fsdp2: {told}")
 
 
 def check_started() -> None:
@@ -68,7 +87,8 @@ def check_started() -> None:
     from accelerate.utils import InitProcessGroupKwargs
 
     wait = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)).to_kwargs()
-    state = PartialState(cpu=_set("CPU"), **wait)
+    PartialState(cpu=_set("CPU"), **wait)
+    state = accelerator().state
     found = str(getattr(state.distributed_type, "value", state.distributed_type))
     if state.num_processes != world_size():
         raise UserError(
@@ -114,7 +134,7 @@ def accelerator() -> "Accelerator":
     from accelerate import Accelerator  # imports torch
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=world_size() > 1)
     return Accelerator(mixed_precision="no")
 
 

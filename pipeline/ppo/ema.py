@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from pipeline.engines.whole import in_parts
+
 
 class Ema:
     """Averaged copies of parameters, updated after every optimizer step; idle when decay is None."""
@@ -25,7 +27,7 @@ class Ema:
     def load(self, shadow: list[Tensor], parameters: list[nn.Parameter]) -> None:
         """Go on from a saved average, on the devices of the parameters."""
         pairs = zip(shadow, parameters, strict=bool(shadow))
-        self.shadow = [average.to(p.device) for average, p in pairs]
+        self.shadow = [in_parts(average.to(p.device), p) for average, p in pairs]
 
     @contextlib.contextmanager
     def swapped_in(self, parameters: list[nn.Parameter]) -> Iterator[None]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pipeline.engines.whole import local
 from pipeline.errors import UserError
 from pipeline.ppo.maths import AllSum, masked_mean, one_process
 from pipeline.ppo.rollout import Rollout
@@ -112,14 +113,17 @@ def moves(
     looked_at = []
     for (name, parameters), group in zip(networks.items(), optimizer.param_groups, strict=True):
         for p in parameters if step == 0 else ():
-            if p.grad is not None:
-                place = p.grad.abs().argmax()
-                g, before = p.grad.flatten()[place].abs(), p.detach().flatten()[place].clone()
+            if p.grad is not None and local(p.grad).numel():
+                gradient, weight = local(p.grad).flatten(), local(p.detach()).flatten()
+                place = gradient.abs().argmax()
+                g, before = gradient[place].abs(), weight[place].clone()
                 moved = group["lr"] * g / (g + group["eps"])
                 if bool(moved > 2 * torch.finfo(p.dtype).eps * before.abs()):
                     looked_at.append((name, p, place, before))
     yield
-    moved = {name for name, p, i, before in looked_at if bool(p.detach().flatten()[i] != before)}
+    moved = {
+        name for name, p, i, before in looked_at if bool(local(p.detach()).flatten()[i] != before)
+    }
     if still := {name for name, *_ in looked_at} - moved:
         raise InvariantError(
             f"ppo: the first optimizer step left the {' and the '.join(sorted(still))} network as it was "

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import PPOConfig
+from pipeline.engines.start import asked
+from pipeline.engines.whole import in_parts
+from pipeline.models.adapters import adapter_off
 from pipeline.models.forward import (
     in_full,
     layout,
@@ -15,7 +18,7 @@ from pipeline.models.forward import (
     response_scores,
     spread,
 )
-from pipeline.models.packing import Model, hidden_width
+from pipeline.models.packing import Model, hidden_width, inner
 from pipeline.models.sequences import Sequences
 from pipeline.models.tokens import logprobs_and_entropy
 
@@ -61,8 +64,11 @@ class PolicyAndValue(nn.Module):
         """Modules whose `Outputs` together are the losses' inputs, each a graph of its own: networks
         that share nothing that trains take turns, so that the activations of one are in memory at a time.
 
-        Of several processes each waits for every gradient of a module, on a shared base the other's too.
+        Of several processes each waits for every gradient of a module, on a shared base the other's too; and
+        FSDP2 wraps one module.
         """
+        if asked() == "FSDP":
+            return [self]
         if not self.critic:
             return [PolicyPass(self.policy)]
         shared = {id(p) for p in self.policy.parameters()}
@@ -71,6 +77,13 @@ class PolicyAndValue(nn.Module):
         ):
             return [self]
         return [PolicyPass(self.policy), ValuePass(self.value)]
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Where transformers models say which of their layers an engine gathers one at a time."""
+        models = [self.policy] if self.value is None else [self.policy, self.value]
+        names = {name for model in models for name in inner(model)._no_split_modules or ()}
+        return sorted(names & {type(module).__name__ for module in self.modules()})
 
     def forward(
         self,
@@ -116,6 +129,17 @@ class PolicyAndValue(nn.Module):
         """Those of each network by name."""
         value = {"value": self.value_parameters()} if self.critic else {}
         return {"policy": self.policy_parameters()} | value
+
+    def base_logprobs(self, s: Sequences, temperature: float) -> Tensor:
+        """log pi (B, T) of the responses' tokens, by the policy's base without its adapters."""
+        with adapter_off(self.policy):
+            return response_logprobs(self.policy, s, temperature)
+
+    def load_trained(self, weights: dict[str, Tensor]) -> None:
+        """Go on from what was `trained`, whole."""
+        now = self.trained()
+        held = {name: in_parts(x, now[name]) for name, x in weights.items()}
+        self.load_state_dict(held, strict=False)
 
     def trained(self) -> dict[str, Tensor]:
         """Trainable parameters by name: what training changes, and so what a saved state needs."""

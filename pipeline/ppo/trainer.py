@@ -18,7 +18,7 @@ from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import Prompt
 from pipeline.data.template import response_text, scored_ids
 from pipeline.engines import start
-from pipeline.models.adapters import adapter_off
+from pipeline.engines.whole import check_wrapped, load_optimizer, on_whole, whole, within
 from pipeline.models.device import placed
 from pipeline.models.forward import response_logprobs
 from pipeline.models.generation import stops
@@ -83,6 +83,8 @@ class PPO:
         self.networks = networks.to(self.device)
         passes = networks.passes(self.accelerator.num_processes)
         *self.passes, self.optimizer = self.accelerator.prepare(*passes, optimizer)
+        for prepared in self.passes:
+            check_wrapped(prepared)
         self.total_steps = steps = config.iterations * config.ppo_epochs * config.minibatches
         rate = functools.partial(maths.lr_factor, steps, config.warmup_ratio, config.schedule)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
@@ -100,7 +102,7 @@ class PPO:
     def rollout(self, queries: list[Query]) -> Rollout:
         """Sample one response to each query and record all that the update needs."""
         prompts = [query.ids for query in queries]
-        sampled = self.sampler(prompts)
+        sampled = on_whole(self.networks, lambda _: self.sampler(prompts))
         width = sampled.responses.shape[1]
         ids, query_mask = left_pad(prompts, pad_id(self.tokenizer))
         mask = mask_from_lengths(sampled.lengths, width)
@@ -178,7 +180,8 @@ class PPO:
                     old.append(out.logprobs)
                     values.append(out.values)
                 else:
-                    values.append(self.networks.values(batch))
+                    run = functools.partial(PolicyAndValue.values, s=batch)
+                    values.append(within(self.networks, run))
                 reference.append(self.reference_logprobs(batch))
         return torch.cat(old) if old else sampled, torch.cat(reference), torch.cat(values)
 
@@ -186,8 +189,7 @@ class PPO:
         """(B, T) under the model that KL is measured to."""
         if self.reference is not None:
             return response_logprobs(self.reference, s, self.config.temperature)
-        with adapter_off(self.networks.policy):
-            return response_logprobs(self.networks.policy, s, self.config.temperature)
+        return within(self.networks, lambda n: n.base_logprobs(s, self.config.temperature))
 
     # --- update: token rewards → advantages → minibatches → losses → step ----------------------
 
@@ -267,7 +269,7 @@ class PPO:
         summed["tokens"] = tokens
         trained = self.networks.trained_by_network()
         norms = {
-            f"{name}/grad_norm": clip_grad_norm_(parameters, self.config.max_grad_norm)
+            f"{name}/grad_norm": whole(clip_grad_norm_(parameters, self.config.max_grad_norm))
             for name, parameters in trained.items()
         }
         seen = {f"{name} loss": summed[f"{name}_loss"] for name in trained}
@@ -310,12 +312,12 @@ class PPO:
     # --- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """All that the next iteration depends on, beside the random generators."""
+        """All that the next iteration depends on, beside the random generators; whole, so all processes ask."""
         return {
-            "networks": self.networks.trained(),
-            "optimizer": self.optimizer.state_dict(),
+            "networks": whole(self.networks.trained()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
-            "ema": self.ema.shadow,
+            "ema": whole(self.ema.shadow),
             "iteration": self.iteration,
             "optimizer_steps": self.optimizer_steps,
             "kl_coef": self.kl_coef,
@@ -324,8 +326,8 @@ class PPO:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue exactly where `state_dict` was taken."""
-        self.networks.load_state_dict(state["networks"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.networks.load_trained(state["networks"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.ema.load(state["ema"], self.networks.policy_parameters())
         self.iteration, self.optimizer_steps = state["iteration"], state["optimizer_steps"]

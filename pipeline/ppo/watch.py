@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import PPOConfig
 from pipeline.data.forms import load_prompts
+from pipeline.engines.start import anywhere
+from pipeline.engines.whole import on_whole
 from pipeline.models.device import placed
 from pipeline.models.forward import response_logprobs
 from pipeline.models.generation import generate
@@ -43,24 +45,27 @@ class Watch:
         """Sample, score and record, when it is time: at the start, every so often, at the end."""
         at = self.ppo.iteration
         due = at % self.config.sample_every == 0 or last
-        if not due or at == self.last or not self.ppo.accelerator.is_main_process:
+        if not due or at == self.last:
             return
         self.last = at
         with torch.random.fork_rng():  # watching must not change what is watched
             torch.manual_seed(self.config.seed)
-            self.tracker.samples(at, self._beside_sft(self._rows()))
+            main = self.ppo.accelerator.is_main_process
+            rows = on_whole(
+                self.ppo.networks, lambda _: self._beside_sft(self._rows()) if main else []
+            )
+        self.tracker.samples(at, rows)
 
     def histograms(self, rollout: Rollout) -> None:
         """Distributions of an iteration that has been trained on, as often, for the mirror alone: scores,
         lengths, values of tokens, and each token's ratio after all of its steps. Of this process's share."""
         at = self.ppo.iteration
-        if at % self.config.sample_every or not self.tracker.mirrored:
+        if at % self.config.sample_every or not anywhere(self.tracker.mirrored):
             return
-        mask, ratios = rollout.response_mask, []
-        with torch.no_grad(), torch.random.fork_rng():
-            for rows in self.ppo.slices(len(rollout), self.ppo.at_once(len(rollout))):
-                part = rollout.rows(rows)
-                ratios.append((self._logprobs(part) - part.old_logprobs)[part.response_mask].exp())
+        mirrored, mask = self.tracker.mirrored, rollout.response_mask
+        ratios = on_whole(self.ppo.networks, lambda _: self._ratios(rollout) if mirrored else [])
+        if not mirrored:
+            return
         found = {
             "scores": rollout.scores,
             "lengths": mask.sum(dim=1),
@@ -104,6 +109,14 @@ class Watch:
                 for row in chosen
             ],
         )
+
+    def _ratios(self, rollout: Rollout) -> list[Tensor]:
+        ratios = []
+        with torch.no_grad(), torch.random.fork_rng():
+            for rows in self.ppo.slices(len(rollout), self.ppo.at_once(len(rollout))):
+                part = rollout.rows(rows)
+                ratios.append((self._logprobs(part) - part.old_logprobs)[part.response_mask].exp())
+        return ratios
 
     def _logprobs(self, s: Sequences) -> Tensor:
         with autocast(self.config, self.ppo.device):

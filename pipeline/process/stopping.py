@@ -60,10 +60,15 @@ def code() -> int:
 def leave(stage: str, step: int) -> NoReturn:
     """End with `code()` after the state of `step` was saved."""
     name = _NAMES[signal.Signals(_by)]
-    for number in _NAMES:  # of several processes the first to go has the others sent another
-        signal.signal(number, signal.SIG_IGN)
+    ending()
     say(f"{stage}: stopped by {name}, saved after step {step}; the same command goes on from there")
     raise SystemExit(code())
+
+
+def ending() -> None:
+    """Heed no further signal: of several processes the first to go has the others sent one."""
+    for number in _NAMES if "RANK" in os.environ else ():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _handle(signum: int, frame: object) -> None:

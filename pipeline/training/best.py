@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from pipeline.config.schema import RMConfig, SFTConfig
+from pipeline.engines.whole import in_parts, whole
 from pipeline.process.files import write_atomically
 from pipeline.process.progress import say
 
@@ -38,7 +39,7 @@ class Best(TrainerCallback):
         value = metrics[self.metric] * (1 if self.metric == "eval_loss" else -1)
         if value < self.value:
             self.value, self.step, self.worse = value, state.global_step, 0
-            self.weights = {n: p.detach().cpu().clone() for n, p in _trained(model)}
+            self.weights = {n: whole(p.detach()).cpu().clone() for n, p in _trained(model)}
         else:
             self.worse += 1
         if self.ended:
@@ -66,7 +67,7 @@ class Best(TrainerCallback):
     def restore(self, model: Any) -> None:
         """Give the model its best weights back."""
         for name, weight in _trained(model):
-            weight.copy_(self.weights[name])
+            weight.copy_(in_parts(self.weights[name], weight))
         say(f"{self.config.stage}: the best of what was measured: step {self.step}")
 
 

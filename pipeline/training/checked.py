@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engines.shares import OrNothing, Shares
-from pipeline.engines.whole import check_wrapped
+from pipeline.engines.whole import check_wrapped, one_unit, wrapped
 from pipeline.errors import UserError
 from pipeline.handoff import checkpoint
 
@@ -41,6 +41,18 @@ class Checked:
             return numbers
         kind = torch.float32 if args.device.type == "mps" else torch.float64
         return accelerator.reduce(torch.tensor(numbers, device=args.device, dtype=kind)).tolist()
+
+    def evaluate(self, *args, **kwargs):
+        if wrapped(self.model_wrapped):  # type: ignore[attr-defined]
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        # before the first step: accelerate would wrap the model as one that is not to be trained, and leave it so
+        self.accelerator._models.append(self.model.to(self.args.device))  # type: ignore[attr-defined]
+        with self.accelerator.autocast():  # type: ignore[attr-defined]
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_for_training(self, *args, **kwargs):
+        with one_unit(self.model):  # type: ignore[attr-defined]
+            return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def _load_rng_state(self, saved):
         processes = len(list(Path(saved or "").glob("rng_state*.pth")))

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from pipeline.config.schema import Optimisation, StageConfig
 from pipeline.engines.start import anywhere, asked, together, world_size
+from pipeline.engines.whole import whole
 from pipeline.errors import UserError
 from pipeline.handoff import checkpoint, sealed
 from pipeline.models import loading as models
@@ -166,7 +167,7 @@ class Recorder(TrainerCallback):
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in model.parameters() if p.grad is not None]
         )
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm := whole(norm)):
             refuse(state.global_step + 1, "a gradient", float(norm))
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -262,6 +263,7 @@ def train(
     step = 0 if newest is None else sealed.step_of(newest)
     faults.at("load", step)
     if newest is not None:
+        _check_engine(newest)
         say(f"{stage}: goes on after step {step}")
         recorder.load(newest)
     elif before:
@@ -278,10 +280,17 @@ def train(
         trainer.remove_callback(recorder.best)  # what is measured from now on is itself
 
 
+def _check_engine(state: Path) -> None:
+    """UserError for a state that another engine has saved in its own way."""
+    sharded = any(state.glob("pytorch_model_fsdp*"))
+    if sharded != (asked() == "FSDP"):
+        by, now = (
+            ("fsdp2", "without it") if sharded else ("ddp, or one process,", "with ENGINE=fsdp2")
+        )
+        raise UserError(f"{state}: saved by ENGINE={by} and cannot go on {now}; go on as it began")
+
+
 def _go_on(trainer: Trainer, work: Path, newest: Path | None, stage: str) -> None:
-    # measuring before the first step left this mark, with which accelerate would not wrap it to train
-    if asked() == "DDP":
-        vars(trainer.model).pop("_is_accelerate_prepared", None)
     weight = next(p for p in trainer.model.parameters() if p.requires_grad)
     faults.watch_gradient(weight, lambda: trainer.state.global_step + 1)
     with stopping.deferred(), checkpoint.refusing_code(newest or work):
