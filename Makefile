@@ -18,7 +18,7 @@
 #: REPO=owner/name  where `make push` sends an export; export, push and serve take ARGS= too
 #: SWEEP=file.yaml  of `make sweep`
 #: SIZE=S|M|L DEVICE= ITERATIONS= THREADS= CASES="fp32 sft"   of `make bench`; CASES=growth: what grows
-#: ENGINE=ddp PROCESSES=n   train in several processes: configs/engines/ENGINE.yaml; PROCESSES: one a GPU, on a CPU two
+#: ENGINE=ddp|fsdp2 PROCESSES=n   train in several processes: configs/engines/ENGINE.yaml; PROCESSES: one a GPU, on a CPU two
 #: CKPT=checkpoints PYTHON=python3 VENV=.venv (empty: use PYTHON's own packages) TORCH_INDEX=
 
 SHELL := /bin/sh

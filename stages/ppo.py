@@ -53,8 +53,8 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
     check_divides(config)
     check_dtype(config.dtype)
     prompts = load_prompts(given(config.prompts, dataset, "prompts"), seed=config.seed)
+    check_started()
     with StageRun(config, dataset) as stage:
-        check_started()
         together()  # the first has tidied up
         tracker = stage.tracker
         begun = tracker.metrics_path.exists()  # what the gates found was told then

@@ -91,8 +91,8 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
     samples = config.sampling is not None and dataset is None
     if config.data is not None or not samples:
         rankings = load_rankings(given(config.data, dataset, "data or sampling"), seed=config.seed)
+    check_started()
     with StageRun(config, dataset) as stage:
-        check_started()
         together()  # the first has tidied up
         quiet()
         prepare_cpu(config.threads)

@@ -81,8 +81,8 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
     """
     check(config, SFTConfig)
     demonstrations = load_demonstrations(given(config.data, dataset, "data"), seed=config.seed)
+    check_started()
     with StageRun(config, dataset) as stage:
-        check_started()
         together()  # the first has tidied up
         quiet()
         prepare_cpu(config.threads)
