@@ -78,7 +78,7 @@ def test_two_processes_equal_one(tmp_path):
         }  # fmt: skip
         command = [sys.executable, __file__, str(rank), str(tmp_path / f"{rank}.pt")]
         workers.append(subprocess.Popen(command, env=env, cwd=Path(__file__).parent.parent))
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
     for number, changes in enumerate(CHANGES):
         weights, metrics = updated_share(changes, 0, 1)
         for rank in range(2):
