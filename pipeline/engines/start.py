@@ -46,7 +46,7 @@ def asked() -> str:
     """The engine that a launcher's variables ask for: one of `_ASKED`, DDP, or NO with one process."""
     for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if _set(name):
-            raise UserError(f"{name}: not supported; ENGINE=ddp, fsdp2, zero2 and zero3 are")
+            raise UserError(f"{name}: not supported; ENGINE=ddp and ENGINE=fsdp2 are")
     return next((n for n in _ASKED if _set(n)), "DDP" if world_size() > 1 else "NO")
 
 
