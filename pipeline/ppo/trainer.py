@@ -83,8 +83,7 @@ class PPO:
         self.networks = networks.to(self.device)
         passes = networks.passes(self.accelerator.num_processes)
         *self.passes, self.optimizer = self.accelerator.prepare(*passes, optimizer)
-        for prepared in self.passes:
-            check_wrapped(prepared)
+        list(map(check_wrapped, self.passes))
         self.total_steps = steps = config.iterations * config.ppo_epochs * config.minibatches
         rate = functools.partial(maths.lr_factor, steps, config.warmup_ratio, config.schedule)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
