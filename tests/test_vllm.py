@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import requests
 import torch
 from pydantic import ValidationError
 
@@ -139,6 +140,13 @@ def test_a_server_gets_weights_and_prompts_by_trl_s_client(sft, monkeypatch):
     assert max(mismatches(ppo)) < 1e-5
     [client] = clients
     assert client.told == ("http://gpu:9000", 5.0)
+    monkeypatch.setattr(client, "update_named_params", gone)  # it was killed
+    with pytest.raises(UserError, match=r"no answer from http://gpu:9000 .*goes on"):
+        ppo.rollout(QUERIES)
+
+
+def gone(*_):
+    raise requests.exceptions.ConnectionError("refused")
 
 
 def test_without_vllm_it_says_so_before_a_model_is_read(tmp_path):
