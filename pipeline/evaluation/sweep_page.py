@@ -16,7 +16,8 @@ def write_page(path: Path, name: str, whole: dict[str, Any], on_test: str) -> Pa
     rows = sorted(whole["rows"], key=lambda row: sign * row.get("value", sign * float("inf")))
     measured = [row for row in whole["rows"] if "value" in row]
     keys = list(whole["rows"][0]["trial"])
-    columns = {key: [row["trial"][key] for row in measured] for key in keys}
+    tried = {key: [row["trial"][key] for row in measured] for key in keys}
+    columns = {key: values for key, values in tried.items() if any(v != values[0] for v in values)}
     columns[whole["metric"]["name"]] = [row["value"] for row in measured]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
@@ -25,7 +26,10 @@ def write_page(path: Path, name: str, whole: dict[str, Any], on_test: str) -> Pa
         name=name,
         whole=whole,
         keys=keys,
-        rows=[row | {"shown": [json.dumps(row["trial"][key]) for key in keys]} for row in rows],
+        rows=[
+            row | {"shown": [json.dumps(row["trial"][key], ensure_ascii=False) for key in keys]}
+            for row in rows
+        ],
         plot=plots.parallel(columns) if measured else "",
         on_test=on_test,
     )
