@@ -245,7 +245,7 @@ def test_a_round_without_labels_waits_and_goes_on(commands, tmp_path):
     Path("checkpoints/r/sft/manifest.json").write_text("{}")
     commands.waiting = True
     with pytest.raises(
-        UserError, match=r"r-round1 waits for people, who rank .*r-round1/to_rank\.jsonl"
+        UserError, match=r"waits for people: make label RUN=r-round1, .*to_rank\.jsonl"
     ):
         rounds.main(["--run", "checkpoints/r", "--prompts", "7"])
     assert commands.words == [("rm", "r-round1", ("rm.sampling.count=7",), "r")]
@@ -256,6 +256,28 @@ def test_a_round_without_labels_waits_and_goes_on(commands, tmp_path):
         ("ppo", "r-round1"),
         ("eval", "r-round1"),
     ]
+
+
+def test_what_people_said_on_the_page_ends_the_wait(commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "Store", Path)
+    fake_stages.write_recipe(
+        tmp_path, rm="sampling: {prompts: {path: p.jsonl}}\n", eval="prompts: {path: p.jsonl}\n"
+    )
+    told = [(2, 1), (1, 0)]
+
+    def fill(store, path):
+        found = told.pop(0)
+        commands.waiting = found[1] > 0
+        return found
+
+    monkeypatch.setattr(rounds, "fill", fill)
+    commands.waiting = True
+    Path("checkpoints/r-round1").mkdir(parents=True)
+    Path("checkpoints/r-round1/labels.db").touch()
+    with pytest.raises(UserError, match="waits for people"):
+        rounds.main(["--run", "checkpoints/r"])
+    rounds.main(["--run", "checkpoints/r"])
+    assert [word[0] for word in commands.words] == ["sft", "rm", "sft", "rm", "rm", "ppo", "eval"]
 
 
 def test_a_judge_ranks_by_wins_what_nobody_has_ranked(tmp_path):

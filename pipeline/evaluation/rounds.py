@@ -21,8 +21,11 @@ from pipeline.config.schema import RMConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps
 from pipeline.evaluation.judges import load_judge
+from pipeline.feedback.exchange import fill
+from pipeline.feedback.store import Store
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.found import read_json
+from pipeline.handoff.remembered import command
 from pipeline.process.files import read_jsonl, write_atomically
 from pipeline.process.progress import say
 from pipeline.steps import load, overrides
@@ -144,10 +147,17 @@ class Rounds:
             steps.stage("rm", self.recipe, own, *words, borrow=lender)
 
     def _ranked(self, waiting: Path) -> bool:
-        """Whether the judge has ranked what waits; UserError when people are to do it."""
+        """Whether all that waits has ranks, by the judge or what people said on the page; UserError when not."""
         if self.judge is None:
+            labels, lacking = waiting.with_name("labels.db"), 1
+            if labels.is_file():
+                filled, lacking = fill(Store(labels), waiting)
+                say(f"round: people have ranked {filled} more, {lacking} are left")
+            if not lacking:
+                return True
             raise UserError(
-                f"{waiting.parent.name} waits for people, who rank {waiting}; then the same command goes on"
+                f"{waiting.parent.name} waits for people: {command(waiting.parent, 'label')}, or ranks in "
+                f"{waiting}; then the same command goes on"
             )
         from pipeline.evaluation.panel import panel  # imports torch
         from pipeline.evaluation.ranked import rank_by
