@@ -277,7 +277,7 @@ def test_what_people_said_on_the_page_ends_the_wait(commands, tmp_path, monkeypa
     with pytest.raises(UserError, match="waits for people"):
         rounds.main(["--run", "checkpoints/r"])
     rounds.main(["--run", "checkpoints/r"])
-    assert [word[0] for word in commands.words] == ["sft", "rm", "sft", "rm", "rm", "ppo", "eval"]
+    assert [word[0] for word in commands.words] == ["sft", "rm", "rm", "rm", "ppo", "eval"]
 
 
 def test_a_judge_ranks_by_wins_what_nobody_has_ranked(tmp_path):
