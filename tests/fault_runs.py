@@ -27,7 +27,7 @@ CONFIGS = {
     "ppo": SHARED
     + "iterations: 7\nbatch_size: 8\nminibatches: 2\nmicro_batch_size: 2\nmax_new_tokens: 6\n"
     + "learning_rate: 1.0e-3\nema_decay: 0.9\nkl_target: 1.0\nscale_scores: true\nsample_every: 2\n"
-    + "gates: 'off'\nalarms: {entropy: 0.99, length: 1.01, value_warmup: 0}\n",
+    + "gates: 'off'\nalarms: {length: 1.01, value_warmup: 0}\n",
 }
 _CLOCKS = ("time", "memory/")
 FSDP2 = {

@@ -42,7 +42,7 @@ def stages_of(root: Path, model: str):
     three = PPOConfig(
         batch_size=4, minibatches=2, iterations=6, max_new_tokens=4, learning_rate=1e-3,
         ema_decay=0.9, kl_target=1.0, scale_scores=True, sample_every=1, gates="off",
-        alarms={"entropy": 0.99, "length": 1.01, "value_warmup": 0}, **shared,
+        alarms={"length": 1.01, "value_warmup": 0}, **shared,
     )  # fmt: skip
     return [
         ("sft", lambda: sft.run(one, DEMONSTRATIONS)),

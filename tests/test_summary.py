@@ -202,22 +202,22 @@ def test_an_sft_that_ppo_refuses_is_not_good_and_the_bar_is_the_runs_own(run, tm
 
 
 def test_an_alarms_limit_is_the_verdicts_bar_too(tmp_path):
-    for limit, level in ((40.0, "good"), (2.0, "bad")):
-        run = small_run.make_run(tmp_path / str(limit), ppo={"alarms": {"kl": limit}})
+    for limit, level in ((0.3, "good"), (0.2, "watch")):
+        run = small_run.make_run(tmp_path / str(limit), ppo={"alarms": {"kl_per_token": limit}})
         judged(run)
         ppo = about.verdicts(record.load_record(run))[-1]
         [kl] = [f for f in ppo.findings if f.text.startswith("KL to SFT is 2.34")]
         assert kl.level == level
-        assert f"bad above {limit:.3g}" in kl.text
+        assert f"0.26 a token (watch above {limit:.3g})" in kl.text  # 9 tokens
 
 
-def test_responses_that_do_not_end_and_a_far_policy_are_bad(run):
+def test_responses_that_do_not_end_are_bad_and_a_far_policy_is_to_be_watched(run):
     models = {"sft": {"ended": 0.4, "length": 8.0}, "ppo": {"ended": 0.97, "length": 20.0}}
     judged(run, models=models, kl={"ppo_vs_sft": 60.0, "std_error": 1.0}, comparisons={})
     found = {v.stage: v for v in about.verdicts(record.load_record(run))}
     assert found["sft"].level == "bad"
     levels = [(f.level, f.text[:12]) for f in found["ppo"].findings]
-    assert ("bad", "KL to SFT is") in levels
+    assert ("watch", "KL to SFT is") in levels
     assert ("watch", "97.0% of res") in levels
     assert ("watch", "Responses ar") in levels  # 2.5 times as long; the alarm's limit is 2
 
@@ -279,9 +279,9 @@ def test_a_judge_on_few_pairs_cannot_tell_either(run):
 def test_bars_of_an_older_version_are_the_defaults(run):
     path = run / "ppo" / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["config"]["alarms"] = {"kl": 3.0, "a_limit_that_is_no_more": 1}
+    manifest["config"]["alarms"] = {"length": 3.0, "a_limit_that_is_no_more": 1}
     path.write_text(json.dumps(manifest))
-    assert record.load_record(run).limits.kl == 40.0
+    assert record.load_record(run).limits.length == 2.0
 
 
 def test_a_stale_evaluation_that_the_recipe_cannot_make_again_is_said_without_a_command(run):

@@ -400,10 +400,8 @@ class GateBars(Section):
 class AlarmLimits(Section):
     """Beyond these PPO raises an alarm (`pipeline.ppo.alarms`); none of them stops a run."""
 
-    kl: Annotated[float, Field(gt=0)] = 40.0
-    """`objective/kl` above so many nats per response; `kl_limit` is what stops a run."""
-    entropy: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """`policy/entropy_avg` below this share of the first iteration's."""
+    kl_per_token: Annotated[float, Field(gt=0)] = 0.3
+    """`objective/kl` over `response/length` above so many nats; `kl_limit` is what stops a run."""
     length: Annotated[float, Field(gt=1)] = 2.0
     """`response/length` so many times the first iteration's, or that many times shorter."""
     score_length_corr: Annotated[float, Field(gt=0, lt=1)] = 0.7

@@ -75,7 +75,7 @@ class Departure(NamedTuple):
     meaning: str
 
     def __str__(self) -> str:
-        at = f"from step {self.left.step} on" if self.left.step else "in the end"
+        at = f"from step {self.left.step} on" if "/" in self.metric else "in the end"
         side = "above" if self.left.above else "below"
         return (
             f"{self.metric} is {side} its band {at}: {self.left.value:.4g}, healthy runs had "
@@ -140,9 +140,9 @@ def _meanings(stage: str) -> dict[str, tuple[str, str]]:
 
 def caveats(expected: Expected, stage: Stage) -> list[str]:
     """Why a stage need not look like those that the bands were made from."""
-    before, now = expected.made_with.get(stage.name), made_with(stage)
-    if before is None:
+    if stage.name not in expected.made_with:
         return ["there are no bands of it"]
+    before, now = portable(expected.made_with[stage.name]), made_with(stage)
     defaults = steps.config_class(stage.name).model_construct().model_dump(mode="json")
     known = {key: defaults.get(key) for key in [*before, *now]}
     told = differences(known | before, known | now)
@@ -158,7 +158,7 @@ def caveats(expected: Expected, stage: Stage) -> list[str]:
 
 def made_with(stage: Stage) -> dict[str, Any]:
     """Keys that decide a stage's result, where they are not the defaults; the seed apart."""
-    kind, own = steps.config_class(stage.name), stage.config
+    kind, own = steps.config_class(stage.name), {"run": "", **stage.config}
     with contextlib.suppress(ValidationError):  # of a version that had other keys: as it is
         own = kind.model_validate_json(json.dumps(own)).model_dump(
             mode="json", exclude_defaults=True

@@ -56,10 +56,10 @@ def ringing(
     longer = _ratio(metrics, first, "response/length")
     explained: Any = metrics.get("val/explained_variance")
     settled = iteration > limits.value_warmup and explained is not None
+    per_token = _number(metrics, "objective/kl") / (_number(metrics, "response/length") or 1.0)
     correlation = abs(_number(metrics, "objective/score_length_corr"))
     return {
-        "kl": _number(metrics, "objective/kl") > limits.kl,
-        "entropy": _ratio(metrics, first, "policy/entropy_avg") < limits.entropy,
+        "kl_per_token": per_token > limits.kl_per_token,
         "length": longer > limits.length or longer < 1 / limits.length,
         "score_length_corr": correlation > limits.score_length_corr,
         "repeated_ngrams": _number(metrics, "response/repeated_ngrams") > limits.repeated_ngrams,
@@ -70,9 +70,8 @@ def ringing(
 def meanings(limits: AlarmLimits) -> dict[str, str]:
     """Name of every alarm -> what it means that it rings, with its limit and what helps."""
     return {
-        "kl": f"KL to SFT is over {limits.kl:.3g} nats per response; raise kl_coef",
-        "entropy": f"entropy is under {limits.entropy:.0%} of its start, nearly the same answer each "
-        "time; raise kl_coef or entropy_coef",
+        "kl_per_token": f"KL to SFT is over {limits.kl_per_token:.3g} nats a token, where scores may rise while "
+        "answers get worse; look at the samples, raise kl_coef or stop there",
         "length": f"responses are over {limits.length:.3g} times as long or as short as at first; "
         "look at the samples",
         "score_length_corr": f"scores follow length, r beyond {limits.score_length_corr:.2g}; mend the "

@@ -1,7 +1,4 @@
-"""What the evaluation shows about PPO.
-
-Drifts that end below SFT show a KL of tens of nats (arXiv 2210.10760).
-"""
+"""What the evaluation shows about PPO."""
 
 from pipeline.evaluation.about import Chart, Verdict
 from pipeline.evaluation.record import Record, ends
@@ -72,11 +69,14 @@ EXPECTED = {
 }
 
 
-def _kl(record: Record) -> float | None:
-    """As it was evaluated, else as it was logged at the end."""
-    measured = (record.result.get("kl") or {}).get("ppo_vs_sft")
-    logged = ends(record.curves["ppo"], "objective/kl") or (None, None)
-    return logged[1] if measured is None else measured
+def _kl(record: Record) -> tuple[float | None, float | None]:
+    """KL a response and tokens a response, as they were evaluated, else as they were logged at the end."""
+    kl = (record.result.get("kl") or {}).get("ppo_vs_sft")
+    if kl is not None:
+        return kl, record.model("ppo").get("length")
+    names = ("objective/kl", "response/length")
+    logged = [ends(record.curves["ppo"], name) or (None, None) for name in names]
+    return logged[0][1], logged[1][1]
 
 
 def verdict(record: Record, verdict: Verdict) -> None:
@@ -97,10 +97,11 @@ def verdict(record: Record, verdict: Verdict) -> None:
                 f"judge in {versus['rate']:.0%}. Raise kl_coef, or mend the reward model.",
             )
         _groups(verdict, versus)
-    kl, limit = _kl(record), record.limits.kl
-    if kl is not None:
-        text = f"KL to SFT is {kl:.2f} nats per response (watch above {limit / 4:.3g}, bad above {limit:.3g})."
-        verdict.add("bad" if kl > limit else "watch" if kl > limit / 4 else "good", text)
+    kl, length, limit = *_kl(record), record.limits.kl_per_token
+    if kl is not None and length:
+        each = f"{kl / length:.2f} a token (watch above {limit:.3g})"
+        text = f"KL to SFT is {kl:.2f} nats per response, {each}."
+        verdict.grade(kl / length <= limit, text, "watch")
     _answers(record, verdict)
     _alarms(record, verdict)
     _optimisation(curve, verdict)
