@@ -1,4 +1,4 @@
-"""The tiny recipe, whole, against the committed curve of a reference run.
+"""The tiny recipe, whole, against the committed curve of a reference run and the bands of other seeds.
 
 Machines differ in the last bits and training amplifies them, so the curve is compared as means over
 fifths of a stage, with a tolerance for each quantity. A change that moves it says so by a new file:
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,19 +28,30 @@ TOLERANCE = {  # absolute, on the mean over a fifth of the stage
 PARTS = 5
 
 
+def python(root: Path, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    """`python words...` on the runs in `root`."""
+    env = (
+        os.environ | {"RLHF_CHECKPOINTS": str(root), "WANDB_MODE": "disabled"} | more.pop("env", {})
+    )
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, text=True, **more)
+
+
 def run_recipe(root: Path) -> Path:
     """Base, SFT, RM and PPO of configs/tiny in `root`; returns the run."""
-    env = os.environ | {"RLHF_CHECKPOINTS": str(root), "WANDB_MODE": "disabled"}
-
-    def python(*words: str) -> None:
-        subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True, stdout=sys.stderr)
-
-    base = str(root / "base" / "tiny")
-    python("-m", "pipeline.commands.base", "--config", "configs/tiny/base.yaml", "--out", base)
+    loud, base = {"check": True, "stdout": sys.stderr}, str(root / "base" / "tiny")
+    words = ("--config", "configs/tiny/base.yaml", "--out", base)
+    python(root, "-m", "pipeline.commands.base", *words, **loud)
     for stage in ("sft", "rm", "ppo"):
         config = f"configs/tiny/{stage}.yaml"
-        python("-m", f"stages.{stage}", "--config", config, "--run", str(root / "tiny"))
+        words = ("--config", config, "--run", str(root / "tiny"))
+        python(root, "-m", f"stages.{stage}", *words, **loud)
     return root / "tiny"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of the whole recipe."""
+    return run_recipe(tmp_path_factory.mktemp("golden") / "checkpoints")
 
 
 def curve(run: Path) -> dict[str, list[float]]:
@@ -55,12 +67,53 @@ def curve(run: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
-def test_the_tiny_recipe_follows_its_golden_curve(tmp_path):
-    expected, seen = json.loads(GOLDEN.read_text()), curve(run_recipe(tmp_path / "checkpoints"))
+def test_the_tiny_recipe_follows_its_golden_curve(run):
+    expected, seen = json.loads(GOLDEN.read_text()), curve(run)
     assert seen.keys() == expected.keys()
     for (stage, name), tolerance in TOLERANCE.items():
         key = f"{stage} {name}"
         assert seen[key] == pytest.approx(expected[key], abs=tolerance), key
+
+
+def expect(run: Path) -> subprocess.CompletedProcess[str]:
+    return python(run.parent, "-m", "pipeline.evaluation.expect", "--run", str(run), capture_output=True)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_tiny_recipe_stays_within_its_bands(run):
+    """They are of other seeds than this one."""
+    done = expect(run)
+    assert done.returncode == 0 and done.stdout.count("within its bands") == 3, done.stdout
+
+
+WITHOUT_END = """
+from pipeline import cli
+from pipeline.training import supervised
+
+whole = supervised._joined
+supervised._joined = lambda row: {**(joined := whole(row)), "labels": [*joined["labels"][:-1], -100]}
+cli.main("sft")
+"""
+BROKEN = {
+    "learning rate x 30": (("-m", "stages.ppo"), "learning_rate=0.009", "policy/approxkl_avg is above"),
+    "sign of the reward": (("-m", "stages.ppo"), "rewards=[{model: rm, weight: -1}]", "from step"),
+    "EOS masked": (("-c", WITHOUT_END), "seed=1", "eos_share is below its band in the end: 0"),
+}  # fmt: skip
+"""What is run, with which setting, and what is told of it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_on_purpose_leaves_its_bands(run, tmp_path, name):
+    """PPO is ended in its eighth iteration, and looked at as it is."""
+    program, setting, told = BROKEN[name]
+    stage = "sft" if program[0] == "-c" else "ppo"
+    broken = run.with_name(name.replace(" ", "-"))
+    words = ["--config", f"configs/tiny/{stage}.yaml", "--run", str(broken), setting]
+    words += ["--from", str(run)] if stage == "ppo" else []
+    python(run.parent, *program, *words, env={"PIPELINE_FAULT": "ppo:eval:7:term"})
+    done = expect(broken)
+    assert done.returncode == 1 and told in done.stdout, done.stdout
 
 
 def test_the_golden_curve_shows_training():

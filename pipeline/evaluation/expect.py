@@ -158,12 +158,12 @@ def caveats(expected: Expected, stage: Stage) -> list[str]:
 
 def made_with(stage: Stage) -> dict[str, Any]:
     """Keys that decide a stage's result, where they are not the defaults; the seed apart."""
-    kind, own = steps.config_class(stage.name), {"run": "", **stage.config}
+    kind = steps.config_class(stage.name)
+    own = {k: v for k, v in stage.config.items() if k not in {"seed", *kind.cosmetic}}
     with contextlib.suppress(ValidationError):  # of a version that had other keys: as it is
-        own = kind.model_validate_json(json.dumps(own)).model_dump(
-            mode="json", exclude_defaults=True
-        )
-    return {k: portable(v) for k, v in own.items() if k not in {"seed", *kind.cosmetic}}
+        whole = kind.model_validate_json(json.dumps(own | {"run": ""}))
+        own = whole.model_dump(mode="json", exclude_defaults=True, exclude={"run"})
+    return portable(own)
 
 
 # --- bands from runs ------------------------------------------------------------------------------
