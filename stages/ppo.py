@@ -72,8 +72,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
 
         _resume(ppo, stage)
         alarms = Alarms(config.alarms, read_rows(tracker.metrics_path), tracker.alert)
-        with track(config.iterations, "ppo") as bar, stopping.deferred():
-            bar.advance(ppo.iteration)
+        with track(config.iterations, "ppo", ppo.iteration) as bar, stopping.deferred():
             while ppo.iteration < config.iterations:
                 faults.at("eval", ppo.iteration)
                 watch.samples()
@@ -84,7 +83,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
                 edge = over or ppo.iteration in (1, config.iterations)
                 if edge or ppo.iteration % config.log_every == 0:
                     tracker.log(ppo.iteration, metrics)
-                bar.advance(1, **_headline(metrics))
+                bar.advance(1, _panel(metrics), **_headline(metrics))
                 if over:
                     say(f"ppo: stopped, KL {metrics['objective/kl']:.2f} is over {config.kl_limit}")
                     break
@@ -208,3 +207,20 @@ def _headline(metrics: dict[str, float]) -> dict[str, float]:
         "score": metrics["objective/scores"],
         "length": metrics["response/length"],
     }
+
+
+def _panel(metrics: dict[str, float]) -> dict[str, float]:
+    """What a person on a terminal watches the course of."""
+    names = {
+        "score": "objective/scores",
+        "KL to SFT": "objective/kl",
+        "entropy": "policy/entropy_avg",
+        "length": "response/length",
+        "cut off": "response/truncated",
+        "clipped": "policy/clipfrac_avg",
+        "explained variance": "val/explained_variance",
+        "learning rate": "lr",
+        "seconds": "time/rollout",
+    }
+    found = {title: metrics[name] for title, name in names.items() if name in metrics}
+    return found | {"seconds": metrics["time/rollout"] + metrics["time/update"]}

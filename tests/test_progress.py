@@ -1,8 +1,10 @@
 """Where a run is: a bar on a terminal, plain lines elsewhere; nothing of what is quick."""
 
+import io
 import sys
 
 import pytest
+from rich.console import Console
 
 import tiny_models
 from pipeline.evaluation.likelihoods import sequence_logprobs
@@ -91,3 +93,53 @@ def test_a_held_out_loss_tells_where_it_is_each_time(capsys):
         shown.on_evaluate(None, None, None)
         told = capsys.readouterr().out.splitlines()
         assert told == ["held-out loss  1/3", "held-out loss  2/3", "held-out loss  3/3"]
+
+
+SECONDS = (  # of the iterations of a tiny PPO, as its record has them
+    "0.97 0.99 1.34 0.98 0.97 0.98 0.91 1.02 0.82 0.82 0.86 1.06"
+)
+
+
+def recorded(name: str) -> list[float]:
+    return [float(word) for word in name.split()]
+
+
+def test_the_time_left_is_right_to_a_fifth_after_a_tenth(monkeypatch):
+    """By a clock that goes as recorded iterations did, of a process that goes on after another's."""
+    now, seconds = [100.0], recorded(SECONDS) * 3
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    told = []
+    with progress.track(len(seconds) + 50, "ppo", 50) as bar:
+        assert bar.seconds_left() is None
+        for step, each in enumerate(seconds, 1):
+            now[0] += each
+            bar.advance()
+            told.append((step, bar.seconds_left(), sum(seconds[step:])))
+    later = [(left, true) for step, left, true in told if step * 10 >= len(seconds)]
+    assert all(abs(left - true) <= 0.2 * true + 0.5 for left, true in later)
+
+
+def test_the_time_left_is_told_in_minutes_and_one_stall_does_not_double_it(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.track(200, "ppo") as bar:
+        for step in range(20):
+            now[0] += 400.0 if step == 10 else 20.0
+            bar.advance()
+        assert bar.seconds_left() < 1.5 * 180 * 20
+    lines = capsys.readouterr().out.splitlines()
+    assert "left" not in lines[0] and lines[9].endswith("1 h 03 min left")
+
+
+def test_a_terminal_shows_a_panel_of_courses():
+    out = io.StringIO()
+    bar = progress._rich_bar()
+    task = bar.add_task("ppo", total=3, fields="kl 1.2", curves={"score": [0.0, 1.0, 7.0]})
+    assert task == 0
+    Console(file=out, force_terminal=False, width=100).print(*bar.get_renderables())
+    assert "▁▂█" in out.getvalue() and "score" in out.getvalue() and "kl 1.2" in out.getvalue()
+
+
+def test_a_course_of_what_is_no_number_or_never_moves():
+    assert progress.spark([1.0, 1.0, float("nan")]) == "▁▁ "
+    assert len(progress.spark(list(range(100)))) == 40

@@ -158,9 +158,8 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = track(state.max_steps, self.tracker.stage)
+            self.bar = track(state.max_steps, self.tracker.stage, state.global_step)
             self.bar.__enter__()
-            self.bar.advance(state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # clipped already: a gradient that was infinite is NaN by now
