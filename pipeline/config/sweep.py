@@ -28,12 +28,16 @@ class Metric(Section):
 
 
 class Parameter(Section):
-    """The values of one key: `values` (or a plain list), `value` (or the value alone), or from `min` to `max`."""
+    """The values of one key."""
 
     values: Annotated[list[Any], Field(min_length=1)] | None = None
+    """Each of these; a plain list means the same."""
     value: Any = None
+    """This one alone; so does the value itself."""
     min: float | int | None = None
+    """From this one on, ..."""
     max: float | int | None = None
+    """... up to this one."""
     distribution: Literal["uniform", "int_uniform", "log_uniform_values"] | None = None
     """Between min and max; none = whole numbers where both are, else evenly."""
 
