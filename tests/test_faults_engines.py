@@ -34,11 +34,11 @@ CASES = [
     ("ddp", "ppo", "after-rename", 6, "kill@0"),
     ("ddp", "ppo", "export", 0, "kill@0"),
     ("ddp", "ppo", "update", 4, "oom@1"),
-    ("fsdp2", "sft", "update", 4, "kill@1"),
+    ("fsdp2", "sft", "step", 5, "kill@1"),
     ("fsdp2", "sft", "export", 0, "kill@0"),
     ("fsdp2", "rm", "before-rename", 6, "kill@0"),
     ("fsdp2", "ppo", "rollout", 4, "kill@1"),
-    ("fsdp2", "ppo", "update", 4, "term@1"),
+    ("fsdp2", "ppo", "step", 5, "term@1"),
 ]
 CODES = {"kill": -9, "term": 143, "oom": 1}
 

@@ -29,8 +29,7 @@ def main(argv: list[str]) -> int:
     if args.num_processes is None:
         args.num_processes = _processes(args.config_file)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no hints on DDP's settings
-    # torchrun would kill what has not saved within 30 s
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    args.signals_to_handle = "SIGQUIT"  # torchrun would kill what has not saved within 30 s
 
     def forward(number: int, _: object) -> None:
         for child in psutil.Process().children():

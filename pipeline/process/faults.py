@@ -75,6 +75,8 @@ def at(phase: str, step: int) -> bool:
 
 def watch_gradient(parameter: Any, step: Callable[[], int]) -> None:
     """Have phase "update" happen whenever the gradient of a tensor is computed in step `step()`."""
+    if os.environ.get("ACCELERATE_USE_FSDP") and any(phase == "update" for phase, _ in _planned):
+        raise UserError(f"{VARIABLE}: phase update: FSDP2 tells nobody of gradients; take step")
     if _planned:
         parameter.register_hook(
             lambda gradient: gradient * float("nan") if at("update", step()) else None
