@@ -51,6 +51,7 @@ TASK ?=
 VENV ?= .venv
 TORCH_INDEX ?=
 SEEDS ?=
+GPUS ?=
 SIZE ?= S
 DEVICE ?=
 ITERATIONS ?=
@@ -69,7 +70,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 KNOWN = RECIPE RUN FROM SFT RM PPO EVAL SET DRY FORCE MODEL DATA TASK SEEDS ARGS SIZE DEVICE ITERATIONS THREADS CASES ENGINE PROCESSES CKPT PYTHON \
 	VENV TORCH_INDEX SHELL MAKEFLAGS MAKELEVEL
-KNOWN += REPO RUNS SWEEP
+KNOWN += REPO RUNS SWEEP GPUS
 ifneq ($(filter-out $(KNOWN),$(TYPED)),)
 $(error $(firstword $(filter-out $(KNOWN),$(TYPED)))= does nothing: variables are written in capitals (make help), \
 	settings of a config as SET="ppo.seed=3 rm.epochs=2")
@@ -170,7 +171,7 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat label compare expect overopt round seeds bench \
 	status show-config clean
 TARGETS += export push serve
-TARGETS += sweep wandb-sync test-vllm
+TARGETS += sweep wandb-sync test-vllm plan
 ifneq ($(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)),)
 $(error $(filter-out $(TARGETS) base-%,$(MAKECMDGOALS)): no such target; make alone tells what there is)
 endif
@@ -342,6 +343,10 @@ wandb-sync: $(STAMP)  ## send to W&B what the run mirrored offline, in order, an
 
 status: $(STAMP)  ## what the run has, and what would be made again
 	@$(STATUS)
+
+plan: $(STAMP)  ## what the recipe needs: bytes by role, tokens/s, hours, on this machine or GPUS="8xH100"
+	@$(subst pipeline.commands.status,pipeline.budget,$(STATUS)) $(if $(GPUS),--gpus $(call quote,$(GPUS))) \
+	  $(if $(ENGINE),--engine $(ENGINE))
 
 show-config: $(STAMP)  ## the configs as the steps will see them, every key explained
 	@$(subst pipeline.commands.status,pipeline.commands.show_config,$(STATUS))

@@ -25,6 +25,7 @@ FLOORS = [
     ["pipeline.training", "pipeline.feedback", "pipeline.ppo"],
     ["pipeline.evaluation", "pipeline.tiny"],
     ["pipeline.commands", "pipeline.bench"],
+    ["pipeline.budget"],
     ["stages"],
 ]
 """From the ground up: what stands on a floor imports what is below it, and of its own floor its own
@@ -154,6 +155,7 @@ KNOW_A_KIND = {
     "pipeline.models.packing": "is for causal models",
     "pipeline.training.supervised": "its trainer",
     "pipeline.evaluation.likelihoods": "refuses a text by itself",
+    "pipeline.budget.__main__": "refuses one",
     "pipeline.ppo.build": "refuses PPO-ptx and vLLM",
     "pipeline.tiny.base": "draws one at random",
     "pipeline.commands.export": "its card says how to load it",

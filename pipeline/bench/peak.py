@@ -21,10 +21,10 @@ def main(precision: str) -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     turns(device=name, threads=torch.get_num_threads())
     while True:
-        turns(flops=max(_speed(side, dtype, device) for side in sides))
+        turns(flops=max(speed(side, dtype, device) for side in sides))
 
 
-def _speed(side: int, dtype: torch.dtype, device: str) -> float:
+def speed(side: int, dtype: torch.dtype, device: str) -> float:
     """Operations a second of square products, the fastest of those that fit into a moment."""
     a = torch.randn(side, side, dtype=dtype, device=device)
     best, until = float("inf"), time.perf_counter() + SECONDS / 2

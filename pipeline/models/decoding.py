@@ -118,8 +118,8 @@ class PackedDecoder(Decoder):
         packed = pack(self.ids, self.mask)
         self.filled = self.mask.sum(dim=1)
         width = self.ids.shape[1] + self.max_new_tokens
-        self.place = _Place(packed.index, self.mask.bool(), width)
-        layers = [_Layer(self.place) for _ in range(inner(self.model).config.num_hidden_layers)]
+        self.place = Place(packed.index, self.mask.bool(), width)
+        layers = [Layer(self.place) for _ in range(inner(self.model).config.num_hidden_layers)]
         self.cache = Cache(layers=layers)
         visible = torch.nn.functional.pad(self.mask.bool(), (0, self.max_new_tokens), value=True)
         self.visible = None if bool(visible.all()) else visible[:, None, None]
@@ -165,7 +165,7 @@ def survivors(ended: Tensor) -> Tensor:
     return order
 
 
-class _Place:
+class Place:
     """Where all layers write next: columns filled so far, rows in use, and the packed prompts."""
 
     def __init__(self, index: Tensor, mask: Tensor, width: int):
@@ -173,12 +173,12 @@ class _Place:
         self.rows, self.columns = len(index), 0
 
 
-class _Layer(CacheLayerMixin):
+class Layer(CacheLayerMixin):
     """Keys and values of one layer: (B, heads, width, D), of which rows and columns are in use."""
 
     is_sliding = False
 
-    def __init__(self, place: _Place):
+    def __init__(self, place: Place):
         super().__init__()
         self.place = place
 

@@ -197,7 +197,7 @@ def enable_packing(model: Model) -> str | None:
     """
     if packs(model):
         return None
-    reason = _unpackable(inner(model))
+    reason = unpackable(inner(model))
     if reason is not None:
         return reason
     before, training = inner(model).config._attn_implementation, model.training
@@ -242,7 +242,7 @@ def hidden_width(model: Model) -> int:
     return inner(model).get_output_embeddings().weight.shape[1]
 
 
-def _unpackable(model: Model) -> str | None:
+def unpackable(model: Model) -> str | None:
     config = model.config
     if config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):
         return "its attention is its own"
