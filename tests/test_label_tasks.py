@@ -5,8 +5,10 @@ from collections import Counter
 import pytest
 
 import small_run
+from pipeline.commands.label import of_chat
 from pipeline.config.schema import Data
 from pipeline.feedback import tasks
+from pipeline.feedback.ratings import keep
 from pipeline.feedback.store import Store
 from pipeline.feedback.tasks import CHECK, Wanted, sample
 
@@ -72,3 +74,15 @@ def test_a_share_of_the_tasks_checks_that_answers_are_read(run, tmp_path):
     assert len(checks) == 3
     assert all(task.candidates[task.last].text == CHECK for task in checks)
     assert len({task.last for task in checks}) > 1
+
+
+def test_what_was_said_in_a_chat_counts_once_beside_what_is_said_on_the_page(tmp_path):
+    asked = [{"role": "user", "content": "w1"}]
+    keep(tmp_path, asked, ["w2", "w3 w4"], ranks=[2, 1], model="ppo")
+    keep(tmp_path, asked, ["w5"], rating=4, model="ppo")
+    store = Store(tmp_path / "labels.db")
+    for _ in range(2):
+        of_chat(store, tmp_path)
+        [label] = store.labels()
+        texts = [one.text for one in store.tasks()[label.task].candidates]
+        assert dict(zip(texts, label.body["ranks"], strict=True)) == {"w2": 2, "w3 w4": 1}

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     check_there(args.run)
     store = Store(args.run / "labels.db")
     try:
+        of_chat(store, args.run)
         if args.export:
             exported(store, args)
             return
@@ -123,6 +124,15 @@ def guide(store: Store, given: Path | None) -> None:
 
         first = Path(package.__file__).with_name("page") / "guideline.md"
         store.guide(first.read_text(encoding="utf-8"))
+
+
+def of_chat(store: Store, run: Path) -> None:
+    """Take what was said in `make chat` (`/better`, `/worse`) as labels; the same again adds nothing."""
+    from pipeline.feedback.exchange import bring
+
+    file = run / "ratings.jsonl"
+    if file.is_file() and (number := bring(store, file).get("labels")):
+        say(f"label: {number} judgements of make chat, from {file}")
 
 
 def collect(store: Store, stages: dict[str, Stage], args: argparse.Namespace) -> None:
