@@ -217,3 +217,15 @@ def test_dpo_goes_on_from_states_of_the_same_artifacts_alone(run, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             study._dpo()
     assert seen == [False, True, False]
+
+
+def test_an_empty_answer_is_nothing_to_learn_though_it_ranks_best(run, monkeypatch):
+    config = compare.load_config(compare.EvalConfig, run.parent / "recipe" / "eval.yaml", [])
+    small_run.install(monkeypatch, small_run.judge_module())
+    study = compare.Study(run.parent / "recipe", run, config, 4, 4, [7.0])
+    rows = [{"prompt": f"w{i}", "responses": ["", "w2"], "ranks": [i, 3 - i]} for i in (1, 2)]
+    monkeypatch.setattr(study, "_rankings", lambda: load_rankings(rows))
+    monkeypatch.setattr(study, "_stage", lambda *_, **__: run / "sft")
+    study._best_ranked()
+    [row] = [json.loads(line) for line in (run / "compare" / "best.jsonl").open()]
+    assert [m["content"] for m in row["messages"]] == ["w2", "w2"]

@@ -157,7 +157,8 @@ class Study:
         rows = []
         for r in self._rankings():
             best = r.responses[min(range(len(r.ranks)), key=r.ranks.__getitem__)]
-            rows.append({"messages": [*r.messages, message("assistant", best)]})
+            if best.strip():  # there is nothing to learn in an empty one
+                rows.append({"messages": [*r.messages, message("assistant", best)]})
         write_atomically(self.out / "best.jsonl", jsonl(rows))
         data, sft = {"path": str(self.out / "best.jsonl")}, str(self.stages["sft"].path)
         made = self._stage("sft", "best", model=sft, chat_template=None, data=data)
