@@ -14,6 +14,7 @@ from pipeline.feedback.store import Candidate, Store, Task
 sync_api = pytest.importorskip("playwright.sync_api", reason='needs pip install -e ".[browser]"')
 uvicorn = pytest.importorskip("uvicorn", reason="make label installs it")
 server = pytest.importorskip("pipeline.feedback.server", reason="make label installs it")
+sync_api.expect.set_options(timeout=20_000)  # of a busy machine
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [
     pytest.mark.slow,
@@ -117,7 +118,7 @@ def opened(chromium, served):
 
     def go(path: str = "", read: bool = True, **options):
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
-        context.set_default_timeout(8_000)
+        context.set_default_timeout(20_000)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)

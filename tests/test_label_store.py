@@ -13,7 +13,7 @@ from pipeline.config.schema import Data
 from pipeline.data.judgements import consensus
 from pipeline.data.rankings import load_rankings
 from pipeline.errors import UserError
-from pipeline.feedback import exchange, migrations
+from pipeline.feedback import exchange, migrations, ratings
 from pipeline.feedback.posterior import bradley_terry, posterior, verdicts
 from pipeline.feedback.store import CHECK_EVERY, LEASE, Candidate, Conflict, Label, Store, Task
 from small_run import write_jsonl
@@ -246,6 +246,14 @@ def test_what_is_imported_is_exported_with_who_said_it_and_trains(store, tmp_pat
     assert (tmp_path / "twice.jsonl").read_text() == out.read_text()
     with pytest.raises(UserError, match="not overwritten"):
         exchange.export(store, out)
+
+
+def test_what_was_said_in_a_chat_goes_to_the_same_store(store, tmp_path):
+    prompt = [{"role": "user", "content": "p"}]
+    ratings.keep(tmp_path, prompt, ["a", "b"], ranks=[2, 1], model="ppo")
+    kept = ratings.keep(tmp_path, prompt, ["a"], rating=6, model="ppo")
+    told = {"tasks": 1, "labels": 1, "with fewer than two different responses left out": 1}
+    assert exchange.bring(store, kept) == told
 
 
 def test_people_in_a_file_never_take_the_place_of_one_another(store, tmp_path):
