@@ -125,15 +125,15 @@ class Rounds:
         lender = self.borrow or self.run
         if not is_published(lender / "sft"):
             steps.stage("sft", self.recipe, lender, *self.settings)
-        words = overrides("eval", self.settings)
-        if is_published(self.run / "ppo"):
-            steps.evaluation(self.recipe, self.run, self.split, *words)
         policies = [self.round(n) / "ppo" for n in range(number)]
         policy = next((path for path in reversed(policies) if is_published(path)), None)
         self._reward_model(own, lender, self.rm_words(number, policy))
         words = [f"ppo.policy={policy}"] if policy and self.start == "policy" else []
         steps.stage("ppo", self.recipe, own, *self.settings, *words, borrow=lender)
-        steps.evaluation(self.recipe, own, self.split, *overrides("eval", self.settings))
+        for run in (self.run, own):
+            if is_published(run / "ppo"):
+                words = overrides("eval", self.settings)
+                steps.evaluation(self.recipe, run, self.split, *words)
 
     def _reward_model(self, own: Path, lender: Path, words: list[str]) -> None:
         """Sample, have ranked and train; UserError while people have not ranked."""
@@ -173,6 +173,8 @@ class Rounds:
         words = [] if policy is None else [f"rm.sampling.model={policy}"]
         if self.rm.sampling.count is None:
             words.append(f"rm.sampling.count={self.prompts}")
+        if self.rm.sampling.prompts.limit is not None and not self._sets("sampling.prompts.limit"):
+            words.append("rm.sampling.prompts.limit=null")  # a round has its count
         if self.judge is not None:
             words.append("rm.sampling.labeler=null")
         before = [self.round(n) / "rm" for n in range(number)]
@@ -187,6 +189,10 @@ class Rounds:
         if self.unsure and (judge := next(filter(is_published, reversed(before)), None)):
             words.append(f"rm.sampling.unsure={judge}")
         return words
+
+    def _sets(self, key: str) -> bool:
+        words = overrides("rm", self.settings)
+        return any(word.startswith(f"{key}=") for word in words)
 
     def rows(self) -> Iterator[Row]:
         """What is known of every round, and of the run that they started from where it has PPO."""

@@ -59,7 +59,8 @@ def sampled_rankings(
     ranked = work / "rankings.jsonl"
     if not ranked.exists():
         model = sft if config.sampling.model == "sft" else Path(config.sampling.model)
-        asked = {prompt_text(ranking.messages) for ranking in before}
+        known = load_prompts(config.data, notes=[]) if before and config.data else ()
+        asked = {prompt_text(one.messages) for one in known}  # those that all tied included
         by = _ranked_by_people if config.to_rank else _ranked_by_labeler
         by(config, Asking(config.sampling, config.seed, model, tokenizer, asked), ranked)
     together = like(before)
