@@ -91,6 +91,7 @@ def _data(record: Record) -> list[tuple[str, str, str]]:
         n: h
         for stage in record.stages.values()
         for n, h in (stage.manifest.get("inputs") or {}).items()
+        if not n.endswith(".py")  # of labelers and rewards
     }
     return [(shown(n), "" if h == n else h, "hub" if h == n else "file") for n, h in made.items()]
 

@@ -103,7 +103,7 @@ def tell_unknown(what: str, tokenizer: Any, rows: Iterable[Sequence[int]]) -> No
     if unknown and tokenizer.unk_token_id != tokenizer.eos_token_id:
         say(
             f"{what}: {unknown} of {tokens} tokens are {tokenizer.unk_token}: this tokenizer cannot spell "
-            "some of the text, and nobody can learn it"
+            "some of the text: nobody can learn it, and its perplexity says little"
         )
 
 

@@ -51,9 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     study = Rounds(recipe, run, args.borrow, settings, *asked)
     study.check()
     first = study.finished() + 1
-    for number in range(first, args.to + 1 if args.to else first + 1):
+    numbers = range(first, args.to + 1 if args.to else first + 1)
+    for number in numbers:
         study.make(number)
         print(study.write())
+    if not numbers:
+        say(f"round: {args.to} is made already\n\n{study.write()}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,10 +133,10 @@ class Rounds:
         self._reward_model(own, lender, self.rm_words(number, policy))
         words = [f"ppo.policy={policy}"] if policy and self.start == "policy" else []
         steps.stage("ppo", self.recipe, own, *self.settings, *words, borrow=lender)
-        for run in (self.run, own):
-            if is_published(run / "ppo"):
-                words = overrides("eval", self.settings)
-                steps.evaluation(self.recipe, run, self.split, *words)
+        words = overrides("eval", self.settings)
+        if is_published(self.run / "ppo") and not self._result(0).is_file():
+            steps.evaluation(self.recipe, self.run, self.split, *words)
+        steps.evaluation(self.recipe, own, self.split, *words)
 
     def _reward_model(self, own: Path, lender: Path, words: list[str]) -> None:
         """Sample, have ranked and train; UserError while people have not ranked."""

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.evaluation import EvalConfig
+from pipeline.data.literals import tell_unknown
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
 from pipeline.evaluation import classification, metrics, overlap, tallies
@@ -128,6 +129,7 @@ def answered(
     """A model's answers with their grades, and the likelihoods of references and, if they decide, of labels."""
     prompts, wanted = map(list, zip(*map(subject.ids, asked), strict=True))
     references = [q.reference for q in asked]
+    tell_unknown(f"eval: {subject.name}: references", subject.tokenizer, wanted)
     logprobs = sequence_logprobs(subject.model, prompts, wanted, pad_id(subject.tokenizer))
     nll, sizes = [-value for value in logprobs], list(map(len, wanted))
     if config.task == "likelihood":

@@ -43,7 +43,11 @@ def rate(
         "low": low,
         "high": high,
         **counts,
-        "at_equal_length": at_equal_length(said, [longer[i] for i in judged], own),
+        "at_equal_length": (
+            at_equal_length(said, [longer[i] for i in judged], own)
+            if len(set(said)) > 1
+            else {"value": said[0], "low": low, "high": high}  # all alike: length explains nothing
+        ),
     }
 
 

@@ -34,6 +34,7 @@ from pipeline.feedback.exchange import REPLACED
 from pipeline.handoff import artifacts
 from pipeline.handoff.artifacts import is_published
 from pipeline.handoff.lineage import inputs_of
+from pipeline.handoff.remembered import command
 from pipeline.models.device import device
 from pipeline.models.forward import score_sequences
 from pipeline.models.generation import Response, generate
@@ -108,7 +109,8 @@ def _ranked_by_people(config: RMConfig, asking: Asking, ranked: Path) -> None:
         write_atomically(kept, text)
         raise UserError(
             f"{kept}: {len(rows)} prompts of {config.sampling.prompts.path} with sampled responses, to "
-            'be ranked by people. Add "ranks" (1 = best, ties allowed) to each line of this file; then '
+            f"be ranked by people: {command(kept.parent, 'label')} and its --export, or "
+            'add "ranks" (1 = best, ties allowed) to each line of this file; then '
             f"the same command goes on with it. {_as_it_is(kept)}"
         )
     if known.get("origin") != origin:
