@@ -206,11 +206,14 @@ def test_judgements_are_kept_as_rankings_the_reward_model_reads(talk, run):
     talk.command("/retry")
     second = talk.messages[-1]["content"]
     assert first != second and len(talk.messages) == 2
-    for line in ("/rate 6", "/better", "/worse", "/better 谢谢"):
+    assert "rated.jsonl" in talk.command("/rate 6")
+    assert '"rating": 6' in (run / "rated.jsonl").read_text()
+    for line in ("/better", "/worse", "/better 谢谢"):
         assert "ratings.jsonl" in talk.command(line)
-    rows = (run / "ratings.jsonl").read_text().splitlines()
-    assert '"rating": 6' in rows[0] and '"model": "ppo"' in rows[0]
-    (run / "ratings.jsonl").write_text("\n".join(rows[1:]) + '\n{"torn')
+    with pytest.raises(UserError, match="/better: these are the answer's own words"):
+        talk.command(f"/better {second}")
+    with (run / "ratings.jsonl").open("a") as file:
+        file.write('{"torn')
     talk.command("/better 谢谢")  # begins on a line of its own
     (run / "ratings.jsonl").write_text((run / "ratings.jsonl").read_text().replace('{"torn\n', ""))
     better, worse, own, _ = load_rankings(Data(path=str(run / "ratings.jsonl")))
@@ -280,5 +283,5 @@ def test_a_person_on_a_terminal_talks_chinese(run):
             out += os.read(person, 4096)
     assert process.wait(60) == 0
     os.close(person)
-    last = (run / "ratings.jsonl").read_text().splitlines()[-1]
+    last = (run / "rated.jsonl").read_text().splitlines()[-1]
     assert '"content": "你好 w1"' in last and '"rating": 3' in last

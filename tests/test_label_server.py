@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 import small_run
 from pipeline.commands import label as command
 from pipeline.errors import UserError
-from pipeline.feedback import admin, migrations, server
+from pipeline.feedback import admin, exchange, migrations, server
 from pipeline.feedback.server import Person, Site, build
 from pipeline.feedback.store import Candidate, Store, Task
 
@@ -80,6 +80,7 @@ def test_a_task_is_ranked_edited_and_skipped(store):
         (1, "label", [3, 2, 1]),
     ]
     assert page.get("/api/next").json()["task"]["id"] == 3
+    assert page.get(f"/api/task/{10**20}").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,8 @@ def test_a_task_is_ranked_edited_and_skipped(store):
         ({"flags": [["nice"], [], []]}, "fails_task"),
         ({"uuid": "x"}, "uuid"),
         ({"task": 99}, "no such task"),
+        ({"task": 10**20}, "task: Input should be less than"),
+        ({"guideline": 10**400}, "guideline: "),
         ({"annotator": "ben"}, "Extra inputs"),
     ],
 )
@@ -149,6 +152,8 @@ def test_a_person_sees_nothing_of_others_and_no_admins_view(store):
     [
         {"origin": "http://elsewhere.org"},
         {"origin": "null"},
+        {"origin": "http://["},
+        {"host": "["},
         {"origin": ""},
         {"content-type": "text/plain"},
         {
@@ -324,6 +329,19 @@ def test_what_waits_to_be_ranked_is_ranked_on_the_page(run, served, capsys):
     label(run, "--export", str(run / "out.jsonl"))
     assert json.loads(waiting.read_text())["ranks"] == [2, 1]
     assert "goes on" in capsys.readouterr().out
+    label(run, "--port", "0")  # what was filled comes back as nobody's label
+    store.save(store.annotator("anna"), 1, "label", {"ranks": ranks}, "2")
+    small_run.write_jsonl(
+        waiting, [*rows, {"prompt": "d", "responses": ["e", "f"], "ranks": [1, 2]}]
+    )
+    exchange.fill(store, waiting)
+    label(run, "--port", "0")
+    assert [one.annotator for one in store.labels()] == ["me", "anna"]
+    assert len(store.tasks()) == 1
+    waiting.write_text('{"torn')
+    with pytest.raises(UserError, match=r"to_rank\.jsonl:1: bad JSON"):
+        label(run, "--export", str(run / "again.jsonl"))
+    assert not (run / "again.jsonl").exists()
 
 
 @pytest.mark.parametrize(

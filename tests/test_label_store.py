@@ -1,6 +1,7 @@
 """The store of labels: what is asked of whom, that nothing is lost or overwritten, and files in and out."""
 
 import json
+import math
 import sqlite3
 import subprocess
 import sys
@@ -276,7 +277,16 @@ def test_people_in_a_file_never_take_the_place_of_one_another(store, tmp_path):
             {"prompt": "p", "responses": ["a", "a"], "ranks": [1, 2]},
             "the same response at two ranks",
         ),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1.5, 2]}, "whole numbers"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1.5, 2]}, "a whole number"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [math.inf, 2]}, "a whole number"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [math.nan, 2]}, "a whole number"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [[1, 2], [1]]}, "`ranks` is no list of"),
+        (
+            {"prompt": "p", "responses": ["a", "b"], "overall": [5]},
+            "`overall` is no list of as many",
+        ),
+        ({"prompt": "p", "responses": ["a", "b"], "flags": [[]]}, "`flags` is no list of as many"),
+        ({"prompt": "p", "responses": ["a", "b"], "sources": [None, "m"]}, "`sources` holds"),
     ],
 )
 def test_what_cannot_be_ranked_is_told_by_its_line(store, tmp_path, row, told):
@@ -299,6 +309,61 @@ def test_ranks_go_into_the_lines_that_wait_for_them(store, tmp_path):
     assert lines[0] == kept
     assert json.loads(lines[1])["ranks"] == [[1, 2, 2, 3], [1, 2, 2, 3]]
     assert "ranks" not in json.loads(lines[2])
+    [several] = map(json.loads, lines[1:2])
+    copy = write_jsonl(tmp_path / "copy.jsonl", [several])
+    assert list(exchange.bring(Store(tmp_path / "other.db"), copy)) == [
+        "tasks",
+        "with several people's ranks, not said whose: tasks alone",
+    ]
+
+
+def test_only_the_lines_that_are_filled_change(store, tmp_path):
+    rows = [{"prompt": "alike", "responses": ["a", "a"], "ranks": ranks} for ranks in (None, [])]
+    lines = [
+        b'{"prompt":  "p", "ranks": [1]}\r',
+        *(json.dumps(r).encode() + b"\r" for r in rows),
+        b"",
+    ]
+    file = tmp_path / "to_rank.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    assert exchange.fill(store, file) == (2, 0)
+    filled = file.read_bytes().split(b"\n")
+    assert filled[0] == b"\xef\xbb\xbf" + lines[0]
+    assert [json.loads(line)["ranks"] for line in filled[1:3]] == [[1, 1], [1, 1]]
+    assert all(line.endswith(b"\r") for line in filled[:3]) and filled[3] == b""
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1]", b'{"a": "\xff"}', b'{"a": "\\ud83d"}', b'{"prompt": "p"}']
+)
+def test_a_faulty_line_is_told_and_nothing_is_filled(store, tmp_path, line):
+    file = tmp_path / "to_rank.jsonl"
+    file.write_bytes(before := b'{"prompt": "p", "responses": ["a", "a"]}\n' + line)
+    with pytest.raises(UserError, match=r"to_rank\.jsonl:2: "):
+        exchange.fill(store, file)
+    assert file.read_bytes() == before
+
+
+def test_what_a_person_saves_while_lines_are_filled_is_not_overwritten(
+    store, tmp_path, monkeypatch
+):
+    file = write_jsonl(tmp_path / "to_rank.jsonl", [{"prompt": "p", "responses": ["a", "a"]}])
+    monkeypatch.setattr(
+        exchange,
+        "shuffled",
+        lambda task, made=exchange.shuffled: file.write_text("{}") and made(task),
+    )
+    with pytest.raises(UserError, match=r"to_rank\.jsonl: changed meanwhile"):
+        exchange.fill(store, file)
+    assert file.read_text() == "{}"
+
+
+def test_imported_again_after_an_edit_adds_nothing_and_says_so(store, tmp_path):
+    file = write_jsonl(tmp_path / "in.jsonl", ROWS[:1])
+    exchange.bring(store, file)
+    [said] = store.labels()
+    say(store, store.annotator("anna"), 1, (3, 2, 1), after=said.event)
+    assert exchange.bring(store, file) == {"labels that were there": 1}
 
 
 # --- what to believe ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import small_run
 from pipeline.commands.label import of_chat
 from pipeline.config.schema import Data
+from pipeline.data.rankings import load_rankings
 from pipeline.feedback import tasks
 from pipeline.feedback.ratings import keep
 from pipeline.feedback.store import Store
@@ -80,6 +81,7 @@ def test_what_was_said_in_a_chat_counts_once_beside_what_is_said_on_the_page(tmp
     asked = [{"role": "user", "content": "w1"}]
     keep(tmp_path, asked, ["w2", "w3 w4"], ranks=[2, 1], model="ppo")
     keep(tmp_path, asked, ["w5"], rating=4, model="ppo")
+    assert len(load_rankings(Data(path=str(tmp_path / "ratings.jsonl")), notes=[])) == 1
     store = Store(tmp_path / "labels.db")
     for _ in range(2):
         of_chat(store, tmp_path)

@@ -315,6 +315,19 @@ def test_a_judge_ranks_by_wins_what_nobody_has_ranked(tmp_path):
     assert rank_by(longer, path) == 0
 
 
+def test_what_a_person_saves_while_a_judge_ranks_is_not_overwritten(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "w1"}], "responses": ["a", "b"]}
+    path = small_run.write_jsonl(tmp_path / "to_rank.jsonl", [row])
+
+    def slow(contest):
+        small_run.write_jsonl(path, [row | {"ranks": [2, 1]}])
+        return [1.0], {}
+
+    with pytest.raises(UserError, match=r"to_rank\.jsonl: changed meanwhile"):
+        rank_by(slow, path)
+    assert read(path)[0]["ranks"] == [2, 1] and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_round_by_a_judge_of_the_recipe(commands, tmp_path, monkeypatch):
     fake_stages.write_recipe(
         tmp_path,

@@ -263,6 +263,8 @@ class Talk:
     def better(self, text: str, rank: int = 1) -> str:
         """The last answer beside the one before it, or beside the person's own words."""
         said, answer = self._last()
+        if text == answer.strip() and text:
+            raise UserError("/better: these are the answer's own words; say it otherwise")
         if text:
             return self._kept(said, [text, answer], ranks=[1, 2])
         if self.before in (None, answer):

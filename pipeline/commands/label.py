@@ -147,7 +147,9 @@ def collect(store: Store, stages: dict[str, Stage], args: argparse.Namespace) ->
     else:
         sampled(store, stages, args)
     if not store.tasks():
-        raise UserError(f"{store.path}: nothing to rank: no prompt has two different responses")
+        raise UserError(
+            f"{store.path}: nothing to rank: no prompt without ranks has two different responses"
+        )
 
 
 def sampled(store: Store, stages: dict[str, Stage], args: argparse.Namespace) -> None:
@@ -206,15 +208,17 @@ def prompts_of(args: argparse.Namespace) -> Data:
 
 def exported(store: Store, args: argparse.Namespace) -> None:
     """Write what people said to a file, and into `RUN/to_rank.jsonl` where it waits for ranks."""
-    from pipeline.feedback.exchange import export, fill
+    from pipeline.feedback.exchange import export, exportable, fill
 
+    waiting = args.run / "to_rank.jsonl"
+    exportable(store, args.export)  # what stops here leaves both files as they were
+    filled = fill(store, waiting) if waiting.is_file() else (0, 0)
     number = export(store, args.export)
     learn = f'SET="rm.sampling=null rm.data.path={args.export}"'
     say(
         f"label: {number} rankings in {args.export}; a reward model of them: {command(args.run, 'rm')} {learn}"
     )
-    waiting = args.run / "to_rank.jsonl"
-    if waiting.is_file() and any(filled := fill(store, waiting)):
+    if any(filled):
         goes = (
             f"; {filled[1]} have none yet" if filled[1] else f": {command(args.run, 'rm')} goes on"
         )

@@ -40,7 +40,7 @@ def read_jsonl(path: Path, report: Report) -> Iterator[Row]:
                 if len(line) > MAX_LINE:
                     _skip_line(file, line)
                     raise BadRow(f"a line of more than {MAX_LINE // 1_000_000} MB")
-                text = _decoded(line).strip(" \t\r\n")
+                text = decoded(line).strip(" \t\r\n")
                 if text:
                     yield Row(parse_line(text), where)
             except BadRow as error:
@@ -53,7 +53,8 @@ def _skip_line(file: Any, line: bytes) -> None:
         line = file.readline(MAX_LINE)
 
 
-def _decoded(raw: bytes) -> str:
+def decoded(raw: bytes) -> str:
+    """A line's text, less a mark of the byte order; BadRow where it is not UTF-8."""
     try:
         return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
@@ -176,7 +177,7 @@ def read_table(path: Path, report: Report, delimiters: str) -> Iterator[Row]:
         while raw := file.readline(MAX_LINE):
             number += 1
             try:
-                yield _decoded(raw)
+                yield decoded(raw)
             except BadRow as error:
                 undecoded[number] = error
                 yield raw.decode("utf-8", "replace")
@@ -266,7 +267,7 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
         while raw := file.readline(MAX_LINE):
             number += 1
             try:
-                yield number, _decoded(raw).removesuffix("\n")
+                yield number, decoded(raw).removesuffix("\n")
             except BadRow as error:
                 raise UserError(f"{path}:{number}: {error}") from error
     yield number + 1, ""

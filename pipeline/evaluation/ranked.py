@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.rankings import dense_ranks
+from pipeline.data.waiting import Waiting
 from pipeline.evaluation.panel import Contest, Judging
 from pipeline.evaluation.tallies import Answers
-from pipeline.process.files import jsonl, read_jsonl, write_atomically
 
 
 def rank_by(judging: Judging, path: Path) -> int:
     """Put a judge's ranks into those lines that have none, by the wins of each response over the others, half
-    for a tie or where it says nothing; how many lines that were. Nothing is written before all are ranked."""
-    rows = read_jsonl(path)
-    waiting = [row for row in rows if not (row.get("ranks") or row.get("scores"))]
+    for a tie or where it says nothing; how many lines that were. Nothing is written before all are ranked, or where the file has changed meanwhile (UserError)."""
+    file = Waiting(path)
+    waiting = [row.values for row in file.rows.values()]
     pairs = [
         (row, *pair) for row in waiting for pair in combinations(range(len(row["responses"])), 2)
     ]
@@ -34,9 +34,9 @@ def rank_by(judging: Judging, path: Path) -> int:
         won = 0.5 if verdict is None else verdict
         points[id(row)][i] += won
         points[id(row)][j] += 1 - won
-    for row in waiting:
-        row["ranks"] = dense_ranks([-won for won in points[id(row)]])
-    write_atomically(path, jsonl(rows))
+    file.put(
+        {at: dense_ranks([-won for won in points[id(row.values)]]) for at, row in file.rows.items()}
+    )
     return len(waiting)
 
 

@@ -15,6 +15,7 @@ from pipeline.data.forms import PROMPTS, check_prompt, find_prompt, without_repl
 from pipeline.data.problems import BadRow
 from pipeline.data.rankings import MAX_K, dense_ranks
 from pipeline.data.sources import read_rows
+from pipeline.data.waiting import Waiting, is_ranked
 from pipeline.errors import UserError
 from pipeline.feedback.posterior import Posterior, posterior
 from pipeline.feedback.store import Candidate, Conflict, Label, Store, Task
@@ -26,6 +27,15 @@ _OURS = (
     "responses ended sources model_scores annotator time id seconds guideline overall flags comment "
     "probability strengths"
 ).split()
+_CELLS: dict[str, tuple[tuple[type, ...], str]] = {
+    "sources": ((str,), "a text"),
+    "scores": ((int, float, type(None)), "a number or null"),
+    "ended": ((bool,), "true or false"),
+    "overall": ((int, type(None)), "a whole number or null"),
+    "flags": ((list,), "a list"),
+    "ranks": ((int, float), "a whole number, 1 the best"),
+}
+"""What each of the K cells of a column is."""
 
 
 def shuffled(task: Task) -> Task:
@@ -47,11 +57,14 @@ def shuffled(task: Task) -> Task:
 def bring(store: Store, path: Path, overlap: float = 0.0, votes: int = 1) -> dict[str, int]:
     """Add a file's rows, `prompt` and `responses`, as tasks, and their `ranks` as labels; what came of it, counted.
 
-    The same file again adds nothing; whom the file does not name is `imported`. UserError with file and line: no prompt, no
-    responses, more than 9, ranks that do not fit.
+    The same file again adds nothing; whom the file does not name is `imported`, and a list of several people's ranks is
+    nobody's label. Of the store's own `to_rank.jsonl` only lines without ranks count: the others have what `fill` put there.
+    UserError with file and line: no prompt, no responses, more than 9, ranks or other cells that do not fit.
     """
     told: Counter[str] = Counter()
-    read = [_read(row.values, row.where) for row in read_rows(Data(path=str(path)))]
+    waiting = path.resolve() == store.path.with_name("to_rank.jsonl").resolve()
+    rows = [r for r in read_rows(Data(path=str(path))) if not (waiting and is_ranked(r.values))]
+    read = [_read(row.values, row.where) for row in rows]
     tasks = [shuffled(task) for task, _ in read]
     fit = [len(task.candidates) > 1 for task in tasks]
     told["tasks"] = store.add(
@@ -60,6 +73,9 @@ def bring(store: Store, path: Path, overlap: float = 0.0, votes: int = 1) -> dic
     told["with fewer than two different responses left out"] = fit.count(False)
     for task, (given, values), is_fit in zip(tasks, read, fit, strict=True):
         if is_fit and values.get("ranks"):
+            if isinstance(values["ranks"][0], list):
+                told["with several people's ranks, not said whose: tasks alone"] += 1
+                continue
             told[_said(store, task, given, values)] += 1
     return {what: number for what, number in told.items() if number}
 
@@ -83,18 +99,21 @@ def _read(values: dict[str, Any], where: str) -> tuple[Task, dict[str, Any]]:
         "sources": values.get("sources") or [""] * k,
         "scores": scores or [None] * k,
         "ended": values.get("ended") or [True] * k,
-        "ranks": values.get("ranks") or [1] * k,
+        "overall": values.get("overall") or [None] * k,
+        "flags": values.get("flags") or [[]] * k,
     }
-    for name, cells in columns.items():
+    ballots = values.get("ranks") or [1] * k
+    ballots = ballots if isinstance(ballots, list) and isinstance(ballots[0], list) else [ballots]
+    for name, cells in [*columns.items(), *(("ranks", own) for own in ballots)]:
         if not isinstance(cells, list) or len(cells) != k:
             raise UserError(f"{where}: {k} responses, and `{name}` is no list of as many")
-    if not all(type(rank) in (int, float) and rank == int(rank) for rank in columns["ranks"]):
-        raise UserError(
-            f"{where}: `ranks` are whole numbers, 1 the best, one list of one person a line"
-        )
-    ranks = dict(zip(texts, columns["ranks"], strict=True))
-    if [ranks[text] for text in texts] != columns["ranks"]:
-        raise UserError(f"{where}: the same response at two ranks")
+        types, told = _CELLS[name]
+        if not all(type(cell) in types and (name != "ranks" or cell % 1 == 0) for cell in cells):
+            raise UserError(f"{where}: `{name}` holds what is not {told}")
+    for own in ballots:
+        ranks = dict(zip(texts, own, strict=True))
+        if [ranks[text] for text in texts] != own:
+            raise UserError(f"{where}: the same response at two ranks")
     cells = zip(texts, columns["sources"], columns["scores"], columns["ended"], strict=True)
     row = {name: cell for name, cell in values.items() if name not in {*REPLACED, *_OURS}}
     return Task(prompt, [Candidate(*own) for own in cells], row), values
@@ -115,13 +134,12 @@ def _said(store: Store, task: Task, given: Task, values: dict[str, Any]) -> str:
     )
     annotator = store.annotator(str(values.get("annotator") or "imported"))
     number = store.number_of(task)
-    if any(uuid == label.uuid for label in store.labels(annotator, number)):
-        return "labels that were there"
+    newest = store.newest()[1] or 0
     try:
-        store.save(annotator, number, "label", body, uuid, when=_time(values.get("time")))
+        event = store.save(annotator, number, "label", body, uuid, when=_time(values.get("time")))
     except Conflict:
         return "labels left out, of people who have judged the same otherwise"
-    return "labels"
+    return "labels" if event > newest else "labels that were there"
 
 
 def _time(value: Any) -> float | None:
@@ -172,13 +190,19 @@ def _row(task: Task, label: Label, believed: Posterior) -> dict[str, Any]:
     }
 
 
-def export(store: Store, path: Path) -> int:
-    """Write `rows` to a new file; their number. UserError: there is one already, or nothing to write."""
+def exportable(store: Store, path: Path) -> list[dict[str, Any]]:
+    """`rows`, for a new file. UserError: there is one already, or nothing to write."""
     if path.exists():
         raise UserError(f"{path}: is there already, and is not overwritten; give another name")
     found = list(rows(store))
     if not found:
         raise UserError(f"{store.path}: nobody has ranked anything yet")
+    return found
+
+
+def export(store: Store, path: Path) -> int:
+    """Write what is `exportable`; the number of rows."""
+    found = exportable(store, path)
     write_atomically(path, jsonl(found))
     return len(found)
 
@@ -186,30 +210,24 @@ def export(store: Store, path: Path) -> int:
 def fill(store: Store, path: Path) -> tuple[int, int]:
     """Put people's ranks into the lines of a `to_rank.jsonl` that have none; lines filled, lines that lack them still.
 
-    The ranks of several people are a list of lists. Lines with ranks stay as they are, to the byte.
+    The ranks of several people are a list of lists; responses that are all alike tie. Other lines stay as they are,
+    to the byte. UserError, and nothing written: a faulty line, or a file that was changed meanwhile.
     """
     labels: dict[int, list[Label]] = {}
     for label in store.labels():
         if label.kind == "label":
             labels.setdefault(label.task, []).append(label)
     by_key = {task.key: (task, labels[n]) for n, task in store.tasks().items() if n in labels}
-    lines, filled, lacking = path.read_text(encoding="utf-8").split("\n"), 0, 0
-    for at, line in enumerate(lines):
-        values = json.loads(line) if line.strip() else {"ranks": []}
-        if "ranks" in values or "scores" in values:
-            continue
-        key = shuffled(_read(values, f"{path}:{at + 1}")[0]).key
-        if key not in by_key:
-            lacking += 1
-            continue
-        task, own = by_key[key]
-        texts = [one.text for one in task.candidates]
-        order = [texts.index(text) for text in values["responses"]]
-        ranks = [[label.body["ranks"][i] for i in order] for label in own]
-        lines[at] = json.dumps(
-            values | {"ranks": ranks if len(ranks) > 1 else ranks[0]}, ensure_ascii=False
-        )
-        filled += 1
-    if filled:
-        write_atomically(path, "\n".join(lines))
-    return filled, lacking
+    file, ranks = Waiting(path), dict[int, list]()
+    for at, row in file.rows.items():
+        asked, responses = shuffled(_read(row.values, row.where)[0]), row.values["responses"]
+        if len(asked.candidates) < 2:  # nobody is asked to compare these
+            ranks[at] = [1] * len(responses)
+        elif asked.key in by_key:
+            task, own = by_key[asked.key]
+            texts = [one.text for one in task.candidates]
+            order = [texts.index(text) for text in responses]
+            several = [[label.body["ranks"][i] for i in order] for label in own]
+            ranks[at] = several if len(several) > 1 else several[0]
+    file.put(ranks)
+    return len(ranks), len(file.rows) - len(ranks)

@@ -1,4 +1,4 @@
-"""What a person says of responses in a chat: `RUN/ratings.jsonl`, added to and never rewritten."""
+"""What a person says of responses in a chat: `RUN/ratings.jsonl` and `rated.jsonl`, added to and never rewritten."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,9 @@ from pipeline.process.files import jsonl
 
 def keep(run: Path, messages: list[Message], responses: list[str], **said: Any) -> Path:
     """Add a row, on the disk when this returns: `ranks` of the responses to a prompt (1 the best), as the rm
-    stage reads rankings, or the `rating` of a single one. What a killed process cut short is closed off first.
+    stage reads rankings; the `rating` of a single one, which compares nothing, into `rated.jsonl`. What a killed process cut short is closed off first.
     """
-    path = run / "ratings.jsonl"
+    path = run / ("rated.jsonl" if "rating" in said else "ratings.jsonl")
     row = jsonl([{"prompt": messages, "responses": responses, **said}])
     with path.open("ab+") as file:
         if file.tell():

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Flag = Literal["fails_task", "untrue", "harmful", "unfinished", "repeats", "wrong_language"]
+Number = Annotated[int, Field(ge=0, lt=2**63)]
+"""Of a row in SQLite."""
 
 
 class Said(BaseModel):
@@ -12,10 +14,10 @@ class Said(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     uuid: str = Field(pattern="^[0-9a-f-]{36}$")
-    task: int
-    after: int | None = None
+    task: Number
+    after: Number | None = None
     seconds: float = Field(ge=0, le=86_400)
-    guideline: int
+    guideline: Number
     comment: str = Field("", max_length=2_000)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
@@ -128,11 +128,12 @@ class Site:
         told = {"id": number, "prompt": task.prompt, "responses": responses}
         return told | {"mine": mine[0] if mine else None}
 
-    def again(self, who: Person, number: int) -> dict[str, Any]:
+    def again(self, who: Person, number: str) -> dict[str, Any]:
         """A task that they have judged, to edit. Problem 404 for others' tasks."""
-        if not self.store.labels(who.number, number):
+        known = number.isdecimal() and len(number) < 19  # SQLite's numbers
+        if not known or not self.store.labels(who.number, int(number)):
             raise Problem(404, "This task is not in your history.")
-        return self.shown(who, number)
+        return self.shown(who, int(number))
 
     def history(self, who: Person) -> list[dict[str, Any]]:
         """What they have judged, the newest first."""
@@ -236,7 +237,7 @@ def build(site: Site) -> Starlette:
         Route("/api/session", session, methods=post),
         Route("/api/next", endpoint(site.next)),
         Route("/api/history", endpoint(site.history)),
-        Route("/api/task/{number:int}", endpoint(site.again)),
+        Route("/api/task/{number}", endpoint(site.again)),
         Route("/api/label", endpoint(site.save, Ranked), methods=post),
         Route("/api/skip", endpoint(site.save, Skipped), methods=post),
         Route("/api/admin", endpoint(overview.told, admins=True)),
@@ -273,6 +274,14 @@ async def _told(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": text}, status)
 
 
+def _parts(address: str) -> SplitResult:
+    """Of an address; none of what is not one."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
+
+
 class Guard:
     """What holds for every request: whose page sends it, and what the browser may do with the answer."""
 
@@ -295,10 +304,10 @@ class Guard:
     def _refused(self, method: str, headers: Headers) -> str | None:
         """Why not: a name that leads here from elsewhere, or another site's page that posts."""
         public, host = urlsplit(self.site.public).netloc, headers.get("host", "")
-        if self.site.local and host != public and urlsplit(f"//{host}").hostname not in LOOPBACK:
+        if self.site.local and host != public and _parts(f"//{host}").hostname not in LOOPBACK:
             return f"This page is at localhost, not at {host[:80]!r}."
         if method == "POST":
-            origin = urlsplit(headers.get("origin", "")).netloc
+            origin = _parts(headers.get("origin", "")).netloc
             if not origin or origin not in (host, public):
                 return "Another site's page may not send this."
             if headers.get("content-type", "").partition(";")[0] != "application/json":

@@ -19,14 +19,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+def write_atomically(path: Path, text: str, over: bytes | None = None) -> None:
+    """Write a small file whole or not at all. UserError unless it still is what it is written `over`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    if over is not None and path.read_bytes() != over:
+        temporary.unlink()
+        raise UserError(f"{path}: changed meanwhile, and is left as it is; run the same again")
     os.replace(temporary, path)
     sync(path.parent)
 
