@@ -10,7 +10,8 @@ from pipeline.process.files import jsonl
 
 def keep(run: Path, messages: list[Message], responses: list[str], **said: Any) -> Path:
     """Add a row, on the disk when this returns: `ranks` of the responses to a prompt (1 the best), as the rm
-    stage reads rankings; the `rating` of a single one, which compares nothing, into `rated.jsonl`. What a killed process cut short is closed off first.
+    stage reads rankings; the `rating` of a single one, which compares nothing, into `rated.jsonl`. What a killed
+    process cut short is closed off first.
     """
     path = run / ("rated.jsonl" if "rating" in said else "ratings.jsonl")
     row = jsonl([{"prompt": messages, "responses": responses, **said}])
