@@ -193,6 +193,14 @@ def test_which_label_an_answer_means(answer, label):
     assert classification.match(answer, labels) == label
 
 
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [("US", "US"), ("us.", "us"), ("Us", None), ("US or us?", "US"), ("OTHER, not us", "other")],
+)
+def test_labels_that_differ_by_case_alone_are_told_apart_by_it(answer, label):
+    assert classification.match(answer, ["US", "us", "other"]) == label
+
+
 def test_precision_recall_and_f1_of_a_confusion_matrix_by_hand():
     wanted = ["a"] * 4 + ["b"] * 3 + ["c"]
     said = ["a", "a", "b", None, "b", "b", "a", "a"]

@@ -10,7 +10,7 @@ import transformers
 import small_run
 import tiny_models
 from pipeline.config.schema import Data, RMConfig
-from pipeline.data.rankings import label_noise, load_rankings
+from pipeline.data.rankings import label_noise, load_rankings, strengths
 from pipeline.errors import UserError
 from pipeline.feedback import comparisons
 from pipeline.feedback.comparisons import sampled_rankings
@@ -363,6 +363,30 @@ def test_contradicting_repeats_are_counted(tmp_path):
         "labels_contradict": pytest.approx(1 / 3),
     }
     assert label_noise(rankings[::2]) == {}
+
+
+def test_contradictions_within_a_row_are_counted():
+    row = {"prompt": "w1", "responses": [{"role": "assistant", "content": "w2"}, "w3", "w4"]}
+    people = [[1, 2, 3], [3, 2, 1], [1, 1, 2], [2, 1, None]]
+    rankings = load_rankings([row | {"ranks": people}], notes=[])
+    assert label_noise(rankings) == {
+        "labels_repeated": 9,  # of w2 and w3 three, w2 and w4 three, w3 and w4 three
+        "labels_contradict": pytest.approx(2 / 3),
+    }
+    with pytest.raises(UserError, match=r"1: soft_labels: no `strengths`, .* which are texts"):
+        strengths(load_rankings([row | {"ranks": [1, 2, 3], "strengths": [2, 1, 0]}], notes=[])[0])
+
+
+def test_scores_far_apart_are_sure(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparisons, "score_sequences", lambda *_, **__: [0.0, 800.0, 1.0, 1.5])
+    tiny_models.reward(2).save_pretrained(tmp_path / "rm")
+    sampling = config(tmp_path, None).sampling.model_copy(
+        update={"unsure": str(tmp_path / "rm"), "count": 1}
+    )
+    asking = comparisons.Asking(sampling, 0, tmp_path, tiny_models.tokenizer(), set())
+    prompt = [{"role": "user", "content": "w1"}]
+    rows = [{"prompt": prompt, "responses": texts} for texts in (["w2", "w3"], ["w4", "w5"])]
+    assert comparisons._least_sure(asking, rows) == rows[1:]
 
 
 def test_soft_labels_and_a_margin_reach_the_training(tmp_path):

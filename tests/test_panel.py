@@ -102,6 +102,44 @@ def test_words_that_are_no_verdict_are_counted(stub):
     assert rate["judged"] == 1 and rate["rate"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        ("Answer A is a better one.", "Answer B is a better one.", 1.0),
+        ("A.", "**B**", 1.0),
+        ("b", "a", 0.0),
+        ("It is a tie.", "It is a tie.", 0.5),
+        ("A tie", "Tie.", 0.5),
+        ("Neither is a good answer.", "B", None),
+        ("A", "They give a similar quality", None),
+    ],
+)
+def test_which_verdict_an_answer_means(first, second, verdict):
+    said, about = both_orders(contest(PAIRS[:1]), lambda _: [first, second], ", or tie")
+    assert said == [verdict] and about["unreadable"] == (verdict is None)
+    assert about["swayed_by_order"] == 0
+
+
+def test_an_answer_without_words_is_unreadable_and_asked_for_again(stub, tmp_path):
+    judge = {"url": stub.url, "model": "big"}
+    cut = {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}
+    stub.troubles = [(200, json.dumps(cut), {})] * 8
+    said, about = verdicts(judge)
+    assert said == [None, None, None, 0.5, None] and about["unreadable"] == 4
+    assert not kept(tmp_path)
+    assert verdicts(judge)[0] == [1.0, 0.0, 0.5, 0.5, 1.0]
+
+
+def test_a_damaged_file_of_an_answer_is_as_none(stub, tmp_path):
+    judge = {"url": stub.url, "model": "big"}
+    said, _ = verdicts(judge)
+    damages = ["", "{", "[]", "[1]", "null", "{}", '{"answer": null}']
+    for file, text in zip(kept(tmp_path), damages, strict=False):
+        file.write_text(text)
+    stub.seen.clear()
+    assert verdicts(judge)[0] == said and len(stub.asked()) == len(damages)
+
+
 def test_a_busy_server_is_asked_again_later(stub, monkeypatch):
     waits: list[float] = []
     monkeypatch.setattr(service.time, "sleep", waits.append)
@@ -121,6 +159,9 @@ def test_a_busy_server_is_asked_again_later(stub, monkeypatch):
         ((302, "", {"Location": "http://127.0.0.1:9/elsewhere"}), "HTTP 302"),
         ((200, "<html>", {}), "no chat completion: '<html>'"),
         ((200, '{"choices": []}', {}), "no chat completion"),
+        ((400, "e" * 290 + KEY, {}), r"HTTP 400: e+\(key\)$"),  # shown up to within the key
+        ((200, "e" * 90 + KEY, {}), r"no chat completion: 'e+\(key\)'$"),
+        ((400, f"wrong key {KEY[:9]}", {}), "HTTP 400: wrong key $"),
     ],
 )
 def test_what_cannot_be_mended_by_waiting_ends_it_in_a_line_without_the_key(stub, trouble, said):
@@ -128,7 +169,7 @@ def test_what_cannot_be_mended_by_waiting_ends_it_in_a_line_without_the_key(stub
     with pytest.raises(UserError, match=said) as error:
         verdicts({"url": stub.url, "model": "big"})
     assert stub.url in str(error.value) and "\n" not in str(error.value)
-    assert KEY not in str(error.value) and "7890" not in str(error.value)
+    assert KEY[:6] not in str(error.value) and "7890" not in str(error.value)
     assert len(stub.asked()) <= service.AT_ONCE
 
 

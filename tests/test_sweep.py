@@ -71,6 +71,14 @@ def run(text: str, *words: str, code: int = 0) -> dict:
 GRID = "parameters: {ppo.kl_coef: [0.5, 0.1, 0.05], ppo.lam: 0.9}\n"
 
 
+def test_what_is_no_number_is_never_the_best(monkeypatch):
+    values = iter([float("nan"), -1.0, -0.5])
+    monkeypatch.setattr(sweep.Sweep, "_value", lambda *_: next(values))
+    assert run(GRID)["best"] == "tiny-s-3"
+    page = Path("checkpoints/tiny-s.html").read_text()
+    assert page.index("tiny-s-3<") < page.index("tiny-s-2<") < page.index("tiny-s-1<")
+
+
 def test_a_grid_is_tried_on_one_sft_and_reward_model_and_the_best_is_found(made):
     found = run(GRID)
     assert made[:2] == ["sft tiny", "rm tiny"]  # once, and in the run itself

@@ -93,8 +93,8 @@ class EvalConfig(Section):
     )
     """What references are (make eval MODEL= DATA=). text: an answer is measured by its words. classification: they
     are labels; an answer means the one with which it begins, else the only one that it holds as whole words, case
-    aside. likelihood: labels, of which that is taken which the model gives the most nats per token, its end
-    included."""
+    aside where labels do not differ by it alone. likelihood: labels, of which that is taken which the model gives
+    the most nats per token, its end included."""
     labels: Annotated[list[Text], Field(exclude_if=operator.not_)] = []
     """Those labels; none = all that occur."""
     group_by: Text | list[Text] = []

@@ -104,33 +104,46 @@ def strengths(ranking: Ranking) -> dict[str, float]:
     """Response -> its strength, of a row that has `strengths`; UserError with its line without them."""
     own, texts = ranking.row.get("strengths"), ranking.row.get("responses")
     fit = isinstance(own, list) and isinstance(texts, list) and len(own) == len(texts)
-    if not fit or not all(isinstance(s, int | float) and math.isfinite(s) for s in own or ()):
+    fit = fit and all(isinstance(s, int | float) and math.isfinite(s) for s in own or ())
+    found = dict(zip(map(str, texts or ()), map(float, own or ()), strict=True)) if fit else {}
+    if not found.keys() >= set(ranking.responses):
         raise UserError(
-            f"{ranking.where}: soft_labels: no `strengths`, a number for each of `responses`; exports of "
-            "`make label` have them"
+            f"{ranking.where}: soft_labels: no `strengths`, a number for each of `responses`, which are texts; "
+            "exports of `make label` have them"
         )
-    found = dict(zip(map(str, texts or ()), map(float, own or ()), strict=True))
     return {text: found[text] for text in ranking.responses}
 
 
 def label_noise(rankings: Sequence[Ranking]) -> dict[str, float]:
-    """How often two rankings of the same two responses contradict each other: `labels_repeated` (pairs of verdicts
-    that both prefer something) and `labels_contradict` (their share); {} without a repeat."""
+    """How often two people's rankings of the same two responses contradict each other: `labels_repeated` (pairs of
+    verdicts that both prefer something) and `labels_contradict` (their share); {} without a repeat."""
     times: Counter[int] = Counter()
     for ranking in rankings:
         times[hash(json.dumps(ranking.messages))] += 1
     said: dict[tuple[int, str, str], list[int]] = {}
     for ranking in rankings:
-        prompt = hash(json.dumps(ranking.messages))
-        if times[prompt] > 1:
-            ranked = sorted(zip(ranking.responses, ranking.ranks, strict=True))
-            for (a, first), (b, second) in itertools.combinations(ranked, 2):
-                if first != second:
-                    said.setdefault((prompt, a, b), []).append(first < second)
+        prompt, people = hash(json.dumps(ranking.messages)), _people(ranking)
+        if times[prompt] > 1 or len(people) > 1:
+            for ranked in people:
+                for (a, first), (b, second) in itertools.combinations(sorted(ranked.items()), 2):
+                    if first != second:
+                        said.setdefault((prompt, a, b), []).append(first < second)
     both = [(sum(votes), len(votes)) for votes in said.values()]
     pairs = sum(math.comb(n, 2) for _, n in both)
     against = sum(one * (n - one) for one, n in both)
     return {"labels_repeated": pairs, "labels_contradict": against / pairs} if pairs else {}
+
+
+def _people(ranking: Ranking) -> list[dict[str, float]]:
+    """Response -> place, of each person whose ranks the row has."""
+    row = ranking.row
+    name = first_of(row, LISTS)
+    ballots = _ballots(row, name, "ranks") if name and first_of(row, ("ranks",)) else []
+    if len(ballots) < 2:
+        return [dict(zip(ranking.responses, ranking.ranks, strict=True))]
+    texts = [conversation[-1]["content"] for conversation in _list(row)[0]]
+    named = [zip(texts, ballot, strict=True) for ballot in ballots]
+    return [{text: place for text, place in own if place is not None} for own in named]
 
 
 def ranking(values: dict[str, Any], where: str, report: Report) -> Ranking | None:
@@ -273,14 +286,7 @@ def _places(values: dict[str, Any], name: str, items: Sequence[Any]) -> list[flo
     """A place per candidate, lower = better; None where it was not judged."""
     column = first_of(values, ("ranks", "scores"))
     if column is not None:
-        cells = list_of(values[column], column)
-        read = _rank if column == "ranks" else _score
-        people = cells if column == "ranks" and cells and isinstance(cells[0], list) else [cells]
-        for own in people:
-            if not isinstance(own, list) or len(own) != len(items):
-                told = len(own) if isinstance(own, list) else "not a list of"
-                raise BadRow(f"{len(items)} `{name}` but {told} `{column}`")
-        ballots = [[read(cell, f"{column}[{at}]") for at, cell in enumerate(own)] for own in people]
+        ballots = _ballots(values, name, column)
         return consensus(ballots) if len(ballots) > 1 else ballots[0]
     if values.get("choice") is not None:
         return _chosen(values["choice"], len(items))
@@ -295,6 +301,18 @@ def _places(values: dict[str, Any], name: str, items: Sequence[Any]) -> list[flo
             raise BadRow(f"`{name}[{at}]` has neither {', '.join((*RANKS, *SCORES))}")
         places.append(_score(item[column], f"{name}[{at}].{column}"))
     return places
+
+
+def _ballots(values: dict[str, Any], name: str, column: str) -> list[list[float | None]]:
+    """The places that each person gave the candidates in column `name`."""
+    cells, number = list_of(values[column], column), len(list_of(values[name], name))
+    read = _rank if column == "ranks" else _score
+    people = cells if column == "ranks" and cells and isinstance(cells[0], list) else [cells]
+    for own in people:
+        if not isinstance(own, list) or len(own) != number:
+            told = len(own) if isinstance(own, list) else "not a list of"
+            raise BadRow(f"{number} `{name}` but {told} `{column}`")
+    return [[read(cell, f"{column}[{at}]") for at, cell in enumerate(own)] for own in people]
 
 
 def _chosen(choice: Any, number: int) -> list[float | None]:

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.evaluation import metrics
@@ -12,24 +12,32 @@ NONE = ""
 """In a confusion matrix: an answer that means no label, or more than one."""
 
 
-def match(answer: str, labels: Sequence[str]) -> str | None:
-    """The label that an answer means; case, width and what stands around it do not matter.
+def as_written(text: str) -> str:
+    """Letters as they are, but for their width."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def _plain(text: str) -> str:
+    return as_written(text).casefold()
+
+
+def match(answer: str, labels: Sequence[str], plain: Callable[[str], str] = _plain) -> str | None:
+    """The label that an answer means; width and what stands around it do not matter, nor case where it does not tell
+    labels apart.
 
     That with which it begins, else the only one that it holds as whole words ("not good" is no "good"
     where both are labels); None when it holds none or several.
     """
-    plain = {_plain(label): label for label in labels}
-    either = "|".join(_whole(text) for text in sorted(plain, key=len, reverse=True))
-    found = list(re.finditer(either, _plain(answer)))
+    texts = sorted(dict.fromkeys(map(plain, labels)), key=len, reverse=True)
+    found = list(re.finditer("|".join(map(_whole, texts)), plain(answer)))
     if not found:
         return None
     several = len({hit[0] for hit in found}) > 1
-    begins = not re.search(r"\w", _plain(answer)[: found[0].start()])
-    return plain[found[0][0]] if begins or not several else None
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    if several and re.search(r"\w", plain(answer)[: found[0].start()]):
+        return None
+    meant = list(dict.fromkeys(label for label in labels if plain(label) == found[0][0]))
+    alike = len(meant) > 1 and plain is not as_written
+    return match(answer, meant, as_written) if alike else meant[0]
 
 
 def _whole(label: str) -> str:

@@ -4,6 +4,7 @@ A language model is asked in both orders and has to say the same in both, else t
 sways them (arXiv 2306.05685). Equal texts tie unasked.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -207,9 +208,7 @@ def both_orders(contest: Contest, answers: Callable[[list[str]], list[str]], or_
         for i in differ
         for prompt, a, b in (texts[i], (texts[i][0], texts[i][2], texts[i][1]))
     ]
-    said = [
-        classification.match(without_thinking(a), ["A", "B", "tie"]) for a in answers(questions)
-    ]
+    said = list(map(_verdict, answers(questions)))
     verdicts: list[float | None] = [0.5] * len(texts)
     told = list(zip(differ, said[::2], said[1::2], strict=True))
     for i, one, other in told:
@@ -220,6 +219,15 @@ def both_orders(contest: Contest, answers: Callable[[list[str]], list[str]], or_
         "swayed_by_order": swayed / max(len(told), 1),
         "unreadable": sum(verdict is None for verdict in verdicts),
     }
+
+
+def _verdict(answer: str) -> str | None:
+    """A, B or a word for a tie; a small a is an article unless nothing else is said."""
+    said = without_thinking(answer)
+    if re.fullmatch(r"\W*[ab]\W*", said):
+        said = said.upper()
+    words = ["A", "B", "tie", "Tie", "TIE", "A tie"]
+    return classification.match(said, words, classification.as_written)
 
 
 def _likelier(path: str) -> Callable[[list[str]], list[str]]:

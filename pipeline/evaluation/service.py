@@ -19,8 +19,7 @@ from typing import Any
 
 from pipeline.config.evaluation import JudgeConfig
 from pipeline.errors import UserError
-from pipeline.handoff.found import read_json
-from pipeline.process.files import write_atomically
+from pipeline.process.files import read_if_whole, write_atomically
 from pipeline.process.progress import say, track
 
 AT_ONCE = 4
@@ -75,9 +74,10 @@ class Service:
             say(f"eval: {told}; answers that were kept may do")
 
     def answers(self, texts: Sequence[str]) -> list[str]:
-        """The model's answer to each text, as a user's message; those known are not asked for again."""
+        """The model's answer to each text, as a user's message, "" where it has none; those known are not asked for
+        again."""
         places = [self._kept / f"{_digest(text)}.json" for text in texts]
-        new = {p: text for p, text in zip(places, texts, strict=True) if not p.is_file()}
+        new = {p: text for p, text in zip(places, texts, strict=True) if not _known(p)}
         if len(new) > self._calls - self._sent:
             spent = f", {self._sent} of which are spent" if self._sent else ""
             raise UserError(
@@ -89,17 +89,19 @@ class Service:
         with ThreadPoolExecutor(AT_ONCE) as pool, track(len(new), f"eval: {self.model}") as bar:
             for _ in pool.map(self._keep, new, new.values()):
                 bar.advance()
-        return [str(read_json(place)["answer"]) for place in places]
+        return list(map(_known, places))
 
     def _keep(self, place: Path, text: str) -> None:
         if self._failed.is_set():  # whoever met the error tells it
             return
         try:
-            kept = {"model": self.model, "asked": text, "answer": self._ask(text)}
+            answer = self._ask(text)
         except UserError:
             self._failed.set()
             raise
-        write_atomically(place, json.dumps(kept, ensure_ascii=False) + "\n")
+        if answer:  # one that was cut off in its thinking may be whole another time
+            kept = {"model": self.model, "asked": text, "answer": answer}
+            write_atomically(place, json.dumps(kept, ensure_ascii=False) + "\n")
 
     def _ask(self, text: str) -> str:
         body = {
@@ -139,7 +141,7 @@ class Service:
         try:
             content = json.loads(raw)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):
-            shown = raw[:100].decode(errors="replace")
+            shown = self._shown(raw, 100)
             raise UserError(self._told(f"no chat completion: {shown!r}")) from None
         return self._clean(content if isinstance(content, str) else "")
 
@@ -152,7 +154,13 @@ class Service:
     def _reason(self, error: urllib.error.HTTPError) -> str:
         if error.code in _REFUSED:  # their words quote parts of the key
             return f"HTTP {error.code}: the key is refused"
-        return f"HTTP {error.code}: {' '.join(error.read(300).decode(errors='replace').split())}"
+        return f"HTTP {error.code}: {self._shown(error.read(2**16), 300)}"
+
+    def _shown(self, raw: bytes, length: int) -> str:
+        """How a server's words begin, in a line; of a key that is cut off in them nothing is left."""
+        text = self._clean(" ".join(raw.decode(errors="replace").split()))[:length]
+        cut = next((n for n in range(len(self._key), 0, -1) if text.endswith(self._key[:n])), 0)
+        return text[: len(text) - cut]
 
     def _told(self, what: str) -> str:
         return self._clean(f"judges: {self.url}: {what}")
@@ -172,6 +180,12 @@ def _key(variable: str | None) -> str:
     if not re.fullmatch(r"[!#-\[\]-~]*", key):
         raise UserError(f"judges: what {variable} holds is no key: it has blanks or other letters")
     return key
+
+
+def _known(place: Path) -> str:
+    """An answer that was kept; "" without one, or where its file is damaged."""
+    answer = read_if_whole(place).get("answer")
+    return answer if isinstance(answer, str) else ""
 
 
 def _seconds(text: str | None) -> float:

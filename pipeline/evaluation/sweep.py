@@ -7,6 +7,7 @@ Writes RUN-FILE.json and the page RUN-FILE.html.
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -229,8 +230,8 @@ class Sweep:
         return write_page(self.result.with_suffix(".html"), self.name, whole, on_test)
 
     def best(self) -> dict[str, Any] | None:
-        """The trial with the best value."""
-        measured = [row for row in self.rows if "value" in row]
+        """The trial with the best value, of those that have a number."""
+        measured = [row for row in self.rows if not math.isnan(row.get("value", math.nan))]
         sign = 1 if self.metric.goal == "maximize" else -1
         return max(measured, key=lambda row: sign * row["value"], default=None)
 

@@ -1,6 +1,7 @@
 """The page of a sweep: a table of its trials, the best first, and their values as parallel coordinates."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from pipeline.process.files import write_atomically
 def write_page(path: Path, name: str, whole: dict[str, Any], on_test: str) -> Path:
     """Write the page of the JSON of a sweep; `on_test`: the command that measures the best on test prompts."""
     sign = -1 if whole["metric"]["goal"] == "maximize" else 1
-    rows = sorted(whole["rows"], key=lambda row: sign * row.get("value", sign * float("inf")))
-    measured = [row for row in whole["rows"] if "value" in row]
+    measured = [row for row in whole["rows"] if not math.isnan(row.get("value", math.nan))]
+    rows = sorted(measured, key=lambda row: sign * row["value"])
+    rows += [row for row in whole["rows"] if row not in measured]
     keys = list(whole["rows"][0]["trial"])
     tried = {key: [row["trial"][key] for row in measured] for key in keys}
     columns = {key: values for key, values in tried.items() if any(v != values[0] for v in values)}

@@ -287,7 +287,8 @@ def _least_sure(asking: Asking, rows: list[dict]) -> list[dict]:
 
     def tells(row: dict) -> float:
         scored = {text: next(scores) for text in row["responses"]}
-        beliefs = [1 / (1 + math.exp(b - a)) for a, b in itertools.combinations(scored.values(), 2)]
+        pairs = itertools.combinations(scored.values(), 2)
+        beliefs = [1 / (1 + math.exp(-abs(a - b))) for a, b in pairs]  # of the better one: p >= 1/2
         return sum(p * (1 - p) for p in beliefs) / max(len(beliefs), 1)
 
     worth = [tells(row) for row in rows]

@@ -52,8 +52,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def read_if_whole(path: Path) -> dict[str, Any]:
     """An object of a JSON file; {} without one, or of a damaged one."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 
