@@ -29,6 +29,7 @@ from pipeline.data.messages import Message, prompt_text
 from pipeline.data.rankings import Ranking, load_rankings
 from pipeline.data.sources import Row, read_rows
 from pipeline.data.template import encode_prompt, encode_responses, tokenizer_hash
+from pipeline.data.waiting import is_ranked
 from pipeline.errors import UserError
 from pipeline.feedback.exchange import REPLACED
 from pipeline.handoff import artifacts
@@ -189,7 +190,7 @@ def _unlike(rows: list[Row], keys: list[str]) -> str | None:
 
 
 def _without_ranks(rows: list[Row]) -> str | None:
-    lacking = [row for row in rows if not (row.values.get("ranks") or row.values.get("scores"))]
+    lacking = [row for row in rows if not is_ranked(row.values)]
     if not lacking:
         return None
     return f"{len(lacking)} of {len(rows)} lines have no ranks yet: {_places(lacking)}"
