@@ -178,7 +178,7 @@ parameters:
     [
         ("parameters: {ppo.kl_cof: [1]}", "s.yaml: ppo.kl_cof=1: no key `kl_cof` in ppo (did you mean `kl_coef`?)"),
         ("parameters: {ppo.kl_coef: [high]}", "kl_coef: input should be a valid number, not \"high\""),
-        ("parameters: {ppo.alarms.kll: [1]}", "alarms.kll: unknown key (did you mean `kl`?)"),
+        ("parameters: {ppo.alarms.kl_per_tokn: [1]}", "alarms.kl_per_tokn: unknown key (did you mean `kl_per_token`?)"),
         ("parameters: {ppo.kl_coef: {min: 0, max: 1}}", "a grid needs values"),
         ("method: random\nparameters: {ppo.kl_coef: [1]}", "run_cap: say how many"),
         ("method: bayes\nparameters: {ppo.kl_coef: [1]}", "s.yaml: method: input should be 'grid' or 'random', not \"bayes\""),
