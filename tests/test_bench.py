@@ -122,7 +122,7 @@ def test_their_processor_forces_the_same():
 
 def test_a_phase_within_another_is_counted_once():
     clock = Phases()
-    slow = SimpleNamespace(inner=lambda: time.sleep(0.05))
+    slow = SimpleNamespace(inner=lambda: time.sleep(0.3))
     clock.timed(slow, "inner", "inner")
     with clock.phase("outer"):
         time.sleep(0.02)
@@ -131,8 +131,8 @@ def test_a_phase_within_another_is_counted_once():
     clock.rest("tail")  # the last call counts
     time.sleep(0.01)
     clock.end()
-    assert 0.05 <= clock.seconds["inner"] < 0.1
-    assert 0.02 <= clock.seconds["outer"] < 0.05
+    assert clock.seconds["inner"] >= 0.3
+    assert 0.02 <= clock.seconds["outer"] < 0.3
     assert clock.seconds["tail"] >= 0.01
 
 

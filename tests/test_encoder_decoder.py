@@ -99,7 +99,7 @@ def test_padding_and_company_change_nothing_and_sampling_agrees(kind):
     assert len(set(drawn.lengths.tolist())) > 2, "rows must end at different times"
     real = mask_from_lengths(drawn.lengths, drawn.responses.shape[1])
     s = Sequences(ids, mask, drawn.responses, real)
-    torch.testing.assert_close(drawn.logprobs, response_logprobs(model, s, 0.7), rtol=0, atol=2e-5)
+    torch.testing.assert_close(drawn.logprobs, response_logprobs(model, s, 0.7), rtol=0, atol=5e-5)
     alone = sample(model, *left_pad([PROMPTS[0]], 0), **known, uniforms=uniforms[:1])
     n = int(alone.lengths[0])
     assert drawn.responses[0, :n].tolist() == alone.responses[0, :n].tolist()

@@ -186,12 +186,6 @@ def test_a_process_uses_one_of_several_gpus(tmp_path):
     assert (args.n_gpu, args.train_batch_size) == (1, 3)
 
 
-def test_the_reward_model_s_stage_refuses_several_processes(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="rm: 2 processes; this stage trains in one"):
-        rm.run(RMConfig(run=tmp_path, **QUIET), RANKED)
-
-
 def test_bf16_multiplies_in_bf16_and_publishes_float32(base, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     seen = set()

@@ -57,7 +57,7 @@ def test_every_metric_and_alert_is_there_and_equals_the_record(tmp_path, monkeyp
     for name, value in (("TAGS", "a,b"), ("NOTES", "why"), ("NAME", "mine"), ("RUN_GROUP", "all")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     made = a_tracker(tmp_path / "tiny")
-    alarms = Alarms(schema.AlarmLimits(kl=1), (), made.alert)
+    alarms = Alarms(schema.AlarmLimits(kl_per_token=1), (), made.alert)
     for step in (1, 2, 3, 4):
         row = {
             "objective/kl": 0.5 * step,
@@ -80,7 +80,7 @@ def test_every_metric_and_alert_is_there_and_equals_the_record(tmp_path, monkeyp
     assert config["kl_coef"] == schema.PPOConfig().kl_coef
     assert config["packages"]["wandb"] and config["code"]["commit"] == about["git"]["commit"]
     [alert] = found["alert"]  # over the limit in two iterations, told once
-    assert alert["title"] == "ppo: alarm kl" and "iteration 3" in alert["text"]
+    assert alert["title"] == "ppo: alarm kl_per_token" and "iteration 3" in alert["text"]
     summary = {k: v for record in found["summary"] for k, v in record["update"].items()}
     assert summary["objective/kl"] == 2.0  # the last
     assert summary["objective/rlhf_reward"] == {"max": 0, "last": -1}
