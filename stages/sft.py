@@ -81,7 +81,7 @@ def run(config: SFTConfig, dataset: Any = None) -> Path:
     """
     check(config, SFTConfig)
     demonstrations = load_demonstrations(given(config.data, dataset, "data"), seed=config.seed)
-    check_started()
+    check_started(config)
     with StageRun(config, dataset) as stage:
         together()  # the first has tidied up
         quiet()

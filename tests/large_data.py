@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import tiny_models
-from pipeline.config.schema import Data, PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Data, RMConfig, SFTConfig
 from pipeline.data import kept
 from pipeline.data.forms import load_demonstrations, load_prompts
 from pipeline.data.rankings import load_rankings

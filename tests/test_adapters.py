@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tiny_models
-from pipeline.config.schema import Lora, PPOConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Lora
 from pipeline.errors import UserError
 from pipeline.models.adapters import (
     ADAPTER,

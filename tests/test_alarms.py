@@ -5,7 +5,7 @@ import json
 import pytest
 
 import small_run
-from pipeline.config.schema import AlarmLimits, PPOConfig
+from pipeline.config.ppo import AlarmLimits, PPOConfig
 from pipeline.evaluation.about import verdicts
 from pipeline.evaluation.record import load_record
 from pipeline.ppo.alarms import Alarms, meanings, ringing

@@ -1,13 +1,16 @@
 """`make plan`: bytes of a pass by rehearsal are those that it takes, and what is said of machines."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import tiny_models
 from pipeline.budget import machines
+from pipeline.budget.__main__ import _switched
 from pipeline.budget.rehearsal import Batch, Rehearsal, held, over_layers, parameters
 from pipeline.budget.stages import Sharing, Work, of_ppo
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.errors import UserError
 
 H100 = machines.named("8xH100")
@@ -67,4 +70,14 @@ def test_sharing_divides_what_an_engine_shares():
     shared = of_ppo(config, shape, H100, Work(4, 4), "fsdp2").roles
     assert shared["optimizer"] == alone["optimizer"] / 8
     assert shared["policy"] == alone["policy"] / 8
-    assert not Sharing.of("zero2", 8).weights and Sharing.of("zero2", 8).state
+    assert not Sharing.of("ddp", 8).sharded and not Sharing.of("fsdp2", 1).sharded
+
+
+def test_what_is_advised_is_what_the_stage_takes():
+    """Not shared_base on top of fsdp2, which refuses it."""
+    two = dataclasses.replace(H100, count=2)
+    words = [word for _, _, word in _switched(PPOConfig(), two, "ddp")]
+    assert words[0] == "ENGINE=fsdp2" and any("lora" in word for word in words)
+    assert not any("shared_base" in word for word in words)
+    one = [word for _, _, word in _switched(PPOConfig(), dataclasses.replace(H100, count=1), "")]
+    assert any("shared_base" in word for word in one)

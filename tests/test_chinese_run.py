@@ -10,7 +10,8 @@ import small_run
 import tiny_models
 from pipeline.commands import chat
 from pipeline.config.evaluation import EvalConfig
-from pipeline.config.schema import Data, PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Data, RMConfig, SFTConfig
 from pipeline.data.template import encode_responses
 from pipeline.evaluation import report
 from pipeline.evaluation.__main__ import run_evaluation

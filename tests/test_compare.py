@@ -8,7 +8,8 @@ import torch
 
 import small_run
 import tiny_models
-from pipeline.config.schema import Data, Lora, PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Data, Lora, RMConfig, SFTConfig
 from pipeline.data.rankings import load_rankings
 from pipeline.errors import UserError
 from pipeline.evaluation import compare, dpo, report

@@ -15,7 +15,8 @@ from pipeline.config.load import (
     load_config,
     strict_yaml,
 )
-from pipeline.config.schema import BaseConfig, PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import BaseConfig, RMConfig, SFTConfig
 from pipeline.config.section import Section
 from pipeline.errors import UserError
 from pipeline.handoff.lineage import deciding

@@ -7,7 +7,8 @@ import pytest
 
 import tiny_models
 from pipeline.config.load import load_config
-from pipeline.config.schema import Data, PPOConfig, SFTConfig, Source
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Data, SFTConfig, Source
 from pipeline.data.forms import load_demonstrations, load_prompts, load_texts
 from pipeline.data.rankings import load_rankings
 from pipeline.data.splits import split_by_prompt

@@ -6,7 +6,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import tiny_models
-from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import RMConfig, SFTConfig
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.messages import message
 from pipeline.data.rankings import load_rankings

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_models
-from pipeline.config.schema import Lora, PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Lora, RMConfig, SFTConfig
 from pipeline.errors import UserError
 from pipeline.models import dtypes as holding
 from pipeline.models.adapters import ADAPTER, add_lora, merged, save_adapter

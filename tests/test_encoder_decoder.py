@@ -20,7 +20,8 @@ from transformers import (
 
 import tiny_models
 from pipeline.config.evaluation import EvalConfig
-from pipeline.config.schema import Lora, PPOConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Lora, SFTConfig
 from pipeline.data.template import (
     encode_demonstration,
     encode_prompt,

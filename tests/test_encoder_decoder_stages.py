@@ -13,7 +13,8 @@ from transformers import AutoModelForSeq2SeqLM
 import small_run
 import tiny_models
 from pipeline.commands import chat
-from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import RMConfig, SFTConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import compare, report
 from pipeline.evaluation.__main__ import main as evaluate

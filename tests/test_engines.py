@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from fault_runs import FSDP2, STAGES, Project, rows_of
-from pipeline.config.schema import PPOConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import SFTConfig
 from pipeline.engines import __main__ as launcher
 from pipeline.engines import start
 from pipeline.engines.shares import OrNothing, Shares, share
@@ -85,6 +86,11 @@ def test_independent_runs_and_another_engine_are_errors(monkeypatch):
     started_as(monkeypatch, "MULTI_CPU", 2)
     start.check_started()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP, version 1: not supported"):
+        start.check_started()  # a script of one's own is told what the command line is
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match="shared_base: not with ENGINE=fsdp2"):
+        start.check_started(PPOConfig(shared_base=True, lora={"r": 2}))
     with pytest.raises(UserError, match="FSDP was asked for and became MULTI_CPU.*ENGINE=ddp"):
         start.check_started()
 

@@ -526,7 +526,7 @@ def test_a_first_make_builds_the_environment_and_then_the_stages(
     assert names[-2:] == CHAIN[:2]
     installs = [line for line in Path("calls").read_text().splitlines() if " pip " in line]
     assert torch in [line.split()[-1] for line in installs]
-    assert installs[-1].endswith("--editable .[dev,gguf]")
+    assert installs[-1].endswith("--editable .[gguf,quantized,marian,eval,wandb]")
     assert Path("checkpoints/tiny/sft/manifest.json").exists()
     assert Path(".venv/.installed").exists()
 

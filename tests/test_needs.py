@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import tiny_models
-from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import RMConfig, SFTConfig
 from pipeline.errors import UserError
 from pipeline.models import loading, needs
 from pipeline.ppo.build import build_ppo
@@ -40,6 +41,30 @@ def test_training_needs_weights_gradients_and_two_moments(run, monkeypatch):
         sft.run(config, ROWS)
     monkeypatch.setattr(needs, "room", lambda: 16 * WEIGHTS)
     needs.check_training(config, run / "sft")
+
+
+def test_what_trains_is_cut_up_under_fsdp(run, monkeypatch):
+    for name, value in {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "WORLD_SIZE": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    config = SFTConfig(model=str(run / "sft"), batch_size=4, run=run / "new", **QUIET)
+    machine(monkeypatch, 8 * WEIGHTS)
+    needs.check_training(config, run / "sft")
+    machine(monkeypatch, 8 * WEIGHTS - 1)
+    with pytest.raises(UserError, match=r"try lora, dtype: bf16 \(with lora\)$"):
+        needs.check_training(config, run / "sft")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    machine(monkeypatch, 4 * WEIGHTS)  # all of them, while they are loaded
+    needs.check_training(config, run / "sft")
+    machine(monkeypatch, 4 * WEIGHTS - 1)
+    with pytest.raises(UserError, match="sft: weights"):
+        needs.check_training(config, run / "sft")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    with pytest.raises(UserError, match="int8 or nf4 .*, ENGINE=fsdp2$"):
+        needs.check_training(config, run / "sft")
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2), ("int8", 1), ("nf4", 0.5)])

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaModel, PreTrainedModel
 
 import tiny_models
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.models.device import placed
 from pipeline.ppo.build import build_ppo
 from pipeline.ppo.rollout import Query

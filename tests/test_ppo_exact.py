@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tiny_models
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.ppo.rewards import Episodes
 from pipeline.ppo.rollout import PromptStream, Query, Rollout
 from pipeline.ppo.trainer import PPO

@@ -12,7 +12,9 @@ from tokenizers import Tokenizer, models
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import tiny_models
-from pipeline.config.schema import Lora, PPOConfig, Reward
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.rewards import Reward
+from pipeline.config.schema import Lora
 from pipeline.data.template import encode_prompt
 from pipeline.engines import start
 from pipeline.errors import UserError

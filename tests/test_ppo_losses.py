@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.models.sequences import Sequences
 from pipeline.ppo.losses import Minibatch, losses
 from pipeline.ppo.networks import Outputs

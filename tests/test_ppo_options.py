@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 import tiny_models
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.errors import UserError
 from pipeline.models.sequences import Sequences
 from pipeline.ppo import gates, maths

@@ -5,7 +5,8 @@ import random
 import pytest
 
 import tiny_models
-from pipeline.config.schema import GateBars, PPOConfig, SFTConfig
+from pipeline.config.ppo import GateBars, PPOConfig
+from pipeline.config.schema import SFTConfig
 from pipeline.data.forms import Demonstration
 from pipeline.data.template import role_markers, well_formed
 from pipeline.errors import UserError

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import tiny_models
-from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import RMConfig, SFTConfig
 from pipeline.process.files import sha256
 from pipeline.run import StageRun
 from pipeline.tracking.tracker import Tracker

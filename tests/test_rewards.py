@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 import tiny_models
-from pipeline.config.schema import Reward
+from pipeline.config.rewards import Reward
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
 from pipeline.models.forward import score_sequences

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 import fake_stages
 import small_run
 import tiny_models
-from pipeline.config.schema import Lora, PPOConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Lora
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
 from pipeline.evaluation import calls as steps

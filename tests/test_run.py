@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fake_stages import config_of, make_all, make_base, train, write_recipe
-from pipeline.config.schema import Data, Reward
+from pipeline.config.rewards import Reward
+from pipeline.config.schema import Data
 from pipeline.errors import UserError
 from pipeline.handoff import lineage
 from pipeline.handoff.artifacts import manifest_hash, read

@@ -18,7 +18,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import tiny_models
-from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import RMConfig, SFTConfig
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts
 from pipeline.models.forward import score_sequences

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from pipeline import steps
-from pipeline.config.schema import AlarmLimits, Data, GateBars, PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import AlarmLimits, GateBars, PPOConfig
+from pipeline.config.schema import Data, RMConfig, SFTConfig
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import small_run
-from pipeline.config.schema import GateBars
+from pipeline.config.ppo import GateBars
 from pipeline.errors import UserError
 from pipeline.evaluation import about, record, summary
 from pipeline.handoff import found

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import schema
+from pipeline.config import ppo, schema
 from pipeline.handoff.artifacts import Manifest, publish
 from pipeline.tracking import mirror
 from pipeline.tracking import tracker as tracking
@@ -32,7 +32,7 @@ def tracker(root: Path, mode: str = "disabled", upload: bool = False, **options)
     work = run / ".work" / "ppo"
     work.mkdir(parents=True, exist_ok=True)
     settings = schema.Wandb(mode=mode, upload=upload)  # type: ignore[arg-type]
-    return Tracker(work, schema.PPOConfig(run=run, wandb=settings), **options)
+    return Tracker(work, ppo.PPOConfig(run=run, wandb=settings), **options)
 
 
 def rows(made: Tracker) -> list[dict]:
@@ -289,13 +289,13 @@ REAL = """
 import shutil, sys, time
 from pathlib import Path
 from pipeline.tracking import mirror
-from pipeline.config import schema
+from pipeline.config import ppo, schema
 from pipeline.handoff.artifacts import Manifest, publish, read
 from pipeline.tracking.tracker import Tracker
 mirror.INIT_SECONDS = 3
 run = Path(sys.argv[1])
 (run / ".work/ppo/output").mkdir(parents=True)
-tracker = Tracker(run / ".work/ppo", schema.PPOConfig(run=run))
+tracker = Tracker(run / ".work/ppo", ppo.PPOConfig(run=run))
 for step in range(1, 4):
     begin = time.monotonic()
     tracker.log(step, {"objective/kl": 0.5 * step, "bad": float("nan")})

@@ -15,7 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import tiny_models
-from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import RMConfig, SFTConfig
 from pipeline.errors import UserError
 from pipeline.handoff import artifacts
 from pipeline.models.generation import generate

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import tiny_models
 import vllm_stub
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.errors import UserError
 from pipeline.ppo.build import build_ppo
 from pipeline.ppo.gates import InvariantError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny_models
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.errors import UserError
 from pipeline.ppo.build import build_ppo
 from pipeline.ppo.gates import InvariantError

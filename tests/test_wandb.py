@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import small_run
-from pipeline.config import schema
+from pipeline.config import ppo
 from pipeline.evaluation import mirrored
 from pipeline.evaluation.report import main as report
 from pipeline.handoff.found import find_stages
@@ -49,7 +49,7 @@ def history(records: dict[str, list[Any]]) -> list[dict[str, Any]]:
 def a_tracker(run: Path) -> Tracker:
     work = run / ".work" / "ppo"
     work.mkdir(parents=True)
-    return Tracker(work, schema.PPOConfig(run=run))
+    return Tracker(work, ppo.PPOConfig(run=run))
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_every_metric_and_alert_is_there_and_equals_the_record(tmp_path, monkeyp
     for name, value in (("TAGS", "a,b"), ("NOTES", "why"), ("NAME", "mine"), ("RUN_GROUP", "all")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     made = a_tracker(tmp_path / "tiny")
-    alarms = Alarms(schema.AlarmLimits(kl_per_token=1), (), made.alert)
+    alarms = Alarms(ppo.AlarmLimits(kl_per_token=1), (), made.alert)
     for step in (1, 2, 3, 4):
         row = {
             "objective/kl": 0.5 * step,
@@ -77,7 +77,7 @@ def test_every_metric_and_alert_is_there_and_equals_the_record(tmp_path, monkeyp
     assert (about["display_name"], about["run_group"], about["notes"]) == ("mine-ppo", "all", "why")
     assert (about["tags"], about["job_type"]) == (["a", "b"], "ppo")
     config = about["config"]["update"]
-    assert config["kl_coef"] == schema.PPOConfig().kl_coef
+    assert config["kl_coef"] == ppo.PPOConfig().kl_coef
     assert config["packages"]["wandb"] and config["code"]["commit"] == about["git"]["commit"]
     [alert] = found["alert"]  # over the limit in two iterations, told once
     assert alert["title"] == "ppo: alarm kl_per_token" and "iteration 3" in alert["text"]

@@ -18,13 +18,13 @@ RUN = """
 import sys, shutil
 from pathlib import Path
 import numpy as np
-from pipeline.config import schema
+from pipeline.config import ppo, schema
 from pipeline.handoff.artifacts import Manifest, Parent, manifest_hash, publish, read
 from pipeline.tracking import mirror
 from pipeline.tracking.tracker import Tracker
 mirror.INIT_SECONDS = mirror.FINISH_SECONDS = 60  # of a busy machine
 run, sft = Path(sys.argv[1]), Path(sys.argv[1]) / "sft"
-for kind in (schema.SFTConfig, schema.PPOConfig):
+for kind in (schema.SFTConfig, ppo.PPOConfig):
     own = dict(model="m") if kind.stage == "sft" else dict(wandb=schema.Wandb(registry="best"))
     config = kind(run=run, **own)
     parents = {} if kind.stage == "sft" else {"sft": sft}

@@ -13,7 +13,8 @@ from trl import SFTConfig as TRLConfig
 from pipeline.bench import shapes, shared
 from pipeline.bench.shapes import LEARNING_RATE, PAD, STEPS, Case, Size
 from pipeline.bench.turns import Turns
-from pipeline.config.schema import Lora, PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Lora, RMConfig, SFTConfig
 from pipeline.models.adapters import ADAPTER, add_lora, save_adapter, scorers_on
 from pipeline.models.loading import disable_dropout, prepare_cpu
 from pipeline.models.packing import pack_if_possible

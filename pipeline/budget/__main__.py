@@ -20,33 +20,32 @@ from pipeline.budget.stages import Estimate, Work, of_ppo, of_training
 from pipeline.cli import reporting_errors
 from pipeline.commands.plan import Plan
 from pipeline.commands.status import parse, plan_of
-from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import RMConfig, SFTConfig
 from pipeline.config.section import Reads
 from pipeline.data.forms import load_demonstrations
 from pipeline.data.rankings import load_rankings
+from pipeline.engines.start import check_fits
 from pipeline.errors import UserError
 from pipeline.models.loading import config_of, quiet
 from pipeline.training.trainers import steps_of
 
 Config = SFTConfig | RMConfig | PPOConfig
 
+_SUPERVISED: Sequence[dict[str, Any]] = (
+    {"micro_batch_size": 1},
+    {"gradient_checkpointing": True},
+    {"lora": {}},
+    {"dtype": "bf16"},
+)
 SWITCHES: dict[str, Sequence[dict[str, Any]]] = {
-    "sft": (
-        {"micro_batch_size": 1},
-        {"gradient_checkpointing": True},
-        {"lora": {}},
-        {"dtype": "bf16"},
-    ),
-    "rm": (
-        {"micro_batch_size": 1},
-        {"gradient_checkpointing": True},
-        {"lora": {}},
-        {"dtype": "bf16"},
-    ),
+    "sft": _SUPERVISED,
+    "rm": _SUPERVISED,
     "ppo": (
         {"micro_batch_size": 1, "rollout_batch_size": 8},
         {"gradient_checkpointing": True},
-        {"lora": {}, "shared_base": True, "value_lora": None},
+        {"lora": {}},
+        {"shared_base": True, "value_lora": None},
         {"dtype": "bf16"},
     ),
 }
@@ -195,13 +194,14 @@ def _advice(
 
 
 def _switched(config: Config, machine: Machine, engine: str) -> Iterator[tuple[Config, str, str]]:
-    if machine.count > 1 and not stages.Sharing.of(engine, machine.count).weights:
+    if machine.count > 1 and not stages.Sharing.of(engine, machine.count).sharded:
         engine = "fsdp2"
         yield config, engine, "ENGINE=fsdp2"
     for keys in SWITCHES[config.stage]:
         try:
             changed = type(config).model_validate({**config.model_dump(), **keys})
-        except ValidationError:  # another key stands against it
+            check_fits(changed, stages.Sharing.of(engine, machine.count).sharded)
+        except (ValidationError, UserError):  # another key or the engine stands against it
             continue
         if changed != config:
             config = changed

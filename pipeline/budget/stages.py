@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig
 
 from pipeline.budget.machines import Machine
 from pipeline.budget.rehearsal import Batch, Rehearsal, held, over_layers
-from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import RMConfig, SFTConfig
 from pipeline.models.packing import Model
 
 Numbers = dict[str, float]
@@ -60,21 +61,19 @@ class Sharing:
     """How `count` devices share a network that trains."""
 
     count: int = 1
-    weights: bool = False
-    state: bool = False  # gradients and the optimizer's
+    sharded: bool = False  # weights, gradients and the optimizer's state
 
     @classmethod
     def of(cls, engine: str, count: int) -> "Sharing":
-        """By the name of an engine: fsdp2 and zero3 share all, zero2 all but weights, others nothing."""
-        whole = engine.startswith(("fsdp", "zero3"))
-        return cls(count, whole and count > 1, (whole or engine.startswith("zero")) and count > 1)
+        """By the name of an engine: fsdp2 shares all, ddp nothing."""
+        return cls(count, engine.startswith("fsdp") and count > 1)
 
     def seconds(self, weights: float, trained: float, passes: float, machine: Machine) -> float:
         """A step's traffic between devices: gradients summed, and shared weights gathered in every pass."""
         if self.count == 1:
             return 0.0
         part = (self.count - 1) / self.count / machine.link
-        return part * (2 * trained + 2 * passes * weights * self.weights)
+        return part * (2 * trained + 2 * passes * weights * self.sharded)
 
 
 def of_training(
@@ -110,8 +109,8 @@ def of_training(
     n = over_layers(shape, numbers)
     sharing = Sharing.of(engine, machine.count)
     roles = _trained_roles("policy" if sft else "reward", n["weights"], n["trained"], sharing)
-    moving = n["weights"] * (1 - 1 / machine.count) * sharing.weights
-    state = 3 * n["trained"] * (1 - 1 / machine.count) * sharing.state
+    moving = n["weights"] * (1 - 1 / machine.count) * sharing.sharded
+    state = 3 * n["trained"] * (1 - 1 / machine.count) * sharing.sharded
     peak = machine.program + n["weights"] + n["update peak"] - moving - state
     roles |= _passing(n, "update", 3 * n["trained"])
     link = sharing.seconds(n["weights"], n["trained"], passes, machine)
@@ -150,11 +149,11 @@ def of_ppo(
         roles[name] = roles.get(name, 0.0) + size
     roles |= {"reference": n["reference"], "reward": n["reward"], "moving average": n["ema"]}
     trained, weights = n["policy trained"] + n["value trained"], n["policy"] + n["value"]
-    moving = weights * part * sharing.weights
-    state = 3 * trained * part * sharing.state
+    moving = weights * part * sharing.sharded
+    state = 3 * trained * part * sharing.sharded
     frozen = n["reference"] + n["reward"]
     always = machine.program + weights - moving + n["ema"] + (0.0 if config.offload else frozen)
-    optimizer = 2 * trained * (kept if sharing.state else 1.0)
+    optimizer = 2 * trained * (kept if sharing.sharded else 1.0)
     brought = frozen if config.offload else 0.0
     peaks = {
         "rollout": always + optimizer + n["cache"] + n["rollout peak"] + moving * kept,
@@ -258,9 +257,8 @@ def _updates(
 
 def _trained_roles(name: str, weights: float, trained: float, sharing: Sharing) -> Numbers:
     """Bytes of a network on a device, of its gradients and of AdamW's two moments."""
-    whole = 1 / sharing.count if sharing.weights else 1.0
-    state = 1 / sharing.count if sharing.state else 1.0
-    return {name: weights * whole, "gradients": trained * state, "optimizer": 2 * trained * state}
+    part = 1 / sharing.count if sharing.sharded else 1.0
+    return {name: weights * part, "gradients": trained * part, "optimizer": 2 * trained * part}
 
 
 def _passing(n: Numbers, phase: str, state: float) -> Numbers:

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from pipeline import steps
 from pipeline.cli import reporting_errors
-from pipeline.config.schema import Data, PPOConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import Data
 from pipeline.errors import UserError
 from pipeline.feedback.store import Store
 from pipeline.handoff.found import Stage, check_there, find_stages, need_first

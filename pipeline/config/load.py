@@ -1,4 +1,4 @@
-"""Stage configs: strict YAML and `a.b=c` overrides into the models of `pipeline.config.schema`."""
+"""Stage configs: strict YAML and `a.b=c` overrides into the models of `pipeline.config`."""
 
 import argparse
 import difflib

@@ -67,19 +67,23 @@ def check() -> None:
         )
 
 
-def check_fits(config: StageConfig) -> None:
-    """UserError for what a stage is asked to do and its engine cannot, with what can."""
-    for key, told in _SHARDED_NEVER.items() if asked() == "FSDP" else ():
+def check_fits(config: StageConfig, sharded: bool | None = None) -> None:
+    """UserError for what a stage is asked to do and its engine (or one that shards) cannot, with what can."""
+    sharded = asked() == "FSDP" if sharded is None else sharded
+    for key, told in _SHARDED_NEVER.items() if sharded else ():
         value = getattr(config, key, None)
         if value and value not in ("fp32", "bf16"):
             raise UserError(f"{config.stage}: {key}: not with ENGINE=fsdp2: {told}")
 
 
-def check_started() -> None:
-    """UserError unless the engine that runs is the one that was asked for, over all its processes.
+def check_started(config: StageConfig | None = None) -> None:
+    """UserError unless the engine that runs is the one that was asked for, over all its processes, and fits the stage.
 
     accelerate starts independent runs where it finds no device, and DDP where it was asked for FSDP.
     """
+    check()  # a script of one's own has not come by the command line
+    if config is not None:
+        check_fits(config)
     engine = asked()
     if engine == "NO":
         return

@@ -10,7 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from pipeline.config.schema import PPOConfig, RMConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import RMConfig
 from pipeline.data.rankings import Ranking
 from pipeline.data.template import encode_responses, without_thinking
 from pipeline.evaluation.metrics import untied_pairs

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.cli import reporting_errors
 from pipeline.config.evaluation import EvalConfig
 from pipeline.config.load import load_config
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.data.forms import Prompt, load_prompts
 from pipeline.data.messages import prompt_text
 from pipeline.errors import UserError

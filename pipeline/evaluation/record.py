@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline import steps
-from pipeline.config.schema import AlarmLimits, GateBars, PPOConfig
+from pipeline.config.ppo import AlarmLimits, GateBars, PPOConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import expect
 from pipeline.evaluation.bands import Expected

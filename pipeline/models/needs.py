@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipeline.config.schema import PPOConfig, RMConfig, SFTConfig
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.schema import RMConfig, SFTConfig
+from pipeline.engines.start import asked, world_size
 from pipeline.errors import UserError
 from pipeline.handoff.found import read_json
 from pipeline.models.device import device
@@ -23,8 +25,8 @@ TRAINED = 16.0
 def check_training(config: SFTConfig | RMConfig, model: str | Path) -> None:
     """UserError when a supervised stage cannot fit; one line when it may not."""
     frozen = config.lora is not None or getattr(config, "head_only", False)
-    least = {"the model": _weights(model) * (HELD[config.dtype] if frozen else TRAINED)}
-    tokens = (config.micro_batch_size or config.batch_size) * config.max_length
+    least = {"the model": _weights(model) * (HELD[config.dtype] if frozen else _trained())}
+    tokens = (config.micro_batch_size or config.batch_size // world_size()) * config.max_length
     _check(config, model, least, tokens, [] if frozen else ["lora"])
 
 
@@ -32,17 +34,17 @@ def check_ppo(config: PPOConfig, sft: Path, rm: Path | None) -> None:
     """The same of PPO, by the networks that it loads."""
     held, policy = HELD[config.dtype], _weights(sft)
     value = _weights(rm or sft)
-    least = {"the policy": policy * (held if config.lora else TRAINED)}
+    least = {"the policy": policy * (held if config.lora else _trained())}
     if not config.lora and not config.offload:
         least["the reference"] = policy * held
     if config.critic() and config.value == "separate" and not config.shared_base:
-        least["the value network"] = value * (held if config.value_lora else TRAINED)
+        least["the value network"] = value * (held if config.value_lora else _trained())
     if not config.offload:
         rewards = (rm if name == "rm" else name for name in config.own_reward_models())
         least["reward models"] = sum(_weights(path) * held for path in rewards if path)
-    episodes = config.micro_batch_size or config.batch_size // config.minibatches
+    episodes = config.micro_batch_size or config.batch_size // config.minibatches // world_size()
     tokens = episodes * (config.max_prompt_length + config.max_new_tokens)
-    less = [] if config.shared_base else ["lora and shared_base"]
+    less = [] if config.shared_base else [f"lora{'' if _sharded() else ' and shared_base'}"]
     _check(config, sft, least, tokens, less)
 
 
@@ -57,7 +59,9 @@ def _check(
     if not need:  # its files are not known yet
         return
     if config.dtype != "nf4":
-        less = [*less, "dtype: bf16, int8 or nf4 (with lora)"]
+        less = [*less, f"dtype: bf16{'' if _sharded() else ', int8 or nf4'} (with lora)"]
+    if world_size() > 1 and not _sharded():
+        less = [*less, "ENGINE=fsdp2"]
     roles = ", ".join(f"{name} {_gib(size)}" for name, size in least.items() if size)
     if need > have:
         raise UserError(
@@ -71,6 +75,15 @@ def _check(
             f"{config.stage}: memory may not suffice: {_gib(need)} GiB ({roles}) and some {_gib(passing)} of "
             f"activations, of {_gib(have)}; try {', '.join([*less, 'a smaller micro_batch_size'])}"
         )
+
+
+def _sharded() -> bool:
+    return asked() == "FSDP"
+
+
+def _trained() -> float:
+    """Bytes a device for each weight that trains: under FSDP its share, but whole weights while they are loaded."""
+    return max(HELD["fp32"], TRAINED / world_size()) if _sharded() else TRAINED
 
 
 def room() -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.ppo import maths
 from pipeline.ppo.maths import AllSum
 from pipeline.ppo.rollout import Rollout

@@ -7,7 +7,7 @@ on writes the same record. What each sign means: arXiv 2210.10760 (KL), 2310.037
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pipeline.config.schema import AlarmLimits
+from pipeline.config.ppo import AlarmLimits
 from pipeline.process.progress import say
 
 Metrics = Mapping[str, Any]

@@ -7,7 +7,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import Dtype, PPOConfig, Reward
+from pipeline.config.ppo import PPOConfig
+from pipeline.config.rewards import Reward
+from pipeline.config.schema import Dtype
 from pipeline.data.forms import load_texts
 from pipeline.data.kept import like
 from pipeline.data.literals import text_ids

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.ppo import maths
 from pipeline.ppo.networks import Outputs
 from pipeline.ppo.ptx import PtxBatch

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.ppo import maths
 from pipeline.ppo.maths import AllSum
 from pipeline.ppo.rollout import Rollout

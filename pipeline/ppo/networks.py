@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.engines.start import asked
 from pipeline.engines.whole import in_parts
 from pipeline.models.adapters import adapter_off

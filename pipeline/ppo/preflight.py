@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline import steps
-from pipeline.config.schema import GateBars, PPOConfig
+from pipeline.config.ppo import GateBars, PPOConfig
 from pipeline.errors import UserError
 from pipeline.handoff.artifacts import Manifest
 from pipeline.process.progress import say

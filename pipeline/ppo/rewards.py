@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.data.messages import message
 from pipeline.data.template import encode_demonstration
 from pipeline.errors import UserError

@@ -8,7 +8,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.models.generation import Sampled, joined, sample, stops
 from pipeline.models.packing import Model
 from pipeline.models.tokens import left_pad, pad_id

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import PPOConfig
+from pipeline.config.ppo import PPOConfig
 from pipeline.data.forms import load_prompts
 from pipeline.engines.start import anywhere
 from pipeline.engines.whole import on_whole
