@@ -180,6 +180,9 @@ endif
 ifneq ($(and $(DRY),$(filter compare expect overopt round seeds bench sweep,$(MAKECMDGOALS))),)
 $(error DRY=1 is for a run: sft rm ppo eval report, chat, status and show-config)
 endif
+ifneq ($(and $(SET),$(filter expect,$(MAKECMDGOALS))),)
+$(error SET: make expect makes nothing and reads no settings; leave it out)
+endif
 ifneq ($(and $(filter clean,$(MAKECMDGOALS)),$(filter-out clean,$(MAKECMDGOALS))),)
 $(error clean stands alone: what has to run is decided before it)
 endif

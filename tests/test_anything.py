@@ -80,6 +80,19 @@ def test_perplexities_are_those_of_the_references_and_groups_are_parts(place, ca
     assert "lang y, 2 rows" in told and "Perplexity of the references, per token" in told
 
 
+def test_what_a_tokenizer_cannot_spell_is_told(place, capsys):
+    small_run.write_jsonl(place / "rows.jsonl", [{"prompt": "w1", "completion": "zz w3"}])
+    evaluate(place)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "references: 1 of 3 tokens are <unk>" in told and "its perplexity says little" in told
+
+
+def test_keys_that_nothing_reads_here_are_refused(place):
+    with pytest.raises(UserError, match=r"candidates, judge: of a run.*judges: \[\{module: NAME"):
+        evaluate(place, "eval.judge=small_judge", "eval.candidates=2")
+    assert not (place / "ck" / "eval").exists()
+
+
 def test_encoder_decoders_and_adapters_answer_beside_a_causal_model(place):
     tiny_models.seq2seq("bart").save_pretrained(place / "b" / "bart")
     tiny_models.tokenizer().save_pretrained(place / "b" / "bart")

@@ -202,8 +202,7 @@ def test_a_saved_conversation_is_a_demonstration_and_no_file_is_overwritten(talk
 def test_judgements_are_kept_as_rankings_the_reward_model_reads(talk, run):
     said(talk, "w1")
     first = talk.messages[-1]["content"]
-    talk.seed = 2
-    talk.command("/retry")
+    talk.command("/retry")  # seeded once, not for every answer
     second = talk.messages[-1]["content"]
     assert first != second and len(talk.messages) == 2
     assert "rated.jsonl" in talk.command("/rate 6")

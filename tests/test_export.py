@@ -11,7 +11,7 @@ from transformers import GPT2ForSequenceClassification as GPT2Scorer
 
 import small_run
 import tiny_models
-from pipeline.commands import export, push
+from pipeline.commands import export, model_card, push
 from pipeline.data.messages import message
 from pipeline.data.template import encode_responses
 from pipeline.errors import UserError
@@ -93,6 +93,12 @@ def test_its_card_is_one_and_says_where_it_comes_from(run):
     ):
         assert text in card.content, text
     assert str(run.parent) not in card.content
+
+
+def test_code_that_a_stage_ran_is_no_data_of_its_card(run):
+    record = load_record(run)
+    record.stages["rm"].manifest["inputs"] |= {"my/labeler.py": "cd" * 32}
+    assert [name for name, *_ in model_card._data(record)] == ["data/train.jsonl"]
 
 
 def test_the_cards_lines_give_a_llamas_centred_score(run, capsys):

@@ -16,6 +16,7 @@ import small_run
 from pipeline.commands import label as command
 from pipeline.errors import UserError
 from pipeline.feedback import admin, exchange, migrations, server
+from pipeline.feedback.ratings import keep
 from pipeline.feedback.server import Person, Site, build
 from pipeline.feedback.store import Candidate, Store, Task
 
@@ -305,6 +306,15 @@ def test_the_command_samples_serves_and_exports(run, served, capsys, tmp_path):
     assert "1 rankings in" in capsys.readouterr().out
     label(run, "--port", "0", "--max-new-tokens", "4", "--checks", "0")
     assert "all of them are there" in capsys.readouterr().out
+
+
+def test_the_command_takes_what_was_said_in_a_chat(run, served, capsys, tmp_path):
+    asked = [{"role": "user", "content": "w1"}]
+    keep(run, asked, ["w2", "w3 w4"], ranks=[2, 1], model="ppo")
+    label(run, "--export", str(tmp_path / "said.jsonl"))
+    assert "1 judgements of make chat" in capsys.readouterr().out
+    [row] = map(json.loads, (tmp_path / "said.jsonl").read_text().splitlines())
+    assert dict(zip(row["responses"], row["ranks"], strict=True)) == {"w2": 2, "w3 w4": 1}
 
 
 def test_beyond_this_machine_tokens_are_insisted_on_and_tls_is_explained(run, served, capsys):

@@ -159,6 +159,12 @@ def test_tokens_are_kept_as_hashes_and_end(store):
     assert store.path.stat().st_mode & 0o077 == 0
 
 
+def test_what_is_saved_is_on_the_disk_before_it_is_called_saved(store):
+    with store._writing():
+        assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert store._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_a_full_disk_loses_nothing_that_was_saved(store):
     store.add(task(f"p{i}") for i in range(30))
     anna = store.annotator("anna")

@@ -329,6 +329,13 @@ def test_win_rates_and_agreement_by_hand():
     assert judge_rows(found)[0][0::3] == ["judge", "2 / 1 / 2"]
 
 
+def test_where_all_verdicts_are_alike_length_explains_nothing():
+    found = wins.rate([1.0] * 6, [3.0, 1.0, -2.0, 4.0, 0.0, 5.0], range(6))
+    equal = found["at_equal_length"]
+    assert equal == {"value": 1.0, "low": found["low"], "high": found["high"]}
+    assert equal["low"] < 0.7
+
+
 def test_wins_at_equal_length_are_those_that_length_does_not_explain():
     longer, prompts = [3, 3, 3, 3, -3, -3, -3, -3] * 25, [str(i) for i in range(200)]
     by_length = [float(x > 0) for x in longer]

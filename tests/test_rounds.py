@@ -245,6 +245,19 @@ def test_each_round_asks_the_newest_policy_and_learns_from_all_rankings(commands
     assert "| 3 | 9 | 0.700 | 0.600 | 0.625 | 3.000 | 1.500 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_an_evaluation_that_is_there_is_not_replaced_by_a_rounds(commands, evaluated):
+    for name in ("sft", "ppo"):
+        Path(f"checkpoints/r0/{name}").mkdir(parents=True)
+        Path(f"checkpoints/r0/{name}/manifest.json").write_text("{}")
+    if evaluated:
+        commands.evaluation(None, Path("checkpoints/r0"), "validation")
+        commands.words.clear()
+    rounds.main("--run checkpoints/r0 --set eval.n=2".split())
+    own = [word[1] for word in commands.words if word[0] == "eval"]
+    assert own == [*(() if evaluated else ["r0"]), "r0-round1"]
+
+
 def test_a_round_without_labels_waits_and_goes_on(commands, tmp_path):
     fake_stages.write_recipe(
         tmp_path, rm="sampling: {prompts: {path: p.jsonl}}\n", eval="prompts: {path: p.jsonl}\n"

@@ -134,13 +134,17 @@ class Talk:
     """Another answer to the last thing that was said."""
 
     def __post_init__(self) -> None:
-        from pipeline.models.loading import load_tokenizer, quiet  # torch
+        import torch
+
+        from pipeline.models.loading import load_tokenizer, quiet
 
         quiet()
         self.tokenizer = load_tokenizer(self.stages["sft"].path)
         self.models: dict[str, Any] = {}
         self.name = [name for name in policies() if name in self.stages][-1]
         self._model()  # told now if it is not sound
+        if self.seed is not None:
+            torch.manual_seed(self.seed)  # once: /retry is to answer otherwise
         self.reset("")
 
     def ask(self, said: str) -> Iterator[str]:
@@ -148,13 +152,9 @@ class Talk:
         return self._answer([*self.messages, message("user", said)], None)
 
     def _answer(self, asked: list[Message], before: str | None) -> Iterator[str]:
-        import torch
-
         from pipeline.data.template import encode_prompt
         from pipeline.models.generation import stream
 
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
         shown, ids = "", encode_prompt(self.tokenizer, asked)
         growing = stream(
             self._model(),

@@ -35,6 +35,19 @@ from pipeline.steps import overrides, split_settings
 FORMAT_VERSION = 1
 CONFIG = Path("configs/eval.yaml")
 
+OF_A_RUN = {
+    *(
+        "judge",
+        "validation_prompts",
+        "demonstrations",
+        "demonstrations_limit",
+        "pretraining",
+        "samples",
+    ),
+    *("pretraining_limit", "pretraining_max_length", "candidates", "candidate_prompts"),
+}
+"""Keys that nothing reads here."""
+
 ROWS = {
     "perplexity": ("Perplexity of the references, per token", "{:.3f}"),
     "byte_perplexity": ("… per byte", "{:.4f}"),
@@ -66,6 +79,15 @@ def main(argv: list[str] | None = None) -> None:
     words = overrides("eval", [*split_settings(args.set), *args.settings])
     words += [f"prompts.path={json.dumps(args.data)}", *([f"task={args.task}"] * bool(args.task))]
     config = load_config(EvalConfig, args.config, words)
+    if unread := sorted(config.model_fields_set & OF_A_RUN):
+        raise UserError(
+            f"{args.config} and SET: {', '.join(unread)}: of a run's evaluation alone (make eval RUN=); leave it out"
+            + (
+                "; a judge of models stands in judges: [{module: NAME}]"
+                if "judge" in unread
+                else ""
+            )
+        )
     result, samples = measured(config, args.model)
     parts = ["+".join(result["models"]), Path(args.data).name.partition(".")[0]]
     name = "-".join([*parts, *([config.task] * (config.task != "text"))])
